@@ -1,0 +1,177 @@
+"""Layers that two or more models share: the TALNet stack, positions, the post-norm encoder, pooling.
+
+Axis letters: B clips, T frames, F mel bins, C channels, D width, K classes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROB_EPS = 1e-7
+"""Probabilities are kept in [PROB_EPS, 1 - PROB_EPS] before their logit is taken."""
+
+POOLINGS = ("att", "max", "ave", "lin", "exp")
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution with bias, BatchNorm, ReLU and, where asked, a max-pool."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.pool = pool
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, T, F] -> [B, C', T', F']."""
+        x = self.bn(self.conv(x))
+        if self.pool is not None:
+            # The maximum commutes with ReLU, and the pooled map is the smaller one to rectify.
+            x = F.max_pool2d(x, self.pool)
+        return F.relu(x)
+
+
+class TalNet(nn.Module):
+    """The convolutional stack of TALNet (Wang, 2019), shared by CRNN and CNN+Transformer.
+
+    Ten convolutions; pools of (time, mel) 2x2, 2x2, 1x2, 1x2, 1x2 after every second one. A pair
+    that leaves M mel bins has ``embedding / M`` channels, so the flattened width is constant.
+
+    Shapes: [B, T, F] -> [B, T // 4, embedding], channel-major.
+    """
+
+    POOLS = ((2, 2), (2, 2), (1, 2), (1, 2), (1, 2))
+
+    def __init__(self, num_mels: int, embedding: int) -> None:
+        super().__init__()
+        if num_mels % 32 or embedding % (num_mels // 2):
+            raise ValueError(
+                "TALNet halves the mel axis five times: num_mels must be a multiple of 32 and "
+                f"embedding of num_mels / 2, got num_mels={num_mels}, embedding={embedding}"
+            )
+        blocks: list[nn.Module] = []
+        channels, mels = 1, num_mels
+        for pool in self.POOLS:
+            mels //= 2
+            width = embedding // mels
+            blocks += [ConvBlock(channels, width, None), ConvBlock(width, width, pool)]
+            channels = width
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, F] -> [B, T // 4, embedding]."""
+        # With one channel both layouts have the same strides up to the size-1 axis, so
+        # contiguous(channels_last) would be a no-op; the strides have to be spelled out.
+        B, T, M = x.shape
+        x = torch.as_strided(x.contiguous(), (B, 1, T, M), (T * M, 1, M, 1))
+        x = self.blocks(x)  # [B, C, T', F']
+        return x.transpose(1, 2).flatten(2)
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed sine and cosine positions (Vaswani et al., 2017), computed for the length at hand."""
+
+    def __init__(self, width: int, max_len: int = 2048) -> None:
+        super().__init__()
+        position = torch.arange(max_len).unsqueeze(1)  # [T, 1]
+        rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+        table = torch.zeros(max_len, width)
+        table[:, 0::2] = torch.sin(position * rate)
+        table[:, 1::2] = torch.cos(position * rate)[:, : width // 2]
+        self.register_buffer("table", table, persistent=False)
+        self.table: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, D] -> x + positions, same shape."""
+        if x.shape[1] > len(self.table):
+            raise ValueError(f"at most {len(self.table)} frames have a position, got {x.shape[1]}")
+        return x + self.table[: x.shape[1]]
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm Transformer layer: multi-head self-attention, then a two-layer ReLU network.
+
+    A head is ``floor(width / num_heads)`` wide, as in the authors' code. Dropout acts on the
+    attention weights and on the outputs of both halves.
+    """
+
+    def __init__(self, width: int, hidden: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        if not 1 <= num_heads <= width:
+            raise ValueError(f"num_heads must be in 1..{width}, got {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        inner = width // num_heads * num_heads
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.proj = nn.Linear(inner, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, N, D] -> [B, N, D]."""
+        B, N, _ = x.shape
+        p = self.dropout if self.training else 0.0
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        y = self.proj(y.transpose(1, 2).flatten(2))
+        x = self.norm1(x + F.dropout(y, p))
+        y = self.fc2(F.relu(self.fc1(x)))
+        return self.norm2(x + F.dropout(y, p))
+
+
+def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
+    """Clip probabilities from frame scores, as a logit, in float32.
+
+    Args:
+        prob: [B, T, K] logits of the frame probabilities.
+        att: [B, T, K] logits of the attention over time; only "att" reads it.
+        pooling: "att" weights frames by softmax over time of ``att``; "max", "ave"; "lin" weights
+            a frame by its own probability, "exp" by the exponential of it (Wang et al., 2019).
+
+    Returns:
+        [B, K] float32 logits, finite: probabilities are clamped before and after pooling, since
+        float32 weights can sum to 1.0000007.
+    """
+    p = prob.float().sigmoid().clamp(PROB_EPS, 1 - PROB_EPS)  # [B, T, K]
+    match pooling:
+        case "att":
+            assert att is not None
+            clip = (p * att.float().softmax(1)).sum(1)
+        case "max":
+            clip = p.amax(1)
+        case "ave":
+            clip = p.mean(1)
+        case "lin":
+            clip = (p * p).sum(1) / p.sum(1)
+        case "exp":
+            clip = (p * p.softmax(1)).sum(1)
+        case _:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    return clip.clamp(PROB_EPS, 1 - PROB_EPS).logit()
+
+
+class PoolingHead(nn.Module):
+    """Frame embeddings [B, T, D] -> clip logits [B, K], float32, outside autocast."""
+
+    def __init__(self, width: int, num_classes: int, pooling: str) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.pooling = pooling
+        self.fc_prob = nn.Linear(width, num_classes)
+        self.fc_att = nn.Linear(width, num_classes) if pooling == "att" else None
+        for fc in filter(None, (self.fc_prob, self.fc_att)):
+            nn.init.xavier_uniform_(fc.weight)
+            nn.init.zeros_(fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prob = self.fc_prob(x)
+        att = None if self.fc_att is None else self.fc_att(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return pool_frames(prob, att, self.pooling)
