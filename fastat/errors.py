@@ -1,4 +1,7 @@
-"""The two kinds of error a command reports in one line."""
+"""The two kinds of error a command reports in one line, and the hint both may end with."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -7,3 +10,10 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """Something broke that the user did not cause: a full disk, a damaged shard. Exit code 1."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The tail of an "unknown word" message: the nearest known one, or all of them."""
+    words = list(known)
+    match = get_close_matches(word, words, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(words)}"

@@ -42,7 +42,9 @@ class CnnTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if num_frames < 4:
-            raise ValueError(f"cnn_trans pools time by 4: num_frames must be >= 4, got {num_frames}")
+            raise ValueError(
+                f"cnn_trans pools time by 4: num_frames must be >= 4, got {num_frames}"
+            )
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1, got {num_layers}")
         self.input_scale = round(math.sqrt(num_mels)) if input_scale is None else input_scale

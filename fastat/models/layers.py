@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastat_kernels.attention import attention
+from fastat_kernels.dropout import dropout
+
 PROB_EPS = 1e-7
 """Probabilities are kept in [PROB_EPS, 1 - PROB_EPS] before their logit is taken."""
 
@@ -117,12 +120,11 @@ class EncoderLayer(nn.Module):
         """x: [B, N, D] -> [B, N, D]."""
         B, N, _ = x.shape
         p = self.dropout if self.training else 0.0
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        x = self.norm1(x + F.dropout(y, p))
+        y = attention(self.qkv(x).view(B, N, 3, self.num_heads, -1), p)
+        x = self.norm1(x + dropout(self.proj(y), p))
         y = self.fc2(F.relu(self.fc1(x)))
-        return self.norm2(x + F.dropout(y, p))
+        out: Tensor = self.norm2(x + dropout(y, p))
+        return out
 
 
 def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:

@@ -1,0 +1,202 @@
+"""Checkpoints: weights in safetensors, what prediction needs in JSON, the trainer's state beside.
+
+``checkpoints/step-00001234/`` holds one; ``last`` and ``best`` are links to such folders, replaced
+atomically, so either always names a whole checkpoint. Nothing read here can run code.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastat.atomic import atomic_path, fsync
+from fastat.data.shards import ClassInfo
+from fastat.errors import Failure, UserError
+from fastat.features import FEATURES
+from fastat.frontend import Frontend
+from fastat.models import create_model
+
+FORMAT = "fastat-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMeta:
+    """All that prediction needs beside the weights; ``model.json``."""
+
+    model: str
+    feature: str
+    clip_seconds: float
+    num_mels: int
+    num_frames: int
+    mean: float
+    """Of the training features, in the feature's units."""
+    std: float
+    classes: tuple[ClassInfo, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword options of create_model."""
+    remove_mean: bool = True
+    normalize: bool = True
+    trained: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from: procedure, epoch, step, mAP."""
+
+    @property
+    def clip_samples(self) -> int:
+        """Length of a clip."""
+        return round(self.clip_seconds * FEATURES[self.feature].sample_rate)
+
+    def create(self) -> nn.Module:
+        """The model, with fresh weights."""
+        return create_model(
+            self.model,
+            num_mels=self.num_mels,
+            num_frames=self.num_frames,
+            num_classes=len(self.classes),
+            **self.options,
+        )
+
+
+def build_frontend(meta: ModelMeta) -> Frontend:
+    """The front end that a model was, or is to be, trained with."""
+    return Frontend(
+        meta.feature,
+        clip_samples=meta.clip_samples,
+        mean=meta.mean,
+        std=meta.std,
+        remove_mean=meta.remove_mean,
+        normalize=meta.normalize,
+    )
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    meta: ModelMeta,
+    trainer: dict[str, Any],
+    *,
+    best: bool,
+) -> None:
+    """Writes ``folder``/step-... and points ``last`` (and ``best``) at it; drops unused ones.
+
+    Raises:
+        Failure: the disk is full or the folder cannot be written; the checkpoints before stay.
+    """
+    target = folder / f"step-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            with atomic_path(target) as temporary:
+                temporary.mkdir()
+                state = {k: v.contiguous() for k, v in model.state_dict().items()}
+                save_file(state, temporary / "model.safetensors")
+                document = {"format": FORMAT, "version": VERSION, **asdict(meta)}
+                (temporary / "model.json").write_text(json.dumps(document, indent=1))
+                torch.save(trainer, temporary / "trainer.pt")
+        for name in ("last", "best") if best else ("last",):
+            _point(folder / name, target)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError on ENOSPC
+        raise Failure(f"cannot write checkpoint {target}: {error}") from error
+    linked = {os.path.realpath(folder / name) for name in ("last", "best")}
+    for old in folder.glob("step-*"):
+        if os.path.realpath(old) not in linked:
+            shutil.rmtree(old)
+
+
+def _point(link: Path, target: Path) -> None:
+    """Makes ``link`` a relative link to ``target``, in one step."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+    fsync(link.parent)
+
+
+def find_checkpoint(path: Path | str, prefer: str = "best") -> Path:
+    """The checkpoint folder that ``path`` means: itself, or the best (else last) of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    other = {"best": "last", "last": "best"}[prefer]
+    for candidate in (path, path / "checkpoints" / prefer, path / "checkpoints" / other):
+        if (candidate / "model.json").is_file():
+            return candidate
+    if path.is_file() and path.suffix in (".pt", ".pth", ".pkl", ".ckpt", ".bin"):
+        raise UserError(
+            f"{path} is a pickle, which can run code when loaded: refused; expected a run folder or a checkpoint folder with model.safetensors"
+        )
+    what = "is not" if path.exists() else "does not exist: expected"
+    raise UserError(f"{path} {what} a run folder or a checkpoint (no model.json in it)")
+
+
+def load_meta(checkpoint: Path) -> ModelMeta:
+    """``model.json`` of a checkpoint folder.
+
+    Raises:
+        Failure: it is damaged, or written by a newer fastat.
+    """
+    path = checkpoint / "model.json"
+    try:
+        document = json.loads(path.read_text())
+        if (document.pop("format"), document.pop("version")) != (FORMAT, VERSION):
+            raise Failure(f"{path} is not a {FORMAT} of version {VERSION}")
+        document["classes"] = tuple(ClassInfo(*c) for c in document["classes"])
+        return ModelMeta(**document)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise Failure(f"{path} is damaged: {error!r}") from error
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Reads the checkpoint's weights into ``model``.
+
+    Raises:
+        Failure: the file is missing, damaged or of another shape.
+    """
+    path = checkpoint / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise Failure(f"{path} does not fit its model.json: {error}") from error
+
+
+def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn.Module, ModelMeta]:
+    """A run folder or checkpoint -> (model in evaluation mode, what goes with it).
+
+    Raises:
+        UserError: no checkpoint there, or one that carries code.
+        Failure: a damaged one.
+    """
+    checkpoint = find_checkpoint(path)
+    meta = load_meta(checkpoint)
+    model = meta.create()
+    load_weights(model, checkpoint)
+    return model.to(device).eval(), meta
+
+
+def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """``trainer.pt``: tensors and plain values only.
+
+    Raises:
+        UserError: it carries code.
+        Failure: it is missing or damaged.
+    """
+    path = checkpoint / "trainer.pt"
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged, or carries more than tensors and plain values: refused"
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise Failure(f"{path} cannot be read: {error}") from error

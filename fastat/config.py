@@ -1,0 +1,249 @@
+"""A training run's configuration: the procedure, the data's size and the user's overrides, resolved.
+
+Imports no torch, so that a mistake on the command line is answered at once.
+"""
+
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastat.errors import Failure, UserError, nearest
+from fastat.procedures import PROCEDURES, Procedure, dropout_of, small_set_sizes
+from fastat.schedule import SCHEDULES, warmup_length
+
+PRECISIONS = ("bf16", "fp32")
+SOURCES = ("packed", "dali")
+STATISTICS = ("set", "authors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run; ``config.json``."""
+
+    proc: str
+    model: str
+    feature: str
+    data: str
+    """The packed training set."""
+    eval: str | None = None
+    """The packed evaluation set; None trains without scoring."""
+    epochs: int
+    batch: int
+    """Global batch, in clips."""
+    lr: float
+    """Maximum learning rate."""
+    steps: int | None = None
+    """Ends the run after so many optimizer steps; schedule and warm-up stay as they are."""
+    warmup_steps: int
+    schedule: str = "step"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    balance: bool
+    mixup: float
+    mixup_alpha: float
+    time_mask: int
+    """Largest width in frames, for this set's clip length."""
+    freq_mask: int
+    normalize: bool = True
+    remove_mean: bool = True
+    statistics: str = "set"
+    """Mean and standard deviation from the training "set", or the "authors" values."""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    precision: str = "bf16"
+    compile: bool = False
+    source: str = "packed"
+    max_bad: float = 0.01
+    """Share of clips that --source dali may be unable to take."""
+    seed: int = 0
+    eval_batch: int = 64
+    checkpoint_every_steps: int | None = None
+    """Also saves in mid-epoch, every so many steps."""
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("source", self.source, SOURCES)
+        _one_of("statistics", self.statistics, STATISTICS)
+        for name in ("epochs", "batch", "eval_batch", "steps", "checkpoint_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        for name in ("warmup_steps", "time_mask", "freq_mask", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("mixup", "max_bad"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("lr", "mixup_alpha"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
+
+    def save(self, path: Path) -> None:
+        """Writes ``config.json``."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """Reads ``config.json``. Raises Failure when it is damaged."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise Failure(f"{path} is damaged: {error}") from error
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"data", "eval", "steps", "checkpoint_every_steps", "max_bad", "eval_batch"}
+)
+"""Options that leave the mathematics of training alone (the data must still be the same set)."""
+
+
+def resolve(
+    proc: str,
+    model: str,
+    overrides: dict[str, Any],
+    *,
+    num_clips: int,
+    clip_seconds: float,
+) -> tuple[TrainConfig, list[str]]:
+    """The configuration for a training set of ``num_clips``, and what there is to say about it.
+
+    Args:
+        overrides: TrainConfig fields that the user set (data among them); model options under
+            ``model_options`` are added to the procedure's.
+
+    Raises:
+        UserError: an unknown procedure, or an impossible value.
+    """
+    if proc not in PROCEDURES:
+        raise UserError(f"unknown procedure {proc!r}; known: {', '.join(PROCEDURES)}")
+    p = PROCEDURES[proc]
+    notes: list[str] = []
+    overrides = dict(overrides)
+    dropout = dropout_of(model, p)
+    options = ({"dropout": dropout} if dropout else {}) | overrides.pop("model_options", {})
+    config = TrainConfig(
+        proc=proc,
+        model=model,
+        model_options=options,
+        **(_sized(p, overrides, num_clips, notes) | overrides),
+    )
+    scaled_mask = round(p.time_mask * clip_seconds / 10)
+    if "time_mask" not in overrides and scaled_mask != p.time_mask:
+        config = replace(config, time_mask=scaled_mask)
+        notes.append(
+            f"clips of {clip_seconds:g} s: time mask at most {scaled_mask} frames "
+            f"({proc}: {p.time_mask} for 10 s)"
+        )
+    total = num_clips // config.batch * config.epochs
+    warmup = warmup_length(config.warmup_steps, total)
+    if warmup < config.warmup_steps:
+        notes.append(
+            f"warm-up over {warmup} steps, a tenth of the run's {total}, "
+            f"instead of {config.warmup_steps}"
+        )
+        config = replace(config, warmup_steps=warmup)
+    return config, notes
+
+
+def _sized(
+    p: Procedure, overrides: dict[str, Any], num_clips: int, notes: list[str]
+) -> dict[str, Any]:
+    """The procedure's fields, with batch, epochs and LR as the set's size wants them."""
+    values: dict[str, Any] = {
+        name: getattr(p, name)
+        for name in (
+            "feature", "epochs", "batch", "lr", "warmup_steps", "balance",
+            "mixup", "mixup_alpha", "time_mask", "freq_mask",
+        )
+    }  # fmt: skip
+    small = small_set_sizes(p, num_clips)
+    if small is not None:
+        values |= asdict(small)
+        kept = {name: values[name] for name in ("batch", "epochs") if name not in overrides}
+        changed = [
+            f"{k} {v} instead of {getattr(p, k)}" for k, v in kept.items() if v != getattr(p, k)
+        ]
+        if changed:
+            notes.append(
+                f"a small set ({num_clips:,} clips): {', '.join(changed)}; LR stays {p.lr:g}"
+            )
+    elif overrides.get("batch", p.batch) != p.batch and "lr" not in overrides:
+        values["lr"] = p.lr * overrides["batch"] / p.batch
+        notes.append(
+            f"LR {values['lr']:g}: {p.lr:g} scaled with the batch ({p.batch} -> {overrides['batch']})"
+        )
+    return values
+
+
+# ---------------------------------------------------------------------------------- --set key=value
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``--set key=value`` arguments as overrides; ``model.KEY=value`` is an option of the model.
+
+    Raises:
+        UserError: not of that form, an unknown key (with the nearest), or a value of another type.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    known = [f.name for f in fields(TrainConfig) if f.name != "model_options"]
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value, got {setting!r}")
+        if key.startswith("model."):
+            overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _plain(text)
+        elif key in known:
+            overrides[key] = _typed(key, text, hints[key])
+        else:
+            raise UserError(f"unknown --set key {key!r}{nearest(key, [*known, 'model.<option>'])}")
+    return overrides
+
+
+def _plain(text: str) -> Any:
+    """A number, true, false or null as JSON reads it; any other text as it is."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _typed(key: str, text: str, hint: Any) -> Any:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    value: Any = text if str in allowed else _plain(text)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join("null" if t is types.NoneType else t.__name__ for t in allowed)
+        raise UserError(f"--set {key} takes {names}, got {text!r}")
+    return value
+
+
+def resumed(
+    stored: TrainConfig, proc: str | None, model: str | None, overrides: dict[str, Any]
+) -> TrainConfig:
+    """The stored configuration of a run, with what may change on resume changed.
+
+    Raises:
+        UserError: an option that changes the mathematics differs from the stored one.
+    """
+    given = {k: v for k, v in {"proc": proc, "model": model, **overrides}.items() if v is not None}
+    if "model_options" in given:
+        given["model_options"] = stored.model_options | given["model_options"]
+    for key, value in given.items():
+        before = getattr(stored, key)
+        if key not in MAY_CHANGE_ON_RESUME and value != before:
+            raise UserError(
+                f"{key} may not change on --resume: the run has {before!r}, got {value!r}"
+            )
+    return replace(stored, **given)

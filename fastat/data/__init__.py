@@ -1,0 +1,1 @@
+"""Packed audio: readers of label tables, decoding, shards, sampling and loading."""

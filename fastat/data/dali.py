@@ -1,0 +1,232 @@
+"""The DALI source: a packed set's original files, decoded by DALI while training.
+
+The same batches as the packed source from the same plans, without reading the packed waveforms: DALI's
+threads decode on the CPU (its audio decoder has no GPU version), then downmix, cut, resample and round
+to int16. For ``logmel64`` mixup and the log-mel are in DALI's graph too, on the GPU where there is one;
+for other features the batch holds waveforms and ``Frontend`` does the rest. For 16 kHz files both
+sources give the same features; at other rates DALI's resampler is not the packed set's.
+"""
+
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import soundfile as sf
+import torch
+from numpy.typing import NDArray
+
+from fastat.data import dali_check
+from fastat.data.dali_check import BadClip, Header
+from fastat.data.loader import Batch, augment_of, mixed_targets, prefetch, to_device
+from fastat.data.sampler import StepPlan
+from fastat.data.shards import SAMPLE_RATE, PackedSet
+from fastat.errors import Failure, UserError
+
+READ_THREADS = 8
+"""Reading files ahead of DALI waits for the disk, not for a processor."""
+
+
+class DaliSource:
+    """Batches of the original files of ``packed``, decoded by DALI.
+
+    Args:
+        feature: ``logmel64``: batches hold log-mels, already mixed; others and None: int16 waveforms.
+        batch: clips in the largest plan.
+        threads: of DALI, and of the check.
+        device: where batches land, and with CUDA where DALI does all but decoding.
+        max_bad: share of the set's clips that DALI may be unable to take.
+        remove_mean: as ``Frontend``'s; only log-mels need it.
+        queue: steps that DALI works ahead.
+
+    Every file is looked at first (``dali_check``). With several processes, start this in one of them
+    before the others: they then find its result.
+
+    Raises:
+        UserError: DALI is not installed, or more than ``max_bad`` of the clips are bad.
+    """
+
+    bad: list[BadClip]
+    """Rows it cannot deliver, with path and reason."""
+    usable: NDArray[np.bool_]
+    """[N] the others, the only ones a plan may hold."""
+
+    def __init__(
+        self,
+        packed: PackedSet,
+        feature: str | None,
+        *,
+        batch: int,
+        threads: int,
+        device: torch.device,
+        max_bad: float = 0.01,
+        remove_mean: bool = True,
+        queue: int = 2,
+    ) -> None:
+        self._graph = _import_graph()
+        self.packed, self.device = packed, device
+        self.log_mel = feature == "logmel64"
+        self.clips = dali_check.check(packed, threads)
+        self.bad, self.usable = self.clips.bad, self.clips.usable
+        if len(self.bad) > max_bad * packed.num_clips:
+            first = "; ".join(f"{path}: {reason}" for _, path, reason in self.bad[:3])
+            raise UserError(
+                f"DALI cannot take {len(self.bad)} of {packed.num_clips} clips, more than max-bad "
+                f"{max_bad:g} allows ({first}{'; ...' if len(self.bad) > 3 else ''}); "
+                "--source packed needs no original files"
+            )
+        cuda = device.type == "cuda"
+        self.spec = self._graph.Spec(
+            clip_samples=packed.clip_samples,
+            remove_mean=remove_mean,
+            resample=bool((self.clips.rate[self.usable] != SAMPLE_RATE).any()),
+            divide=not np.isin(self.clips.channels[self.usable], (1, 2, 4, 8)).all(),
+            gpu=cuda,
+        )
+        self.options = {
+            "batch_size": batch if self.log_mel else 2 * batch,
+            "num_threads": threads,
+            "device_id": (device.index or 0) if cuda else None,
+            "prefetch_queue_depth": queue,
+        }
+        self._silence = _silent_file()
+        self._readers = ThreadPoolExecutor(READ_THREADS, "fastat-dali-read")
+        self._idle: _Run | None = None
+
+    def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+        """One batch a plan, in order, on the device; plans hold usable rows only.
+
+        Raises:
+            Failure: a file is gone, or was damaged after the check; names it.
+        """
+        # DALI's own queue works ahead of this one.
+        for batch in prefetch(self._produce(plans), 1):
+            yield to_device(batch, self.device)
+
+    def close(self) -> None:
+        """Frees the pipeline and closes the set's files."""
+        self._idle = None
+        self._readers.shutdown()
+        self.packed.close()
+
+    def _produce(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+        run, self._idle = self._idle or _Run(self), None
+        for plan, output in run.outputs(iter(plans)):
+            rows = plan.rows if self.log_mel else np.concatenate([plan.rows, plan.partners])
+            yield Batch(
+                rows=plan.rows,
+                target=mixed_targets(self.packed, plan),
+                num_samples=torch.from_numpy(self.packed.num_samples[rows].astype(np.int64)),
+                augment=augment_of(plan),
+                **{"log_mel" if self.log_mel else "waveform": output},
+            )
+        # Only a run that came to its end has nothing under way; the others are dropped.
+        self._idle = run
+
+    def inputs(self, plan: StepPlan) -> list[Any]:
+        """What the graph reads for a plan: ``Spec.stream`` and more, see ``dali_graph``."""
+        rows = np.concatenate([plan.rows, plan.partners])
+        if not self.usable[rows].all():
+            raise ValueError(f"rows: DALI cannot take {rows[~self.usable[rows]].tolist()}")
+        clips, encoded = self.clips, self._read(rows)
+        files: dict[str, Any] = {
+            "encoded": encoded,
+            "first": clips.first[rows],
+            "length": clips.length[rows],
+            "skip": clips.skip[rows],
+            "samples": self.packed.num_samples[rows].astype(np.int32),
+            "rate": clips.rate[rows].astype(np.float32),
+            "channels": clips.channels[rows].astype(np.float32),
+        }
+        if not self.log_mel:
+            return [files[name] for name in self.spec.stream]
+        B = len(plan.rows)
+        # A static graph needs a partner for every clip: silence, which costs nothing, for most.
+        partner = np.full(B, -1)
+        partner[plan.mix_into] = np.arange(B, len(rows))
+        mixed = partner >= 0
+        silent = {"first": 0, "length": 1, "skip": 0, "samples": 1}
+        silent |= {"rate": SAMPLE_RATE, "channels": 1}
+        own: list[Any] = [files[name][:B] for name in self.spec.stream]
+        other: list[Any] = [[encoded[j] if j >= 0 else self._silence for j in partner]]
+        for name in self.spec.stream[1:]:
+            values = files[name][partner]
+            other.append(np.where(mixed, values, silent[name]).astype(values.dtype))
+        lam = np.ones(B, np.float32)
+        lam[plan.mix_into] = plan.lam
+        return [*own, *other, lam]
+
+    def _read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        paths = [path for path, _ in self.packed.sources(rows)]
+        try:
+            return list(self._readers.map(lambda path: np.fromfile(path, np.uint8), paths))
+        except OSError as error:
+            raise Failure(f"cannot read {error.filename}: {error.strerror}") from error
+
+    def explain(self, plan: StepPlan, error: RuntimeError) -> Failure:
+        """Which file of ``plan`` made DALI fail."""
+        sources = self.packed.sources(np.concatenate([plan.rows, plan.partners]))
+        for path in sorted({path for path, _ in sources}):
+            header = dali_check.look(path)
+            if not isinstance(header, Header):
+                return Failure(f"{path} changed after it was checked: {header}")
+        lines = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
+        names = ", ".join(path for path, _ in sources[:5])
+        return Failure(f"DALI failed at a step with {names}, ...: {lines[-1].strip()}")
+
+
+class _Run:
+    """A DALI pipeline, its input and what it is working on."""
+
+    def __init__(self, source: DaliSource) -> None:
+        self.source = source
+        self.plans: Iterator[StepPlan] = iter(())
+        self.under_way: deque[StepPlan] = deque()
+        graph = source._graph
+        build = graph.log_mel_pipeline if source.log_mel else graph.clips_pipeline
+        self.pipe = build(source.spec, self._next, **source.options)
+        self.pipe.build()
+
+    def outputs(self, plans: Iterator[StepPlan]) -> Iterator[tuple[StepPlan, torch.Tensor]]:
+        self.plans = plans
+        cuda = self.source.device.type == "cuda"
+        while True:
+            # On this stream DALI also takes the memory back, after what reads it there.
+            stream = torch.cuda.current_stream(self.source.device) if cuda else None
+            try:
+                (output,) = self.pipe.run(stream)
+            except StopIteration:
+                self.pipe.reset()
+                return
+            except RuntimeError as error:
+                if isinstance(error, Failure):
+                    raise
+                raise self.source.explain(self.under_way[0], error) from error
+            yield self.under_way.popleft(), torch.from_dlpack(output.as_tensor())
+
+    def _next(self) -> list[Any]:
+        """DALI's call for a step's input; StopIteration ends the run."""
+        plan = next(self.plans)
+        inputs = self.source.inputs(plan)
+        self.under_way.append(plan)
+        return inputs
+
+
+def _import_graph() -> ModuleType:
+    try:
+        from fastat.data import dali_graph
+    except ImportError as error:
+        raise UserError(
+            f"--source dali needs NVIDIA DALI (pip install nvidia-dali-cuda130): {error}"
+        ) from None
+    return dali_graph
+
+
+def _silent_file() -> NDArray[np.uint8]:
+    """A WAV file of one sample of silence."""
+    file = io.BytesIO()
+    sf.write(file, np.zeros(1, np.int16), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return np.frombuffer(file.getvalue(), np.uint8)

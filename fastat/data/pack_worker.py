@@ -1,0 +1,218 @@
+"""What one worker process of ``fastat pack`` does: decode, measure, and write rows where it is told.
+
+The samples never travel between processes. A worker decodes a batch of files, reports what it found,
+keeps the samples, and writes them into the shard when the parent has decided their row numbers. The
+parent's decision needs all earlier files, so the set does not depend on the number of workers.
+"""
+
+import os
+import signal
+import zlib
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastat.data.decode import BadAudio, Reason, decode, to_int16
+from fastat.data.shards import SAMPLE_RATE
+from fastat.features import FEATURES
+from fastat.frontend import Frontend
+
+
+class Job(NamedTuple):
+    """What holds for all files."""
+
+    clip_samples: int
+    segments: bool
+    min_segment_samples: int
+    """A shorter remainder of a file is dropped, unless it is all there is."""
+
+
+class Decode(NamedTuple):
+    """Parent to worker: decode these files."""
+
+    batch: int
+    paths: tuple[str, ...]
+    stats_clips: tuple[int, ...]
+    """How many clips of each file to measure."""
+
+
+class Write(NamedTuple):
+    """Parent to worker: write clips ``first`` to ``first + count - 1`` of a batch into a shard."""
+
+    batch: int
+    first: int
+    count: int
+    path: str
+    offset: int
+
+
+class Forget(NamedTuple):
+    """Parent to worker: nothing more of this batch will be written."""
+
+    batch: int
+
+
+class Moments(NamedTuple):
+    """Of one feature over real frames: bins, sum, sum of squares."""
+
+    count: int
+    total: float
+    squares: float
+
+
+class Clip(NamedTuple):
+    """A clip that a worker holds."""
+
+    start_seconds: float
+    num_samples: int
+    crc: int
+    moments: dict[str, Moments] | None
+
+
+class Bad(NamedTuple):
+    """A file without clips."""
+
+    reason: Reason
+    detail: str
+
+
+class Decoded(NamedTuple):
+    """Worker to parent: for every file of a batch its clips, or why it has none."""
+
+    batch: int
+    files: list[list[Clip] | Bad]
+
+
+class Written(NamedTuple):
+    """Worker to parent: a Write is done."""
+
+    path: str
+
+
+class Refused(NamedTuple):
+    """Worker to parent: the system refused a Write, or there was no memory for a file."""
+
+    errno: int
+    path: str
+
+
+Message = Decode | Write | Forget
+Reply = Decoded | Written | Refused
+
+
+def serve(connection: Connection, job: Job) -> None:
+    """Answers the parent's messages until it closes the connection or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    torch.set_num_threads(1)
+    # mpg123 and FFmpeg print warnings into the progress bar.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    measure = Meter(job.clip_samples)
+    held: dict[int, list[NDArray[np.int16]]] = {}
+    target = _Target()
+    while True:
+        try:
+            message: Message = connection.recv()
+        except EOFError:
+            return
+        match message:
+            case Decode():
+                held[message.batch] = []
+                reply: Reply = _decode(message, job, measure, held[message.batch])
+            case Write():
+                rows = held[message.batch][message.first : message.first + message.count]
+                reply = target.write(message, rows)
+            case Forget():
+                del held[message.batch]
+                continue
+        try:
+            connection.send(reply)
+        except BrokenPipeError:
+            return
+
+
+def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
+    """A file's samples [S] -> its clips, each at most clip_samples long, rounded to int16."""
+    starts = range(0, len(samples), job.clip_samples) if job.segments else (0,)
+    pieces = [samples[start : start + job.clip_samples] for start in starts]
+    return [to_int16(p) for p in pieces[:1] + [p for p in pieces[1:] if len(p) >= job.min_segment_samples]]
+
+
+def _decode(
+    message: Decode, job: Job, measure: "Meter", rows: list[NDArray[np.int16]]
+) -> Decoded | Refused:
+    files: list[list[Clip] | Bad] = []
+    seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
+    for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
+        try:
+            pieces = cut(decode(Path(path), SAMPLE_RATE, seconds=seconds), job)
+        except BadAudio as bad:
+            files.append(Bad(bad.reason, bad.detail))
+            continue
+        except OSError as error:  # a broken disk, no permission
+            files.append(Bad("unreadable", error.strerror or str(error)))
+            continue
+        # Evenly spread over the file.
+        step = max(1.0, len(pieces) / stats_clips) if stats_clips else 0.0
+        measured = {int(i * step) for i in range(stats_clips)}
+        clips = []
+        for number, piece in enumerate(pieces):
+            row = np.zeros(job.clip_samples, np.int16)
+            row[: len(piece)] = piece
+            rows.append(row)
+            moments = measure(row, len(piece)) if number in measured else None
+            start = number * job.clip_samples / SAMPLE_RATE
+            clips.append(Clip(start, len(piece), zlib.crc32(row), moments))
+        files.append(clips)
+    return Decoded(message.batch, files)
+
+
+class Meter:
+    """Moments of every feature of a clip, as the model will see it but for the normalisation."""
+
+    def __init__(self, clip_samples: int) -> None:
+        self.frontends = {
+            name: Frontend(name, clip_samples=clip_samples, normalize=False) for name in FEATURES
+        }
+
+    def __call__(self, row: NDArray[np.int16], num_samples: int) -> dict[str, Moments]:
+        """row [S] with ``num_samples`` real ones -> moments over its real frames."""
+        moments = {}
+        for name, frontend in self.frontends.items():
+            with torch.inference_mode():
+                x = frontend(torch.from_numpy(row)[None], torch.tensor([num_samples]))[0]
+            real = FEATURES[name].real_frames(num_samples, len(row))
+            values = x[:real].double()
+            moments[name] = Moments(
+                values.numel(), float(values.sum()), float(values.square().sum())
+            )
+        return moments
+
+
+class _Target:
+    """The shard being written, kept open."""
+
+    def __init__(self) -> None:
+        self.path, self.fd = "", -1
+
+    def write(self, message: Write, rows: Sequence[NDArray[np.int16]]) -> Written | Refused:
+        try:
+            if message.path != self.path:
+                if self.fd >= 0:
+                    os.close(self.fd)
+                self.path, self.fd = "", -1
+                self.fd = os.open(message.path, os.O_WRONLY | os.O_CLOEXEC)
+                self.path = message.path
+            offset = message.offset
+            for row in rows:
+                left = memoryview(row).cast("B")
+                while left:  # a disk that fills takes part of a row first
+                    count = os.pwrite(self.fd, left, offset)
+                    left, offset = left[count:], offset + count
+        except OSError as error:
+            return Refused(error.errno or 0, message.path)
+        return Written(message.path)

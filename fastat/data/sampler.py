@@ -1,0 +1,125 @@
+"""Which clips, partners and masks make up a training step: pure functions of (seed, epoch, step).
+
+Nothing here has state: prefetching, resuming and ranks see the same steps. numpy only.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastat.errors import UserError
+
+ORDER_STREAM, STEP_STREAM = 0, 1  # which of an epoch's random streams
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step trains on. B clips, M of them mixed with a partner."""
+
+    rows: NDArray[np.int64]  # [B] rows of the training set
+    partners: NDArray[np.int64]  # [M] rows of the training set
+    mix_into: NDArray[np.int64]  # [M] the clip, 0..B-1, that each partner is mixed into
+    lam: NDArray[np.float32]  # [M] weight of the clip itself
+    time_mask: NDArray[np.int64]  # [B, 2] start, width in frames
+    freq_mask: NDArray[np.int64]  # [B, 2] start, width in mel bins
+
+
+def balanced_weights(
+    target_bits: NDArray[np.uint8],  # [N, ceil(K / 8)]
+    label_counts: NDArray[np.int64],  # [K]
+) -> NDArray[np.float64]:
+    """[N] sampling weights: the sum over a clip's labels of 1000 / (count of the label + 0.01).
+
+    Source: the paper, section 3.1 (balanced sampling), after PSLA.
+    """
+    per_label = 1000.0 / (label_counts + 0.01)
+    weights = np.empty(len(target_bits))
+    for i in range(0, len(target_bits), 65536):  # bounds the unpacked copy to 65536 x K bytes
+        block = np.unpackbits(target_bits[i : i + 65536], axis=1, count=len(label_counts))
+        weights[i : i + 65536] = block @ per_label
+    return weights
+
+
+class Sampler:
+    """Plans the steps of a training run.
+
+    Args:
+        num_clips: clips in the training set.
+        batch: clips a step, over all ranks.
+        seed: everything drawn is a function of it, the epoch and the step.
+        weights: [N] sampling weights, drawn with replacement; None: each clip once, shuffled.
+        usable: [N] clips that may be drawn; None: all.
+        mixup, mixup_alpha: probability of mixing, and both parameters of Beta.
+        time_mask, freq_mask: largest mask widths, 0 for none.
+        num_frames, num_mels: the feature map that masks are placed on.
+
+    Raises:
+        UserError: fewer clips than one batch.
+    """
+
+    def __init__(
+        self,
+        num_clips: int,
+        batch: int,
+        *,
+        seed: int,
+        num_frames: int,
+        num_mels: int,
+        weights: NDArray[np.float64] | None = None,
+        usable: NDArray[np.bool_] | None = None,
+        mixup: float = 0.0,
+        mixup_alpha: float = 10.0,
+        time_mask: int = 0,
+        freq_mask: int = 0,
+    ) -> None:
+        self.candidates = np.arange(num_clips) if usable is None else np.flatnonzero(usable)
+        if batch < 1 or len(self.candidates) < batch:
+            raise UserError(
+                f"a batch needs 1 to {len(self.candidates)} clips (the training set's), got {batch}"
+            )
+        self.batch = batch
+        self.seed = seed
+        self.steps_per_epoch = len(self.candidates) // batch
+        self.cumulative = None if weights is None else np.cumsum(weights[self.candidates])
+        self.mixup, self.mixup_alpha = mixup, mixup_alpha
+        self.time_mask, self.num_frames = min(time_mask, num_frames), num_frames
+        self.freq_mask, self.num_mels = min(freq_mask, num_mels), num_mels
+        # An epoch's order costs a draw per clip; consecutive steps share it.
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The rows of an epoch, in order. [steps_per_epoch * batch]."""
+        rng = np.random.default_rng((self.seed, epoch, ORDER_STREAM))
+        size = self.steps_per_epoch * self.batch
+        if self.cumulative is None:
+            return self.candidates[rng.permutation(len(self.candidates))[:size]]
+        drawn = rng.random(size) * self.cumulative[-1]
+        index = np.searchsorted(self.cumulative, drawn, side="right")
+        return self.candidates[np.minimum(index, len(self.candidates) - 1)]
+
+    def plan(self, epoch: int, step: int) -> StepPlan:
+        """The plan of step ``step`` (from 0) of epoch ``epoch``."""
+        B = self.batch
+        rng = np.random.default_rng((self.seed, epoch, STEP_STREAM, step))
+        # Every draw is made whatever the switches say, so that one switch changes one thing.
+        mixed = rng.random(B)
+        partners = self.candidates[rng.integers(len(self.candidates), size=B)]
+        lam = rng.beta(self.mixup_alpha, self.mixup_alpha, size=B).astype(np.float32)
+        mix_into = np.flatnonzero(mixed < self.mixup)
+        return StepPlan(
+            rows=self.order(epoch)[step * B : (step + 1) * B],
+            partners=partners[mix_into],
+            mix_into=mix_into,
+            lam=lam[mix_into],
+            time_mask=_masks(rng, B, self.time_mask, self.num_frames),
+            freq_mask=_masks(rng, B, self.freq_mask, self.num_mels),
+        )
+
+
+def _masks(rng: np.random.Generator, batch: int, max_width: int, size: int) -> NDArray[np.int64]:
+    """[B, 2] start and width: both uniform, as torchaudio draws them (width below max_width)."""
+    width = rng.random(batch) * max_width
+    start = rng.random(batch) * (size - width)
+    return np.stack([start, width], axis=1).astype(np.int64)

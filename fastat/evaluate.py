@@ -1,0 +1,189 @@
+"""Scores of a model on a packed set, matched to its classes by id; ``fastat eval``."""
+
+import csv
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from fastat.atomic import atomic_path
+from fastat.checkpoint import build_frontend, load_model
+from fastat.data.loader import PackedSource, Source, evaluation_plans
+from fastat.data.shards import ClassInfo, PackedSet
+from fastat.errors import UserError
+from fastat.frontend import Frontend
+from fastat.metrics import TaggingMetrics, tagging_metrics
+from fastat.progress import progress
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The model's arithmetic: bfloat16 where it is safe ("bf16"), or float32 throughout ("fp32")."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """Where the classes of a model stand in a set, matched by id."""
+
+    model_columns: NDArray[np.int64]  # [M] columns of the model's output
+    set_columns: NDArray[np.int64]  # [M] columns of the set's targets
+    note: str | None
+    """What did not match, in one line."""
+
+
+def match_classes(model: tuple[ClassInfo, ...], packed: PackedSet) -> ClassMatch:
+    """Raises UserError when the two lists share no class."""
+    where = {c.id: k for k, c in enumerate(packed.classes)}
+    shared = [(i, where[c.id]) for i, c in enumerate(model) if c.id in where]
+    if not shared:
+        raise UserError(
+            f"the model and {packed.directory} share no class: it knows {model[0].id!r}, ... "
+            f"({len(model)}), the set has {packed.classes[0].id!r}, ... ({len(packed.classes)})"
+        )
+    note = None
+    if not len(shared) == len(model) == len(packed.classes):
+        note = (
+            f"{len(shared)} classes are shared by id: the model has {len(model)}, "
+            f"the set {len(packed.classes)}; only the shared ones are scored"
+        )
+    columns = np.array(shared, dtype=np.int64).T
+    return ClassMatch(columns[0], columns[1], note)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation set says about a model."""
+
+    loss: float
+    """Binary cross-entropy, mean over clips and shared classes."""
+    metrics: TaggingMetrics
+    probabilities: NDArray[np.float32]  # [N, M]
+    targets: NDArray[np.bool_]  # [N, M]
+    rows: NDArray[np.int64]  # [N] rows of the set
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    frontend: Frontend,
+    packed: PackedSet,
+    source: Source,
+    match: ClassMatch,
+    *,
+    device: torch.device,
+    precision: str,
+    batch: int,
+    rows: NDArray[np.int64] | None = None,
+    on_batch: Callable[[int], object] = lambda clips: None,
+) -> Evaluation:
+    """Every clip (or those in ``rows``) once, in order, un-augmented.
+
+    Leaves the model in evaluation mode. ``on_batch`` hears the clips of each batch done.
+    """
+    model.eval()
+    rows = np.arange(packed.num_clips) if rows is None else rows
+    logits = []
+    for data in source.batches(evaluation_plans(rows, batch)):
+        features = data.features(frontend)
+        with autocast(device, precision):
+            out = model(features)
+        logits.append(out.float())
+        on_batch(len(data.rows))
+    scores = torch.cat(logits).cpu()[:, torch.from_numpy(match.model_columns)]
+    targets = packed.targets(rows)[:, match.set_columns]
+    loss = F.binary_cross_entropy_with_logits(scores, torch.from_numpy(targets)).item()
+    probabilities = scores.sigmoid().numpy()
+    found = targets > 0
+    return Evaluation(loss, tagging_metrics(probabilities, found), probabilities, found, rows)
+
+
+def save_predictions(
+    path: Path, result: Evaluation, packed: PackedSet, classes: list[ClassInfo]
+) -> None:
+    """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], class ids and names."""
+    text = h5py.string_dtype()
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file["probability"] = result.probabilities
+        file["target"] = result.targets
+        file.create_dataset("audio_name", data=packed.names(result.rows), dtype=text)
+        file.create_dataset("class_id", data=[c.id for c in classes], dtype=text)
+        file.create_dataset("class_name", data=[c.name for c in classes], dtype=text)
+
+
+def evaluate_checkpoint(
+    run: Path,
+    data: Path,
+    *,
+    batch: int,
+    precision: str,
+    predictions: Path | None,
+    per_class: Path | None,
+) -> dict[str, Any]:
+    """``fastat eval``: the metrics of a run or checkpoint on a packed set, by name.
+
+    Raises:
+        UserError: no checkpoint, no packed set, or no class that both have.
+        Failure: a damaged checkpoint or row.
+    """
+    device = default_device()
+    model, meta = load_model(run, device)
+    packed = PackedSet.open(data)
+    if packed.clip_samples != meta.clip_samples:
+        raise UserError(
+            f"the model reads clips of {meta.clip_samples} samples, {data} has {packed.clip_samples}"
+        )
+    match = match_classes(meta.classes, packed)
+    if match.note:
+        print(f"fastat: {match.note}", file=sys.stderr)
+    with progress("evaluating", packed.num_clips) as advance:
+        result = evaluate(
+            model,
+            build_frontend(meta).to(device),
+            packed,
+            PackedSource(packed, device),
+            match,
+            device=device,
+            precision=precision,
+            batch=batch,
+            on_batch=advance,
+        )
+    classes = [meta.classes[k] for k in match.model_columns]
+    if predictions is not None:
+        save_predictions(predictions, result, packed, classes)
+    if per_class is not None:
+        _write_per_class(per_class, result, classes)
+    m = result.metrics
+    return {
+        "mAP": m.mAP,
+        "AUC": m.AUC,
+        "d_prime": m.d_prime,
+        "eval_loss": result.loss,
+        "clips": len(result.rows),
+        "classes_scored": m.classes_scored,
+        "classes_without_positive": len(classes) - m.classes_scored,
+    }
+
+
+def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:
+    """CSV: id, name, positives, AP and AUC; empty where a class has no positive."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "name", "positives", "average_precision", "auc"])
+        positives = result.targets.sum(0)
+        ap, auc = result.metrics.average_precision, result.metrics.auc
+        for c, n, *scores in zip(classes, positives, ap, auc, strict=True):
+            writer.writerow([c.id, c.name, n, *("" if np.isnan(x) else f"{x:.6f}" for x in scores)])

@@ -1,0 +1,142 @@
+"""Whole files, whatever their length: their samples, their log-mel, and ``fastat extract``."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastat.atomic import atomic_path
+from fastat.data.decode import BadAudio, decode, to_int16
+from fastat.errors import Failure, UserError, nearest
+from fastat.features import FEATURES, Feature
+from fastat.frontend import INT16_SCALE, Frontend
+from fastat.progress import progress
+
+BLOCK_FRAMES = 1024
+"""Frames computed at a time: 20 MB of spectrum at 4096 points."""
+
+
+def read_waveform(path: Path) -> NDArray[np.int16]:
+    """All samples of a file, [S], mono at 16 kHz, as packing stores them. Raises BadAudio."""
+    return to_int16(decode(path))
+
+
+class BadFiles:
+    """Files that a command leaves out: one line each on standard error, a Failure at the end."""
+
+    def __init__(self, files: list[Path]) -> None:
+        if len(files) == 1 and not files[0].exists():
+            raise UserError(f"{files[0]} does not exist")
+        self.num_files = len(files)
+        self.lines: list[str] = []
+
+    def add(self, path: Path, reason: object) -> None:
+        """Reports ``path``; the only file of a command is left to ``finish``."""
+        self.lines.append(f"{path}: {reason}")
+        if self.num_files > 1:
+            print(f"fastat: {self.lines[-1]}", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Raises Failure if a file was bad."""
+        if self.num_files == 1 and self.lines:
+            raise Failure(self.lines[0])
+        if self.lines:
+            raise Failure(f"{len(self.lines)} of {self.num_files} files could not be used")
+
+
+def output_names(files: list[Path], prefix: str, suffix: str) -> list[str]:
+    """A name for each file's output: its stem between ``prefix`` and ``suffix``.
+
+    Raises:
+        UserError: two files would write the same output.
+    """
+    name, count = Counter(path.stem for path in files).most_common(1)[0]
+    if count > 1:
+        same = ", ".join(str(path) for path in files if path.stem == name)
+        raise UserError(f"{count} files would be written to {prefix}{name}{suffix}: {same}")
+    return [f"{prefix}{path.stem}{suffix}" for path in files]
+
+
+def log_mel_blocks(
+    waveform: NDArray[np.int16], feature: Feature, num_frames: int
+) -> Iterator[NDArray[np.float32]]:
+    """The first ``num_frames`` frames of [S] int16 samples, in blocks [t, F]: little memory.
+
+    The samples' mean is removed first; they are followed by silence. Equal to one ``Frontend`` over
+    the whole length, up to float32's last digits.
+    """
+    # Frames that a clip's edge reaches into are computed in the block before or after.
+    margin = 0 if feature.kaldi else -(-feature.window_samples // (2 * feature.hop_samples))
+    samples = (BLOCK_FRAMES + 2 * margin) * feature.hop_samples
+    if feature.kaldi:
+        samples += feature.window_samples - feature.hop_samples
+    frontend = Frontend(feature.name, clip_samples=samples)
+    mean = float(waveform.mean(dtype=np.float64)) if len(waveform) else 0.0
+    for frame in range(0, num_frames, BLOCK_FRAMES):
+        start = (frame - margin) * feature.hop_samples
+        inside = waveform[max(start, 0) : max(start + samples, 0)]
+        block = np.zeros((1, samples), np.float32)
+        offset = max(-start, 0)
+        block[0, offset : offset + len(inside)] = (inside - mean) * INT16_SCALE
+        frames = min(BLOCK_FRAMES, num_frames - frame)
+        yield frontend.log_mel(torch.from_numpy(block))[0, margin : margin + frames].numpy()
+
+
+def extract(waveform: NDArray[np.int16], feature: Feature) -> NDArray[np.float32]:
+    """[S] int16 -> [T, F]: what a front end for clips of S samples computes, before normalisation.
+
+    Ten seconds give 400 frames of 64, or 1024 of 128. The mean is removed over the whole file;
+    fbank128 ends with frames of zeros, up to a multiple of 128, as in training.
+
+    Raises:
+        BadAudio: the samples do not fill one frame.
+    """
+    num_frames = feature.num_frames(len(waveform))
+    if num_frames < 1:
+        raise BadAudio("empty", f"{len(waveform)} samples hold no frame of {feature.name}")
+    out = np.zeros((num_frames, feature.num_mels), np.float32)
+    at = 0
+    for block in log_mel_blocks(
+        waveform, feature, feature.real_frames(len(waveform), len(waveform))
+    ):
+        out[at : at + len(block)] = block
+        at += len(block)
+    return out
+
+
+def extract_files(files: list[Path], feature: str, out: Path) -> None:
+    """``fastat extract``: each file's features to ``out``/<stem>.npy, [T, F] float32.
+
+    Raises:
+        UserError: an unknown feature, two files of one stem, or the only file does not exist.
+        Failure: some files could not be read (the others are written), or a write failed.
+    """
+    if feature not in FEATURES:
+        raise UserError(f"unknown feature {feature!r}{nearest(feature, FEATURES)}")
+    names = output_names(files, "", ".npy")
+    bad = BadFiles(files)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out takes a folder, {out} is a file")
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    many = len(files) > 1
+    with progress("extracting", len(files), "files") if many else nullcontext() as advance:
+        for path, name in zip(files, names, strict=True):
+            try:
+                features = extract(read_waveform(path), FEATURES[feature])
+            except BadAudio as error:
+                bad.add(path, error)
+            else:
+                with atomic_path(out / name) as temporary, temporary.open("wb") as file:
+                    np.save(file, features)
+                written.append(f"{out / name}  {len(features)} x {features.shape[1]}")
+            if advance is not None:
+                advance()
+    if written:
+        print("\n".join(written))
+    bad.finish()

@@ -1,0 +1,71 @@
+"""Fused Adam: NVIDIA apex's where it is importable on CUDA, torch's otherwise."""
+
+import importlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def create_adam(
+    params: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    device: torch.device,
+) -> tuple[torch.optim.Optimizer, str]:
+    """Adam (L2 weight decay, as in the paper's code), and a line that says whose it is."""
+    if device.type == "cuda":
+        fused_adam, why = _apex_fused_adam()
+        if fused_adam is not None:
+            apex_adam = fused_adam(
+                list(params), lr=lr, betas=betas, weight_decay=weight_decay, adam_w_mode=False
+            )
+            return apex_adam, "NVIDIA apex FusedAdam"
+    else:
+        why = "apex needs CUDA"
+    optimizer = torch.optim.Adam(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    return optimizer, f"torch fused Adam ({why})"
+
+
+def _apex_fused_adam() -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
+    """apex.optimizers.FusedAdam, or None and the reason it cannot be had."""
+    try:
+        apex = importlib.import_module("apex")
+    except ImportError:
+        return None, "NVIDIA apex is not installed"
+    try:
+        return importlib.import_module("apex.optimizers").FusedAdam, ""
+    except (ImportError, AttributeError):
+        where = getattr(apex, "__file__", None) or "an unknown place"
+        return None, (
+            f"the package 'apex' at {where} is not NVIDIA's: it has no apex.optimizers.FusedAdam; "
+            "PyPI's 'apex' is something else"
+        )
+
+
+def finite_flag(loss: Tensor, params: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Whether a step may be taken, and the gradient's norm; both stay on the device.
+
+    Returns:
+        found_inf: scalar float32, 1 when the loss or a gradient is not finite, else 0.
+        norm: scalar float32, the 2-norm of all gradients.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    found_inf = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+    return found_inf, norm
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """One optimizer step that leaves weights and state alone where ``found_inf`` is 1.
+
+    torch's fused Adam reads the flag on the device. apex's has no such argument outside a gradient
+    scaler, so there the host looks at it first, which waits for the device.
+    """
+    if isinstance(optimizer, torch.optim.Adam):
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not found_inf.item():
+        optimizer.step()

@@ -1,0 +1,282 @@
+"""Tags of audio files of any length, rate and format: ``fastat predict``.
+
+A file is rounded to int16 as in packing and cut into windows of the length the model was trained
+on. A window is scored as an evaluation clip is, in float32 on any device. The file's probability of
+a class is the largest of its windows': AudioSet tags a clip with what is heard anywhere in it, and
+so is a file tagged. The mean over the windows, which says how much of the file a tag fills, stands
+beside it.
+"""
+
+import json
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from fastat.checkpoint import ModelMeta, build_frontend, load_model
+from fastat.data.decode import BadAudio
+from fastat.errors import UserError
+from fastat.evaluate import default_device
+from fastat.extract import BadFiles, output_names, read_waveform
+from fastat.features import FEATURES
+from fastat.frontend import Frontend
+from fastat.progress import progress
+
+BATCH = 16
+"""Windows scored at a time."""
+
+LONG_FILE = 4 * BATCH
+"""Windows from which a file gets a progress display of its own."""
+
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 32
+
+
+def window_starts(num_samples: int, window: int, hop: int) -> NDArray[np.int64]:
+    """First samples of the windows over ``num_samples``, [W], at least one.
+
+    Every ``hop`` samples, as long as the window ends before the file does; the last window ends
+    with the file, so that it too is full. A file of up to a window has one, which it may not fill.
+    """
+    last = num_samples - window
+    if last <= 0:
+        return np.zeros(1, np.int64)
+    return np.append(np.arange(0, last, hop, dtype=np.int64), last)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about a file. W windows, K classes."""
+
+    path: Path
+    seconds: float
+    starts: NDArray[np.float64]  # [W] seconds
+    ends: NDArray[np.float64]  # [W] seconds
+    probabilities: NDArray[np.float32]  # [W, K]
+
+    @cached_property
+    def overall(self) -> NDArray[np.float32]:
+        """[K] probability that the class is anywhere in the file."""
+        best: NDArray[np.float32] = self.probabilities.max(0)
+        return best
+
+    def strongest(self, top: int) -> list[int]:
+        """The ``top`` classes of the file, the most probable first."""
+        return _strongest(self.overall, top)
+
+
+def _strongest(probabilities: NDArray[np.float32], top: int) -> list[int]:
+    order: list[int] = np.argsort(-probabilities, kind="stable")[:top].tolist()
+    return order
+
+
+class Tagger:
+    """A trained model, ready for waveforms of any length."""
+
+    def __init__(self, run: Path) -> None:
+        """Raises UserError where there is no checkpoint, Failure for a damaged one."""
+        self.device = default_device()
+        self.model: nn.Module
+        self.meta: ModelMeta
+        self.model, self.meta = load_model(run, self.device)
+        self.frontend: Frontend = build_frontend(self.meta).to(self.device)
+        self.sample_rate = FEATURES[self.meta.feature].sample_rate
+
+    @torch.inference_mode()
+    def tag(
+        self,
+        path: Path,
+        waveform: NDArray[np.int16],  # [S]
+        *,
+        hop_seconds: float | None = None,
+        show_progress: bool = False,
+    ) -> Prediction:
+        """Scores the windows of ``waveform``; ``hop_seconds`` apart, by default end to end."""
+        window = self.meta.clip_samples
+        hop = window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
+        starts = window_starts(len(waveform), window, hop)
+        ends = np.minimum(starts + window, len(waveform))
+        num_samples = torch.from_numpy(ends - starts)
+        logits = []
+        bar = progress(f"tagging {path.name}", len(starts), "windows")
+        with bar if show_progress and len(starts) >= LONG_FILE else nullcontext() as advance:
+            for i in range(0, len(starts), BATCH):
+                part = slice(i, i + BATCH)
+                batch = torch.zeros((len(starts[part]), window), dtype=torch.int16)
+                for row, start, end in zip(batch, starts[part], ends[part], strict=True):
+                    row[: end - start] = torch.from_numpy(waveform[start:end])
+                features = self.frontend(batch.to(self.device), num_samples[part].to(self.device))
+                logits.append(self.model(features).float().cpu())
+                if advance is not None:
+                    advance(len(batch))
+        return Prediction(
+            path=path,
+            seconds=len(waveform) / self.sample_rate,
+            starts=starts / self.sample_rate,
+            ends=ends / self.sample_rate,
+            probabilities=torch.cat(logits).sigmoid().numpy(),
+        )
+
+
+def predict_files(
+    run: Path,
+    files: list[Path],
+    *,
+    top: int,
+    hop_seconds: float | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """``fastat predict``: the tags of each file on standard output, and its picture.
+
+    With several files each has a picture of its own, <plot>-<stem>.png.
+
+    Raises:
+        UserError: a value out of range, no checkpoint, or the only file does not exist.
+        Failure: some files could not be read (the others are tagged), or a picture not written.
+    """
+    if top < 1:
+        raise UserError(f"--top must be at least 1, got {top}")
+    if hop_seconds is not None and not 0 < hop_seconds < math.inf:
+        raise UserError(f"--hop-seconds must be a positive number, got {hop_seconds}")
+    pictures = [None] * len(files) if plot is None else _pictures(files, plot)
+    bad = BadFiles(files)
+    tagger = Tagger(run)
+    documents: list[dict[str, Any]] = []
+    # Tables appear as files are done, a JSON document only at the end: it needs a progress display.
+    over_files = as_json and len(files) > 1
+    bar = progress("tagging", len(files), "files")
+    with bar if over_files else nullcontext() as advance:
+        for path, picture in zip(files, pictures, strict=True):
+            try:
+                waveform = read_waveform(path)
+            except BadAudio as error:
+                bad.add(path, error)
+                documents.append(
+                    {"file": str(path), "error": str(error), "tags": [], "windows": []}
+                )
+            else:
+                found = tagger.tag(
+                    path, waveform, hop_seconds=hop_seconds, show_progress=not over_files
+                )
+                if picture is not None:
+                    from fastat.plot import plot_prediction  # matplotlib takes half a second
+
+                    plot_prediction(picture, found, waveform, tagger.meta, top)
+                if as_json:
+                    documents.append(as_document(found, tagger.meta, top))
+                else:
+                    _show(found, tagger.meta, top, first=path is files[0])
+            if advance is not None:
+                advance()
+    if as_json:
+        print(json.dumps(documents))
+    bad.finish()
+
+
+def _pictures(files: list[Path], plot: Path) -> list[Path]:
+    """Where each file's picture goes; an impossible place is found before any work is done."""
+    if plot.suffix.lower() != ".png":
+        raise UserError(f"--plot writes PNG: expected a name that ends in .png, got {plot}")
+    if not plot.parent.is_dir():
+        raise UserError(f"--plot: the folder {plot.parent} does not exist")
+    if len(files) == 1:
+        paths = [plot]
+    else:
+        paths = [plot.with_name(n) for n in output_names(files, f"{plot.stem}-", plot.suffix)]
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"--plot: {path} is a folder")
+    return paths
+
+
+# --------------------------------------------------------------------------------------- output
+def as_document(found: Prediction, meta: ModelMeta, top: int) -> dict[str, Any]:
+    """What ``--json`` says about a file: its ``top`` tags, and those of every window."""
+
+    def tags(probabilities: NDArray[np.float32]) -> list[dict[str, Any]]:
+        return [
+            meta.classes[k]._asdict() | {"probability": float(probabilities[k])}
+            for k in _strongest(probabilities, top)
+        ]
+
+    mean = found.probabilities.mean(0)
+    strongest = found.strongest(top)
+    windows = zip(found.starts, found.ends, found.probabilities, strict=True)
+    return {
+        "file": str(found.path),
+        "seconds": found.seconds,
+        "tags": [
+            tag | {"mean_probability": float(mean[k])}
+            for tag, k in zip(tags(found.overall), strongest, strict=True)
+        ],
+        "windows": [
+            {"start": float(start), "end": float(end), "tags": tags(p)} for start, end, p in windows
+        ],
+    }
+
+
+def clock(seconds: float) -> str:
+    """A time in a file: 0:07, 12:30, 1:02:03; tenths below ten seconds that are not whole."""
+    if seconds < 10 and seconds != int(seconds):
+        return f"0:{seconds:04.1f}"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def sparkline(values: NDArray[np.float32], width: int = SPARKLINE_WIDTH) -> str:
+    """Probabilities over time, [W], as at most ``width`` bars; each is the largest of its share."""
+    parts = np.array_split(values, min(width, len(values)))
+    return "".join(SPARKS[min(int(part.max() * len(SPARKS)), len(SPARKS) - 1)] for part in parts)
+
+
+def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
+    """Prints a file's tags: a table on a terminal, plain text elsewhere."""
+    count = len(found.starts)
+    windows = "1 window" if count == 1 else f"{count} windows"
+    length = f"{found.seconds:.3g} s" if found.seconds < 10 else clock(found.seconds)
+    # A file name may hold bytes that are no text.
+    name = str(found.path).encode(errors="replace").decode()
+    if not first:
+        print()
+    if not sys.stdout.isatty():
+        print(f"{name}  ({length}, {windows})")
+        for k in found.strongest(top):
+            peak = int(found.probabilities[:, k].argmax())
+            when = f"{clock(found.starts[peak])}-{clock(found.ends[peak])}"
+            print(
+                f"  {found.overall[k]:.3f}  {when if count > 1 else '':>11}  {meta.classes[k].name}"
+            )
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
+    table.title = Text.assemble((name, "bold"), (f"  {length}, {windows}", "dim"))
+    table.add_column("tag", overflow="ellipsis", no_wrap=True)
+    table.add_column("", width=20)
+    table.add_column("prob.", justify="right")
+    if count > 1:
+        table.add_column("mean", justify="right", style="dim")
+        table.add_column(f"0:00 to {length}", no_wrap=True, style="cyan")
+        table.add_column("peak", justify="right")
+    for k in found.strongest(top):
+        p = float(found.overall[k])
+        cells: list[Text | Bar | str] = [Text(meta.classes[k].name), Bar(1.0, 0.0, p, color="cyan")]
+        cells.append(f"{p:.3f}")
+        if count > 1:
+            over_time = found.probabilities[:, k]
+            cells += [f"{over_time.mean():.3f}", sparkline(over_time)]
+            cells.append(clock(found.starts[over_time.argmax()]))
+        table.add_row(*cells)
+    Console(file=sys.stdout, highlight=False).print(table)

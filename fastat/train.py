@@ -1,0 +1,520 @@
+"""The trainer: read it from top to bottom."""
+
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from fastat.atomic import atomic_write_text
+from fastat.checkpoint import (
+    ModelMeta,
+    build_frontend,
+    find_checkpoint,
+    load_trainer_state,
+    load_weights,
+    save_checkpoint,
+)
+from fastat.config import TrainConfig
+from fastat.data.loader import PackedSource, Source
+from fastat.data.sampler import Sampler, balanced_weights
+from fastat.data.shards import PackedSet
+from fastat.display import Display, Status
+from fastat.errors import Failure, UserError
+from fastat.evaluate import (
+    Evaluation,
+    autocast,
+    default_device,
+    evaluate,
+    match_classes,
+    save_predictions,
+)
+from fastat.features import FEATURES
+from fastat.metrics import TaggingMetrics
+from fastat.models import IMAGENET_MODELS
+from fastat.optim import create_adam, finite_flag, guarded_step
+from fastat.procedures import PROCEDURES
+from fastat.schedule import lr_factor
+
+
+class Interrupted(Exception):
+    """A signal ended the run, after a checkpoint was saved."""
+
+    def __init__(self, signum: int) -> None:
+        self.exit_code = 128 + signum
+
+
+@dataclass
+class Progress:
+    """Where a run is; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_map: float = -math.inf
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """Over the steps done of the current epoch."""
+    train_seconds: float = 0.0
+    """Of the current epoch: training alone."""
+    wait_seconds: float = 0.0
+    """Of the current epoch: waiting for data."""
+
+
+def train(
+    config: TrainConfig, run: Path, notes: list[str], *, resume: bool
+) -> TaggingMetrics | None:
+    """Trains ``config`` into the folder ``run``; returns the last epoch's metrics, if any.
+
+    Raises:
+        UserError: data, model and options do not fit together.
+        Failure: a damaged row, a full disk, a loss that is not finite.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+    """
+    with Display() as display, StopSignals() as stop:
+        for note in notes:
+            display.note(note)
+        return Trainer(config, run, display, stop, resume=resume).run_epochs()
+
+
+class Trainer:
+    """One training run on one device."""
+
+    def __init__(
+        self, config: TrainConfig, run: Path, display: Display, stop: "StopSignals", *, resume: bool
+    ) -> None:
+        self.config, self.run, self.display, self.stop = config, run, display, stop
+        _check_weights_exist(config)
+        torch.manual_seed(config.seed)
+        self.device = default_device()
+
+        # ---- data
+        self.train_set = PackedSet.open(config.data)
+        self.eval_set = None if config.eval is None else PackedSet.open(config.eval)
+        feature = FEATURES[config.feature]
+        num_frames = feature.num_frames(self.train_set.clip_samples)
+        stats = self.train_set.stats[feature.name] if config.statistics == "set" else feature
+        self.meta = ModelMeta(
+            model=config.model,
+            feature=feature.name,
+            clip_seconds=self.train_set.clip_samples / feature.sample_rate,
+            num_mels=feature.num_mels,
+            num_frames=num_frames,
+            mean=stats.mean,
+            std=stats.std,
+            classes=self.train_set.classes,
+            options=config.model_options,
+            remove_mean=config.remove_mean,
+            normalize=config.normalize,
+        )
+        self.match = None
+        if self.eval_set is not None:
+            if self.eval_set.clip_samples != self.train_set.clip_samples:
+                raise UserError(
+                    f"clips of {config.data} have {self.train_set.clip_samples} samples, "
+                    f"those of {config.eval} {self.eval_set.clip_samples}: pack both alike"
+                )
+            self.match = match_classes(self.meta.classes, self.eval_set)
+            if self.match.note:
+                display.note(self.match.note)
+        self.frontend = build_frontend(self.meta).to(self.device)
+        self.source, usable = self._open_source(self.train_set, config.batch)
+        self.eval_source, self.eval_rows = None, None
+        if self.eval_set is not None:
+            self.eval_source, eval_usable = self._open_source(self.eval_set, config.eval_batch)
+            self.eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
+        balanced = balanced_weights(self.train_set.target_bits, self.train_set.label_counts)
+        self.sampler = Sampler(
+            self.train_set.num_clips,
+            config.batch,
+            seed=config.seed,
+            num_frames=num_frames,
+            num_mels=feature.num_mels,
+            weights=balanced if config.balance else None,
+            usable=usable,
+            mixup=config.mixup,
+            mixup_alpha=config.mixup_alpha,
+            time_mask=config.time_mask,
+            freq_mask=config.freq_mask,
+        )
+
+        # ---- model
+        self.raw_model = self.meta.create().to(self.device).to(memory_format=torch.channels_last)
+        self.model = self.raw_model
+        if config.compile:
+            self.model = cast(nn.Module, torch.compile(self.raw_model))
+        self.params = list(self.raw_model.parameters())
+        self.optimizer, whose = create_adam(
+            self.params,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            device=self.device,
+        )
+
+        # ---- where it stands
+        self.progress = Progress()
+        self.pending: deque[tuple[int, NDArray[np.int64], Tensor]] = deque()
+        if resume and (run / "checkpoints" / "last").exists():
+            self._restore()
+        self.total_steps = self.sampler.steps_per_epoch * config.epochs
+        self.last_step = min(self.total_steps, config.steps or self.total_steps)
+        self._open_run_folder()
+        size = sum(p.numel() for p in self.params)
+        display.note(
+            f"{config.model}: {size:,} parameters, {config.proc}, {feature.name} "
+            f"{feature.num_mels} x {num_frames}, {config.precision} on {device_name(self.device)}, {whose}"
+        )
+        display.note(
+            f"{self.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: {config.epochs} epochs of "
+            f"{self.sampler.steps_per_epoch:,} steps, batch {config.batch}, LR {config.lr:g} -> {run}"
+        )
+        if self.eval_set is None:
+            display.note("no --eval set: training without scoring")
+
+    def _open_source(
+        self, packed: PackedSet, batch: int
+    ) -> tuple[Source, NDArray[np.bool_] | None]:
+        """A source of batches of ``packed``, and the clips it can deliver (None: all)."""
+        if self.config.source == "packed":
+            return PackedSource(packed, self.device), None
+        from fastat.data.dali import DaliSource  # DALI is heavy, and only needed here
+
+        source = DaliSource(
+            packed,
+            self.config.feature,
+            batch=batch,
+            threads=os.cpu_count() or 1,
+            device=self.device,
+            max_bad=self.config.max_bad,
+            remove_mean=self.config.remove_mean,
+        )
+        if source.bad:
+            row, path, reason = source.bad[0]
+            self.display.note(
+                f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}"
+            )
+        return source, source.usable
+
+    # ------------------------------------------------------------------ epochs
+    def run_epochs(self) -> TaggingMetrics | None:
+        """Trains from where the run stands to its end."""
+        steps = self.sampler.steps_per_epoch
+        metrics = None
+        with SummaryWriter(str(self.run / "tb"), purge_step=self.progress.step) as self.tensorboard:
+            if self.progress.step >= self.last_step:
+                self.display.note(
+                    f"{self.run} has its {self.last_step:,} steps: nothing left to train"
+                )
+            while self.progress.step < self.last_step:
+                epoch = self.progress.step // steps
+                self._train_epoch(epoch)
+                evaluation = self._evaluate()
+                metrics = evaluation.metrics if evaluation else None
+                self._finish_epoch(epoch, evaluation)
+        self.source.close()
+        if self.eval_source is not None:
+            self.eval_source.close()
+        return metrics
+
+    def _train_epoch(self, epoch: int) -> None:
+        """The rest of an epoch, from the run's current step."""
+        c, p = self.config, self.progress
+        steps = self.sampler.steps_per_epoch
+        end = min((epoch + 1) * steps, self.last_step)
+        self.model.train()
+        batches = self.source.batches(
+            self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end)
+        )
+        while p.step < end:
+            started = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - started
+
+            lr = c.lr * lr_factor(
+                p.step,
+                schedule=c.schedule,
+                warmup_steps=c.warmup_steps,
+                steps_per_epoch=steps,
+                epochs=c.epochs,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            features = batch.features(self.frontend)
+            with autocast(self.device, c.precision):
+                logits = self.model(features)
+            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target)
+            loss.backward()
+            found_inf, norm = finite_flag(loss.detach(), self.params)
+            guarded_step(self.optimizer, found_inf)
+            self.optimizer.zero_grad(set_to_none=True)
+            p.loss_sum += loss.detach()
+            p.step += 1
+            self._look_for_nonfinite(p.step, batch.rows, found_inf)
+
+            p.wait_seconds += waited
+            p.train_seconds += time.perf_counter() - started
+            if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
+                self._report(epoch, loss, norm, lr)
+            if self.stop.signum is not None:
+                self._look_for_nonfinite(flush=True)
+                self._save(best=False)
+                raise Interrupted(self.stop.signum)
+            if c.checkpoint_every_steps and p.step % c.checkpoint_every_steps == 0 and p.step < end:
+                self._look_for_nonfinite(flush=True)
+                self._save(best=False)
+        self._look_for_nonfinite(flush=True)
+
+    def _look_for_nonfinite(
+        self,
+        step: int = 0,
+        rows: NDArray[np.int64] | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        flush: bool = False,
+    ) -> None:
+        """Reads the flags of steps whose work is surely over: a step back on a GPU, at once on a CPU."""
+        if rows is not None and found_inf is not None:
+            self.pending.append((step, rows, found_inf))
+        keep = 1 if self.device.type == "cuda" and not flush else 0
+        while len(self.pending) > keep:
+            step, rows, flag = self.pending.popleft()
+            if flag.item():
+                names = ", ".join(self.train_set.names(rows))
+                raise Failure(
+                    f"the loss or a gradient is not finite at step {step}; that step was not taken. "
+                    f"Its clips: {names}"
+                )
+
+    def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        p, c = self.progress, self.config
+        done = p.step - epoch * self.sampler.steps_per_epoch
+        rate = done * c.batch / p.train_seconds
+        self.tensorboard.add_scalar("train/loss", loss.item(), p.step)
+        self.tensorboard.add_scalar("train/grad_norm", norm.item(), p.step)
+        self.tensorboard.add_scalar("train/lr", lr, p.step)
+        self.display.status(
+            Status(
+                epoch=epoch + 1,
+                epochs=c.epochs,
+                step=p.step,
+                total_steps=self.last_step,
+                loss=p.loss_sum.item() / done,
+                lr=lr,
+                clips_per_s=rate,
+                data_wait=p.wait_seconds / p.train_seconds,
+                seconds_left=(self.last_step - p.step) * c.batch / rate,
+            )
+        )
+
+    def _evaluate(self) -> Evaluation | None:
+        if self.eval_set is None or self.eval_source is None or self.match is None:
+            return None
+        return evaluate(
+            self.model,
+            self.frontend,
+            self.eval_set,
+            self.eval_source,
+            self.match,
+            device=self.device,
+            precision=self.config.precision,
+            batch=self.config.eval_batch,
+            rows=self.eval_rows,
+        )
+
+    def _finish_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
+        """Records the epoch, saves it, and starts the next one's sums."""
+        p, c = self.progress, self.config
+        steps = self.sampler.steps_per_epoch
+        done = p.step - epoch * steps
+        line: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": p.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": p.loss_sum.item() / done,
+            "clips_per_s": done * c.batch / p.train_seconds,
+            "data_wait_fraction": p.wait_seconds / p.train_seconds,
+            "epoch_s": p.train_seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+        best = False
+        text = f"epoch {epoch + 1}/{c.epochs}  train loss {line['train_loss']:.4f}"
+        if evaluation is not None:
+            m = evaluation.metrics
+            line |= {
+                "eval_loss": evaluation.loss,
+                "mAP": m.mAP,
+                "AUC": m.AUC,
+                "d_prime": m.d_prime,
+                "classes_scored": m.classes_scored,
+            }
+            best = m.mAP > p.best_map
+            p.best_map = max(p.best_map, m.mAP)
+            text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}  d' {m.d_prime:.3f}"
+            if m.classes_scored < len(self.meta.classes):
+                text += f"  ({m.classes_scored} of {len(self.meta.classes)} classes scored)"
+        text += f"  {line['clips_per_s']:.1f} clips/s  data wait {line['data_wait_fraction']:.1%}"
+        for name, value in line.items():
+            if name not in ("epoch", "step"):
+                self.tensorboard.add_scalar(f"epoch/{name}", value, epoch + 1)
+        if done == steps:  # an epoch that --steps cut short goes on from its sums on resume
+            p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
+        with (self.run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if evaluation is not None and best:
+            assert self.eval_set is not None and self.match is not None
+            classes = [self.meta.classes[k] for k in self.match.model_columns]
+            save_predictions(self.run / "predictions.h5", evaluation, self.eval_set, classes)
+        self._save(best=best)
+        self.display.note(text + ("  *" if best else ""))
+
+    # -------------------------------------------------------------- the run folder
+    def _open_run_folder(self) -> None:
+        """config.json and env.json; drops the metrics of epochs that are trained again."""
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.config.save(self.run / "config.json")
+            atomic_write_text(
+                self.run / "env.json", json.dumps(environment(self.device), indent=1) + "\n"
+            )
+            metrics = self.run / "metrics.jsonl"
+            if metrics.exists() and self.progress.step < self.last_step:
+                whole = self.progress.step // self.sampler.steps_per_epoch
+                lines = [
+                    x for x in metrics.read_text().splitlines() if json.loads(x)["epoch"] <= whole
+                ]
+                atomic_write_text(metrics, "".join(x + "\n" for x in lines))
+        except OSError as error:
+            raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
+
+    def _save(self, *, best: bool) -> None:
+        p = self.progress
+        trainer = {
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(p),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "data": self.train_set.fingerprint,
+            "numerics": numerics(self.device),
+        }
+        epoch = p.step / self.sampler.steps_per_epoch
+        trained = {
+            "procedure": self.config.proc,
+            "step": p.step,
+            "epoch": epoch,
+            "best_mAP": p.best_map,
+        }
+        if not math.isfinite(p.best_map):
+            trained["best_mAP"] = None
+        meta = ModelMeta(**{**vars(self.meta), "trained": trained})
+        save_checkpoint(self.run / "checkpoints", p.step, self.raw_model, meta, trainer, best=best)
+
+    def _restore(self) -> None:
+        checkpoint = find_checkpoint(self.run, prefer="last")
+        state = load_trainer_state(checkpoint)
+        if state["data"] != self.train_set.fingerprint:
+            raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
+        load_weights(self.raw_model, checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.progress.loss_sum = self.progress.loss_sum.to(self.device)
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.display.note(f"resuming {self.run} at step {self.progress.step:,}")
+        if (now := numerics(self.device)) != state["numerics"]:
+            self.display.note(
+                f"numerics changed from {state['numerics']} to {now}: "
+                "the run goes on, not bit for bit as it would have"
+            )
+
+
+# ------------------------------------------------------------------------------------- parts
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _remember(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = signum
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def _check_weights_exist(config: TrainConfig) -> None:
+    if PROCEDURES[config.proc].pretrained and config.model not in IMAGENET_MODELS:
+        raise UserError(
+            f"{config.proc} starts from ImageNet weights, and none exist for {config.model} "
+            "(a dash in the paper's Table 2); use A2 or A4"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def numerics(device: torch.device) -> str:
+    """What bit-identical resuming depends on, beside the configuration."""
+    return f"{device_name(device)}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory: the allocator's on a GPU, the process's resident set otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """``env.json``: versions, device, and the commit when run from a source tree."""
+    versions: dict[str, str | None] = {}
+    for name in (
+        "fastat",
+        "torch",
+        "triton",
+        "numpy",
+        "h5py",
+        "soundfile",
+        "soxr",
+        "nvidia-dali-cuda130",
+    ):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(device),
+        "numerics": numerics(device),
+        "commit": git.stdout.strip() or None,
+    }

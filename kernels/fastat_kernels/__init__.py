@@ -1,0 +1,1 @@
+"""fastat's operators, each usable alone."""
