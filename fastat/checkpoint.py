@@ -133,7 +133,8 @@ def find_checkpoint(path: Path | str, prefer: str = "best") -> Path:
             return candidate
     if path.is_file() and path.suffix in (".pt", ".pth", ".pkl", ".ckpt", ".bin"):
         raise UserError(
-            f"{path} is a pickle, which can run code when loaded: refused; expected a run folder or a checkpoint folder with model.safetensors"
+            f"{path} is a pickle, which can run code when loaded: refused; "
+            "expected a run folder, or a checkpoint folder with model.safetensors"
         )
     what = "is not" if path.exists() else "does not exist: expected"
     raise UserError(f"{path} {what} a run folder or a checkpoint (no model.json in it)")

@@ -1,9 +1,10 @@
-"""The commands. A user's mistake is one line and exit code 2; a failure one line and exit code 1."""
+"""The commands. A user's mistake is one line, exit code 2; a failure one line, exit code 1."""
 
 import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,9 +72,7 @@ def demo(
     from fastat.data.demo import make_demo
 
     make_demo(out, seed)
-    print(
-        f"practice set in {out}: train_segments.csv, eval_segments.csv, class_labels_indices.csv, audio/"
-    )
+    print(f"{out}: train_segments.csv, eval_segments.csv, class_labels_indices.csv, audio/")
 
 
 @app.command()
@@ -81,7 +80,7 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="AudioSet segments CSV, AST data JSON, CSV with path and labels, or a folder of class folders."
+            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, or class folders."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the packed set.")],
@@ -139,9 +138,19 @@ def pack(
         seed=seed,
     )
     if json_:
-        print(json.dumps(summary.as_json()))
-    else:
-        print(summary.text())
+        print(json.dumps(asdict(summary), default=str))
+        return
+    done = "already packed" if summary.already_packed else "packed"
+    print(f"{done}: {summary.clips:,} clips in {summary.shards} shards, {summary.directory}")
+    if summary.eval_directory is not None:
+        print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
+    if summary.bad:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in summary.bad_reasons.items())
+        print(f"bad files: {summary.bad} ({reasons}), listed in {summary.directory / 'bad.csv'}")
+    if summary.empty_classes:
+        names = ", ".join(summary.empty_classes[:5])
+        more = ", ..." if len(summary.empty_classes) > 5 else ""
+        print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
 
 
 def practice_sets() -> tuple[Path, Path]:
@@ -359,8 +368,6 @@ def extract(
 @app.command()
 def procs(json_: Json = False) -> None:
     """Show the four procedures of the paper's Table 1."""
-    from dataclasses import asdict
-
     from fastat.procedures import PROCEDURES
 
     if json_:

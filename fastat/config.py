@@ -1,4 +1,4 @@
-"""A training run's configuration: the procedure, the data's size and the user's overrides, resolved.
+"""A training run's configuration: procedure, size of the data and the user's overrides, resolved.
 
 Imports no torch, so that a mistake on the command line is answered at once.
 """
@@ -180,10 +180,9 @@ def _sized(
                 f"a small set ({num_clips:,} clips): {', '.join(changed)}; LR stays {p.lr:g}"
             )
     elif overrides.get("batch", p.batch) != p.batch and "lr" not in overrides:
-        values["lr"] = p.lr * overrides["batch"] / p.batch
-        notes.append(
-            f"LR {values['lr']:g}: {p.lr:g} scaled with the batch ({p.batch} -> {overrides['batch']})"
-        )
+        batch = overrides["batch"]
+        values["lr"] = p.lr * batch / p.batch
+        notes.append(f"LR {values['lr']:g}: {p.lr:g} scaled with the batch ({p.batch} -> {batch})")
     return values
 
 
@@ -237,7 +236,8 @@ def resumed(
     Raises:
         UserError: an option that changes the mathematics differs from the stored one.
     """
-    given = {k: v for k, v in {"proc": proc, "model": model, **overrides}.items() if v is not None}
+    named = {k: v for k, v in {"proc": proc, "model": model}.items() if v is not None}
+    given = named | overrides
     if "model_options" in given:
         given["model_options"] = stored.model_options | given["model_options"]
     for key, value in given.items():

@@ -19,19 +19,15 @@ from fastat.atomic import atomic_path
 from fastat.checkpoint import build_frontend, load_model
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
+from fastat.environment import default_device
 from fastat.errors import UserError
 from fastat.frontend import Frontend
 from fastat.metrics import TaggingMetrics, tagging_metrics
 from fastat.progress import progress
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The model's arithmetic: bfloat16 where it is safe ("bf16"), or float32 throughout ("fp32")."""
+    """The model's arithmetic: bfloat16 where that is safe ("bf16"), or float32 ("fp32")."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -114,7 +110,7 @@ def evaluate(
 def save_predictions(
     path: Path, result: Evaluation, packed: PackedSet, classes: list[ClassInfo]
 ) -> None:
-    """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], class ids and names."""
+    """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], the classes."""
     text = h5py.string_dtype()
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file["probability"] = result.probabilities
@@ -144,7 +140,8 @@ def evaluate_checkpoint(
     packed = PackedSet.open(data)
     if packed.clip_samples != meta.clip_samples:
         raise UserError(
-            f"the model reads clips of {meta.clip_samples} samples, {data} has {packed.clip_samples}"
+            f"the model reads clips of {meta.clip_samples} samples, "
+            f"those of {data} have {packed.clip_samples}"
         )
     match = match_classes(meta.classes, packed)
     if match.note:

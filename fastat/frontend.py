@@ -114,8 +114,8 @@ class Frontend(nn.Module):
         partners of ``augment``; a mixed clip keeps its own length, its partner is cut or padded
         with silence to it.
 
-        Raises ValueError for other shapes and dtypes, and for ``num_samples`` outside 0..S where
-        the counts lie on the CPU (elsewhere looking would stall the device).
+        Raises ValueError for other shapes, dtypes and devices, and for ``num_samples`` outside 0..S
+        where the counts lie on the CPU (elsewhere looking would stall the device).
         """
         num_clips = self._check(waveform, num_samples, augment)
         with _plain_float32(waveform.device):
@@ -145,14 +145,16 @@ class Frontend(nn.Module):
         Raises ValueError for shapes that do not fit.
         """
         num_frames, num_mels = self.num_frames, self.feature.num_mels
-        _expect("log_mel", log_mel, (log_mel.shape[0], num_frames, num_mels))
-        rows = log_mel.shape[0]
+        if log_mel.ndim != 3 or log_mel.shape[1:] != (num_frames, num_mels):
+            raise ValueError(
+                f"log_mel: expected [B, {num_frames}, {num_mels}], got {list(log_mel.shape)}"
+            )
+        rows, device = log_mel.shape[0], log_mel.device
         if num_samples is not None:
-            _expect("num_samples", num_samples, (rows,))
+            _expect("num_samples", num_samples, (rows,), device)
         if augment is not None:
-            _expect("time_mask", augment.time_mask, (rows, 2))
-            _expect("freq_mask", augment.freq_mask, (rows, 2))
-        device = log_mel.device
+            _expect("time_mask", augment.time_mask, (rows, 2), device)
+            _expect("freq_mask", augment.freq_mask, (rows, 2), device)
         with _plain_float32(device):
             x = log_mel
             frame = torch.arange(num_frames, device=device)
@@ -216,7 +218,7 @@ class Frontend(nn.Module):
             raise ValueError(f"waveform: expected int16 or float32, got {waveform.dtype}")
         rows = waveform.shape[0]
         if num_samples is not None:
-            _expect("num_samples", num_samples, (rows,))
+            _expect("num_samples", num_samples, (rows,), waveform.device)
             if num_samples.is_cpu and rows and not torch.compiler.is_compiling():
                 low, high = (int(n) for n in torch.aminmax(num_samples))
                 if low < 0 or high > self.clip_samples:
@@ -231,8 +233,8 @@ class Frontend(nn.Module):
             raise ValueError(
                 f"mix_into: expected at most one partner a clip, got {partners} for {num_clips}"
             )
-        _expect("mix_into", augment.mix_into, (partners,))
-        _expect("lam", augment.lam, (partners,))
+        _expect("mix_into", augment.mix_into, (partners,), waveform.device)
+        _expect("lam", augment.lam, (partners,), waveform.device)
         return num_clips
 
 
@@ -361,9 +363,11 @@ def _inside(index: Tensor, span: Tensor) -> Tensor:
     return (index >= start) & (index < start + span[:, 1:])
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if x.shape != shape or x.device != device:
+        raise ValueError(
+            f"{name}: expected {list(shape)} on {device}, got {list(x.shape)} on {x.device}"
+        )
 
 
 def _float32(x: NDArray[np.float64]) -> Tensor:

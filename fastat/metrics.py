@@ -16,7 +16,7 @@ class TaggingMetrics:
     mAP: float
     """Unweighted mean of the classes' average precision."""
     AUC: float
-    """Unweighted mean of the classes' area under the ROC curve; NaN when no class has a negative."""
+    """Unweighted mean of the areas under the ROC curve; NaN when no class has a negative."""
     d_prime: float
     """sqrt(2) times the normal quantile of AUC."""
     classes_scored: int

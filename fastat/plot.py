@@ -36,17 +36,24 @@ NAME_LENGTH = 34
 def plot_prediction(
     path: Path, found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: int
 ) -> None:
-    """Writes a PNG: log-mel of ``waveform`` [S] over the ``top`` tags, both over time.
+    """Writes the picture of a prediction as PNG. Raises Failure where it cannot be written."""
+    figure = draw(found, waveform, meta, top)
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png")
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}") from error
 
-    Raises:
-        Failure: the file cannot be written.
-    """
+
+def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: int) -> Figure:
+    """The log-mel of ``waveform`` [S] over the ``top`` tags, both over time."""
     feature = FEATURES[meta.feature]
     tags = found.strongest(min(top, MAX_TAGS))
     tag_height = 0.30 * len(tags) + 0.05
     mel_height, gap, head, foot = 2.9, 0.18, 0.62, 0.55  # inches
     height = head + mel_height + gap + tag_height + foot
-    left, right = 2.75, 0.95
+    names = [_short(meta.classes[k].name) for k in tags]
+    left, right = max(1.0, 0.75 + 0.073 * max(map(len, names))), 0.95  # room for the names
     width = 11.0
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
@@ -78,23 +85,20 @@ def plot_prediction(
         cax=axes(foot + tag_height + gap, mel_height, bar_left, 0.13),
         ticks=range(-80, 1, 20),
     )
-    bar.set_label("dB below peak", color=INK)
+    bar.set_label("dB re peak", color=INK)
 
     values, edges = timeline(found, tags)
     cells = tag_axes.pcolormesh(
         edges, np.arange(len(tags) + 1), values, cmap="YlGnBu", vmin=0.0, vmax=1.0, rasterized=True
     )
     tag_axes.set_ylim(len(tags), 0)
-    names = [_short(meta.classes[k].name) for k in tags]
-    tag_axes.set_yticks(
-        np.arange(len(tags)) + 0.5,
-        [f"{name}  {found.overall[k]:.2f}" for name, k in zip(names, tags, strict=True)],
-    )
+    if not _write_values(tag_axes, values, edges, found.seconds):
+        names = [f"{name}  {found.overall[k]:.2f}" for name, k in zip(names, tags, strict=True)]
+    tag_axes.set_yticks(np.arange(len(tags)) + 0.5, names)
     for label in tag_axes.get_yticklabels():
         label.set_parse_math(False)  # a dollar sign is a dollar sign
     for row in range(1, len(tags)):
         tag_axes.axhline(row, color="white", linewidth=2.0)
-    _write_values(tag_axes, values, edges, found.seconds)
     bar = figure.colorbar(
         cells,
         cax=axes(foot, tag_height, bar_left, 0.13),
@@ -114,17 +118,13 @@ def plot_prediction(
 
     y = 1.0 - 0.36 / height
     title = figure.text(
-        left / width, y, _short(found.path.name, 70), fontsize=13, fontweight="bold", color=INK
+        left / width, y, _short(found.path.name, 44), fontsize=13, fontweight="bold", color=INK
     )
     title.set_parse_math(False)
     count = len(found.starts)
     note = f"{_length(found.seconds)}, {count} window{'s' if count > 1 else ''}, {meta.model}"
     figure.text(1.0 - right / width, y, note, fontsize=9, color="#777777", ha="right")
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}") from error
+    return figure
 
 
 def mel_image(waveform: NDArray[np.int16], feature: Feature) -> tuple[NDArray[np.float32], float]:
@@ -179,11 +179,11 @@ def timeline(found: Prediction, tags: list[int]) -> tuple[NDArray[np.float64], N
 
 def _write_values(
     axes: Axes, values: NDArray[np.float64], edges: NDArray[np.float64], seconds: float
-) -> None:
-    """Numbers in the cells, where all are wide enough for two digits."""
-    widths = np.diff(edges)
-    if values.shape[1] > 16 or (widths < seconds / 24).any():
-        return
+) -> bool:
+    """Numbers in the cells if all are wide enough for two digits; whether they are."""
+    if (np.diff(edges) < seconds / 24).any():
+        return False
+    axes.vlines(edges[1:-1], 0, len(values), color="white", linewidth=1.0)
     for column, middle in enumerate((edges[1:] + edges[:-1]) / 2):
         for row, p in enumerate(values[:, column]):
             if not math.isnan(p):
@@ -191,6 +191,7 @@ def _write_values(
                 axes.text(
                     middle, row + 0.5, f"{p:.2f}", ha="center", va="center", fontsize=8, color=color
                 )
+    return True
 
 
 def _bin_of(hz: float, feature: Feature) -> float:

@@ -27,8 +27,8 @@ from torch import nn
 
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.decode import BadAudio
+from fastat.environment import default_device
 from fastat.errors import UserError
-from fastat.evaluate import default_device
 from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
@@ -229,8 +229,8 @@ def as_document(found: Prediction, meta: ModelMeta, top: int) -> dict[str, Any]:
 
 
 def clock(seconds: float) -> str:
-    """A time in a file: 0:07, 12:30, 1:02:03; tenths below ten seconds that are not whole."""
-    if seconds < 10 and seconds != int(seconds):
+    """A time in a file: 0:07, 12:30, 1:02:03; with tenths below ten seconds, if there are any."""
+    if seconds < 9.95 and round(seconds, 1) % 1:
         return f"0:{seconds:04.1f}"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -254,12 +254,12 @@ def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
         print()
     if not sys.stdout.isatty():
         print(f"{name}  ({length}, {windows})")
-        for k in found.strongest(top):
+        tags = found.strongest(top)
+        width = max(len(meta.classes[k].name) for k in tags)
+        for k in tags:
             peak = int(found.probabilities[:, k].argmax())
-            when = f"{clock(found.starts[peak])}-{clock(found.ends[peak])}"
-            print(
-                f"  {found.overall[k]:.3f}  {when if count > 1 else '':>11}  {meta.classes[k].name}"
-            )
+            when = f"  {clock(found.starts[peak])}-{clock(found.ends[peak])}" if count > 1 else ""
+            print(f"  {found.overall[k]:.3f}  {meta.classes[k].name:{width if when else 0}}{when}")
         return
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     table.title = Text.assemble((name, "bold"), (f"  {length}, {windows}", "dim"))

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a bar on a terminal, a plain line now and then when piped."""
+"""Progress of long work on standard error: a bar on a terminal, now and then a line when piped."""
 
 import sys
 import time
@@ -39,7 +39,7 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "clips", done: int = 0) -> Iterator[Advance]:
-    """A progress display over ``total`` units of which ``done`` are already done; yields ``advance(n)``."""
+    """A display over ``total`` units, ``done`` of them already done; yields ``advance(n)``."""
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),

@@ -7,7 +7,7 @@ WARMUP_SHARE = 0.1
 
 
 def warmup_length(warmup_steps: int, total_steps: int) -> int:
-    """Steps of warm-up in a run: the procedure's, or a tenth of a run that they would fill further."""
+    """Steps of warm-up: the procedure's, or a tenth of a run that they would fill further."""
     return min(warmup_steps, int(total_steps * WARMUP_SHARE))
 
 

@@ -3,14 +3,10 @@
 import json
 import math
 import os
-import platform
-import resource
 import signal
-import subprocess
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -36,11 +32,17 @@ from fastat.data.loader import PackedSource, Source
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.display import Display, Status
+from fastat.environment import (
+    default_device,
+    device_name,
+    environment,
+    numerics,
+    peak_memory_gib,
+)
 from fastat.errors import Failure, UserError
 from fastat.evaluate import (
     Evaluation,
     autocast,
-    default_device,
     evaluate,
     match_classes,
     save_predictions,
@@ -86,18 +88,24 @@ def train(
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
     with Display() as display, StopSignals() as stop:
-        for note in notes:
-            display.note(note)
-        return Trainer(config, run, display, stop, resume=resume).run_epochs()
+        return Trainer(config, run, notes, display, stop, resume=resume).run_epochs()
 
 
 class Trainer:
     """One training run on one device."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, display: Display, stop: "StopSignals", *, resume: bool
+        self,
+        config: TrainConfig,
+        run: Path,
+        notes: list[str],
+        display: Display,
+        stop: "StopSignals",
+        *,
+        resume: bool,
     ) -> None:
         self.config, self.run, self.display, self.stop = config, run, display, stop
+        self.notes = list(notes)  # shown once everything fits together
         _check_weights_exist(config)
         torch.manual_seed(config.seed)
         self.device = default_device()
@@ -130,7 +138,7 @@ class Trainer:
                 )
             self.match = match_classes(self.meta.classes, self.eval_set)
             if self.match.note:
-                display.note(self.match.note)
+                self.notes.append(self.match.note)
         self.frontend = build_frontend(self.meta).to(self.device)
         self.source, usable = self._open_source(self.train_set, config.batch)
         self.eval_source, self.eval_rows = None, None
@@ -175,16 +183,20 @@ class Trainer:
         self.last_step = min(self.total_steps, config.steps or self.total_steps)
         self._open_run_folder()
         size = sum(p.numel() for p in self.params)
-        display.note(
+        self.notes.append(
             f"{config.model}: {size:,} parameters, {config.proc}, {feature.name} "
-            f"{feature.num_mels} x {num_frames}, {config.precision} on {device_name(self.device)}, {whose}"
+            f"{feature.num_mels} x {num_frames}, {config.precision} on {device_name(self.device)}, "
+            f"{whose}"
         )
-        display.note(
-            f"{self.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: {config.epochs} epochs of "
-            f"{self.sampler.steps_per_epoch:,} steps, batch {config.batch}, LR {config.lr:g} -> {run}"
+        self.notes.append(
+            f"{self.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: "
+            f"{config.epochs} epochs of {self.sampler.steps_per_epoch:,} steps, "
+            f"batch {config.batch}, LR {config.lr:g} -> {run}"
         )
         if self.eval_set is None:
-            display.note("no --eval set: training without scoring")
+            self.notes.append("no --eval set: training without scoring")
+        for note in self.notes:
+            display.note(note)
 
     def _open_source(
         self, packed: PackedSet, batch: int
@@ -205,7 +217,7 @@ class Trainer:
         )
         if source.bad:
             row, path, reason = source.bad[0]
-            self.display.note(
+            self.notes.append(
                 f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}"
             )
         return source, source.usable
@@ -287,7 +299,7 @@ class Trainer:
         *,
         flush: bool = False,
     ) -> None:
-        """Reads the flags of steps whose work is surely over: a step back on a GPU, at once on a CPU."""
+        """Reads the flags of steps surely over: a step back on a GPU, at once on a CPU."""
         if rows is not None and found_inf is not None:
             self.pending.append((step, rows, found_inf))
         keep = 1 if self.device.type == "cuda" and not flush else 0
@@ -296,8 +308,8 @@ class Trainer:
             if flag.item():
                 names = ", ".join(self.train_set.names(rows))
                 raise Failure(
-                    f"the loss or a gradient is not finite at step {step}; that step was not taken. "
-                    f"Its clips: {names}"
+                    f"the loss or a gradient is not finite at step {step}; "
+                    f"that step was not taken. Its clips: {names}"
                 )
 
     def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
@@ -364,7 +376,8 @@ class Trainer:
             }
             best = m.mAP > p.best_map
             p.best_map = max(p.best_map, m.mAP)
-            text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}  d' {m.d_prime:.3f}"
+            text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}"
+            text += f"  d' {m.d_prime:.3f}"
             if m.classes_scored < len(self.meta.classes):
                 text += f"  ({m.classes_scored} of {len(self.meta.classes)} classes scored)"
         text += f"  {line['clips_per_s']:.1f} clips/s  data wait {line['data_wait_fraction']:.1%}"
@@ -435,9 +448,9 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
-        self.display.note(f"resuming {self.run} at step {self.progress.step:,}")
+        self.notes.append(f"resuming {self.run} at step {self.progress.step:,}")
         if (now := numerics(self.device)) != state["numerics"]:
-            self.display.note(
+            self.notes.append(
                 f"numerics changed from {state['numerics']} to {now}: "
                 "the run goes on, not bit for bit as it would have"
             )
@@ -470,51 +483,3 @@ def _check_weights_exist(config: TrainConfig) -> None:
             f"{config.proc} starts from ImageNet weights, and none exist for {config.model} "
             "(a dash in the paper's Table 2); use A2 or A4"
         )
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def numerics(device: torch.device) -> str:
-    """What bit-identical resuming depends on, beside the configuration."""
-    return f"{device_name(device)}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory: the allocator's on a GPU, the process's resident set otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """``env.json``: versions, device, and the commit when run from a source tree."""
-    versions: dict[str, str | None] = {}
-    for name in (
-        "fastat",
-        "torch",
-        "triton",
-        "numpy",
-        "h5py",
-        "soundfile",
-        "soxr",
-        "nvidia-dali-cuda130",
-    ):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "device": device_name(device),
-        "numerics": numerics(device),
-        "commit": git.stdout.strip() or None,
-    }

@@ -95,7 +95,9 @@ class ClassList:
             number = place if index is None else int(cells[index])
             label = cells[ids]
             if not label or label in seen or number in found:
-                raise UserError(f"{where}: class {label!r} with index {number} is there twice or empty")
+                raise UserError(
+                    f"{where}: class {label!r} with index {number} is there twice or empty"
+                )
             seen.add(label)
             found[number] = ClassInfo(label, cells[names] if names is not None else label)
         if sorted(found) != list(range(len(found))) or not found:

@@ -1,22 +1,23 @@
 """The DALI source: a packed set's original files, decoded by DALI while training.
 
-The same batches as the packed source from the same plans, without reading the packed waveforms: DALI's
-threads decode on the CPU (its audio decoder has no GPU version), then downmix, cut, resample and round
-to int16. For ``logmel64`` mixup and the log-mel are in DALI's graph too, on the GPU where there is one;
-for other features the batch holds waveforms and ``Frontend`` does the rest. For 16 kHz files both
-sources give the same features; at other rates DALI's resampler is not the packed set's.
-"""
+The same batches as the packed source from the same plans, without reading the packed waveforms:
+DALI's threads decode on the CPU (its audio decoder has no GPU version), then downmix, cut, resample
+and round to int16. For ``logmel64`` mixup and the log-mel are in DALI's graph too, on the GPU where
+there is one; for other features the batch holds waveforms and ``Frontend`` does the rest. For 16
+kHz files both sources give the same features; at other rates DALI's resampler is not the packed
+set's."""
 
 import io
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile as sf
 import torch
+import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from fastat.data import dali_check
@@ -30,11 +31,24 @@ READ_THREADS = 8
 """Reading files ahead of DALI waits for the disk, not for a processor."""
 
 
+class _File(NamedTuple):
+    """A clip as DALI gets it; the fields are those of ``dali_check.Clips``."""
+
+    encoded: NDArray[np.uint8]
+    first: int
+    length: int
+    skip: int
+    samples: int
+    rate: int
+    channels: int
+
+
 class DaliSource:
     """Batches of the original files of ``packed``, decoded by DALI.
 
     Args:
-        feature: ``logmel64``: batches hold log-mels, already mixed; others and None: int16 waveforms.
+        feature: ``logmel64``: batches hold log-mels, already mixed; others and None: int16
+            waveforms.
         batch: clips in the largest plan.
         threads: of DALI, and of the check.
         device: where batches land, and with CUDA where DALI does all but decoding.
@@ -42,8 +56,8 @@ class DaliSource:
         remove_mean: as ``Frontend``'s; only log-mels need it.
         queue: steps that DALI works ahead.
 
-    Every file is looked at first (``dali_check``). With several processes, start this in one of them
-    before the others: they then find its result.
+    Every file is looked at first (``dali_check``). With several processes, start this in one of
+    them before the others: they then find its result.
 
     Raises:
         UserError: DALI is not installed, or more than ``max_bad`` of the clips are bad.
@@ -72,18 +86,23 @@ class DaliSource:
         self.clips = dali_check.check(packed, threads)
         self.bad, self.usable = self.clips.bad, self.clips.usable
         if len(self.bad) > max_bad * packed.num_clips:
-            first = "; ".join(f"{path}: {reason}" for _, path, reason in self.bad[:3])
+            reasons = Counter(clip.reason.split(":")[0] for clip in self.bad)
+            counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
             raise UserError(
-                f"DALI cannot take {len(self.bad)} of {packed.num_clips} clips, more than max-bad "
-                f"{max_bad:g} allows ({first}{'; ...' if len(self.bad) > 3 else ''}); "
-                "--source packed needs no original files"
+                f"DALI cannot take {len(self.bad):,} of {packed.num_clips:,} clips, more than "
+                f"--max-bad {max_bad:g}: {counts}, such as {self.bad[0].path} "
+                f"({self.bad[0].reason}); they are listed in "
+                f"{packed.directory / dali_check.BAD_FILE}; --source packed needs no files"
             )
         cuda = device.type == "cuda"
+        rates, channels = self.clips.rate[self.usable], self.clips.channels[self.usable]
         self.spec = self._graph.Spec(
             clip_samples=packed.clip_samples,
             remove_mean=remove_mean,
-            resample=bool((self.clips.rate[self.usable] != SAMPLE_RATE).any()),
-            divide=not np.isin(self.clips.channels[self.usable], (1, 2, 4, 8)).all(),
+            resample=bool((rates != SAMPLE_RATE).any()),
+            # At low rates the images of the sound lie close above it: more lobes keep them out.
+            quality=100.0 if (rates < 22_050).any() else 50.0,
+            add_channels=0 if np.isin(channels, (1, 2, 4, 8)).all() else int(channels.max()),
             gpu=cuda,
         )
         self.options = {
@@ -127,37 +146,47 @@ class DaliSource:
         self._idle = run
 
     def inputs(self, plan: StepPlan) -> list[Any]:
-        """What the graph reads for a plan: ``Spec.stream`` and more, see ``dali_graph``."""
+        """What the graph reads for a plan, see ``dali_graph``."""
         rows = np.concatenate([plan.rows, plan.partners])
         if not self.usable[rows].all():
             raise ValueError(f"rows: DALI cannot take {rows[~self.usable[rows]].tolist()}")
-        clips, encoded = self.clips, self._read(rows)
-        files: dict[str, Any] = {
-            "encoded": encoded,
-            "first": clips.first[rows],
-            "length": clips.length[rows],
-            "skip": clips.skip[rows],
-            "samples": self.packed.num_samples[rows].astype(np.int32),
-            "rate": clips.rate[rows].astype(np.float32),
-            "channels": clips.channels[rows].astype(np.float32),
-        }
+        clips = self.clips
+        columns = zip(
+            self._read(rows),
+            clips.first[rows].tolist(),
+            clips.length[rows].tolist(),
+            clips.skip[rows].tolist(),
+            self.packed.num_samples[rows].tolist(),
+            clips.rate[rows].tolist(),
+            clips.channels[rows].tolist(),
+            strict=True,
+        )
+        files = [_File(*column) for column in columns]
         if not self.log_mel:
-            return [files[name] for name in self.spec.stream]
+            return self._stream(files)
+        # A static graph needs a partner for every clip: for most of them silence, which costs
+        # nothing.
         B = len(plan.rows)
-        # A static graph needs a partner for every clip: silence, which costs nothing, for most.
-        partner = np.full(B, -1)
-        partner[plan.mix_into] = np.arange(B, len(rows))
-        mixed = partner >= 0
-        silent = {"first": 0, "length": 1, "skip": 0, "samples": 1}
-        silent |= {"rate": SAMPLE_RATE, "channels": 1}
-        own: list[Any] = [files[name][:B] for name in self.spec.stream]
-        other: list[Any] = [[encoded[j] if j >= 0 else self._silence for j in partner]]
-        for name in self.spec.stream[1:]:
-            values = files[name][partner]
-            other.append(np.where(mixed, values, silent[name]).astype(values.dtype))
+        partners = [self._silence] * B
         lam = np.ones(B, np.float32)
+        for partner, i in zip(files[B:], plan.mix_into.tolist(), strict=True):
+            partners[i] = partner
         lam[plan.mix_into] = plan.lam
-        return [*own, *other, lam]
+        return [*self._stream(files[:B]), *self._stream(partners), lam]
+
+    def _stream(self, files: list[_File]) -> list[Any]:
+        """``Spec.stream`` of these files."""
+        values = {
+            "encoded": [file.encoded for file in files],
+            "first": np.array([file.first for file in files], np.int32),
+            "length": np.array([file.length for file in files], np.int32),
+            "skip": np.array([file.skip for file in files], np.int32),
+            "samples": np.array([file.samples for file in files], np.int32),
+            "rate": np.array([file.rate for file in files], np.float32),
+            "lowpass": [self._graph.lowpass(file.rate) for file in files],
+            "channels": np.array([file.channels for file in files], np.float32),
+        }
+        return [values[name] for name in self.spec.stream]
 
     def _read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         paths = [path for path, _ in self.packed.sources(rows)]
@@ -205,7 +234,7 @@ class _Run:
                 if isinstance(error, Failure):
                     raise
                 raise self.source.explain(self.under_way[0], error) from error
-            yield self.under_way.popleft(), torch.from_dlpack(output.as_tensor())
+            yield self.under_way.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor())
 
     def _next(self) -> list[Any]:
         """DALI's call for a step's input; StopIteration ends the run."""
@@ -225,8 +254,9 @@ def _import_graph() -> ModuleType:
     return dali_graph
 
 
-def _silent_file() -> NDArray[np.uint8]:
+def _silent_file() -> _File:
     """A WAV file of one sample of silence."""
     file = io.BytesIO()
     sf.write(file, np.zeros(1, np.int16), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return np.frombuffer(file.getvalue(), np.uint8)
+    encoded = np.frombuffer(file.getvalue(), np.uint8)
+    return _File(encoded, first=0, length=1, skip=0, samples=1, rate=SAMPLE_RATE, channels=1)

@@ -1,11 +1,12 @@
 """Which files of a packed set DALI can take, found before its pipeline starts.
 
-DALI ends the pipeline at the first file it cannot decode, so every file is decoded whole here once, with
-libsndfile, which is also what DALI decodes with. What was found good is kept in the set's folder
-(``dali_checked.npz``) with each file's size and time of change, so that the next run only looks at
-files that changed since.
-"""
+DALI ends the pipeline at the first file it cannot decode, so every file is decoded whole here once,
+with libsndfile, which is also what DALI decodes with. What was found good is kept in the set's
+folder (``dali_checked.npz``) with each file's size and time of change, so that the next run only
+looks at files that changed since; the bad ones are listed in ``dali_bad.csv``, as packing does in
+``bad.csv``."""
 
+import csv
 import os
 import sys
 import zipfile
@@ -26,9 +27,10 @@ from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.progress import progress
 
 CHECKED_FILE = "dali_checked.npz"
+BAD_FILE = "dali_bad.csv"
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "AIFF", "AU", "CAF")
-"""libsndfile's names. DALI documents WAV, FLAC and OGG (Vorbis, Opus); the others are containers of the
-same samples and were tried with DALI 2.4. Its libsndfile has no MP3 decoder."""
+"""libsndfile's names. DALI documents WAV, FLAC and OGG (Vorbis, Opus); the others are containers of
+the same samples and were tried with DALI 2.4. Its libsndfile has no MP3 decoder."""
 NO_SUBTYPES = ("DWVW", "MPEG")
 """Codings inside those that DALI does not decode."""
 MAX_VALUES = 2**31 - 1
@@ -82,7 +84,8 @@ def check(packed: PackedSet, threads: int) -> Clips:
     N = packed.num_clips
     known = _load(packed)
     kept = np.zeros((N, len(Header._fields)), np.int64)
-    clips = Clips(*(np.zeros(N, np.int32) for _ in range(5)), bad=[])
+    first, length, skip, rate, channels = np.zeros((5, N), np.int32)
+    clips = Clips(first, length, skip, rate, channels, bad=[])
     with (
         ThreadPoolExecutor(threads, "fastat-check") as pool,
         progress("checking files for DALI", N) as advance,
@@ -100,16 +103,24 @@ def check(packed: PackedSet, threads: int) -> Clips:
                     if reason:
                         clips.bad.append(BadClip(row, path, reason))
             advance(len(rows))
-    if not np.array_equal(known, kept):
-        _save(packed, kept)
+    try:
+        if not np.array_equal(known, kept):
+            _save(packed, kept)
+        _list_bad(packed, clips.bad)
+    except OSError as error:
+        _note(f"cannot write to {packed.directory} ({error.strerror}): the check is not kept")
     return clips
 
 
 def look(path: str, known: Header | None = None) -> Header | str:
-    """The file's header, or why DALI cannot take it. Decodes the whole file unless it is as ``known``."""
+    """The file's header, or why DALI cannot take it. Decodes the whole file unless it is as
+    ``known``."""
     try:
         status = os.stat(path)
-        if known is not None and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        if known is not None and (known.size, known.mtime_ns) == (
+            status.st_size,
+            status.st_mtime_ns,
+        ):
             return known
         if status.st_size == 0:
             return "empty: 0 bytes"
@@ -135,23 +146,20 @@ def look(path: str, known: Header | None = None) -> Header | str:
             decode(Path(path), info.samplerate, start, PIECE_SECONDS)
     except BadAudio as error:
         return str(error)
-    return Header(
-        status.st_size, status.st_mtime_ns, info.samplerate, info.channels, info.frames
-    )
+    return Header(status.st_size, status.st_mtime_ns, info.samplerate, info.channels, info.frames)
 
 
 def _by_file(
     packed: PackedSet, rows: NDArray[np.int64]
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Each file of ``rows`` with its rows and their start in seconds; clips of a file are neighbours."""
+    """Each file of ``rows`` with its rows and their start in seconds; clips of a file are
+    neighbours."""
     sources = zip(rows.tolist(), packed.sources(rows), strict=True)
     for path, group in groupby(sources, key=lambda item: item[1][0]):
         yield path, [(row, start_seconds) for row, (_, start_seconds) in group]
 
 
-def _place(
-    clips: Clips, packed: PackedSet, row: int, start_seconds: float, header: Header
-) -> str:
+def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, header: Header) -> str:
     """Notes where the row lies in its file; why it cannot, if the file is not the one packed."""
     rate = header.rate
     start = round(start_seconds * SAMPLE_RATE)
@@ -188,16 +196,29 @@ def _load(packed: PackedSet) -> NDArray[np.int64]:
         return nothing
     if fingerprint != packed.fingerprint or headers.shape != nothing.shape:
         return nothing
-    return headers.astype(np.int64)
+    return np.asarray(headers, np.int64)
 
 
 def _save(packed: PackedSet, headers: NDArray[np.int64]) -> None:
-    path = packed.directory / CHECKED_FILE
-    try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, fingerprint=packed.fingerprint, headers=headers)
-    except OSError as error:
-        _note(f"cannot write {path} ({error.strerror}): the next run checks every file again")
+    with atomic_path(packed.directory / CHECKED_FILE) as path, path.open("wb") as file:
+        np.savez_compressed(file, fingerprint=packed.fingerprint, headers=headers)
+
+
+def _list_bad(packed: PackedSet, bad: list[BadClip]) -> None:
+    """Writes the list, or removes an earlier one."""
+    path = packed.directory / BAD_FILE
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(("path", "reason", "detail", "row"))
+        for clip in bad:
+            reason, _, detail = clip.reason.partition(": ")
+            writer.writerow((clip.path, reason, detail, clip.row))
 
 
 def _note(text: str) -> None:

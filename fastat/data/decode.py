@@ -150,7 +150,9 @@ def _soundfile_blocks(sound: sf.SoundFile, span: _Span) -> Iterator[NDArray[np.f
                 min(end - position, BLOCK_SECONDS * rate), dtype="float32", always_2d=True
             )
         except sf.LibsndfileError as error:
-            detail = f"decoding stopped in the block at {position / rate:.1f} s: {error.error_string}"
+            detail = (
+                f"decoding stopped in the block at {position / rate:.1f} s: {error.error_string}"
+            )
             reason: Reason = "unreadable" if _has_last_frame(sound) else "truncated"
             raise BadAudio(reason, detail) from error
         position += len(block)

@@ -80,7 +80,7 @@ def make_demo(out: Path, seed: int = 0) -> None:
     """
     if seed < 0:
         raise UserError(f"expected a seed of 0 or more, got {seed}")
-    out = Path(out)
+    out = out.resolve()
     if _is_finished(out, seed):
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +110,14 @@ def _is_finished(out: Path, seed: int) -> bool:
     first_lines = []
     for split in SPLITS:
         csv = out / f"{split.name}_segments.csv"
-        first_lines.append(csv.read_text().partition("\n")[0] if csv.is_file() else "")
-    num_files = sum(1 for _ in out.glob("audio/*"))
-    if first_lines != [_created_by(seed)] * len(SPLITS):
+        first_lines.append(csv.read_bytes().partition(b"\n")[0] if csv.is_file() else b"")
+    if first_lines != [_created_by(seed).encode()] * len(SPLITS):
         raise UserError(
             f"expected an empty folder or the practice set of seed {seed}, "
             f"found other files in {out}"
         )
     num_clips = sum(split.num_clips for split in SPLITS)
+    num_files = sum(1 for _ in out.glob("audio/*"))
     if num_files != num_clips:
         raise UserError(
             f"expected {num_clips} audio files in the practice set {out}, found {num_files}: "
@@ -137,9 +137,9 @@ def _build(out: Path, seed: int) -> None:
     # numpy and libsndfile leave the interpreter lock while they work, so threads are enough.
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("demo", num_clips) as advance:
         for part, split in enumerate(SPLITS):
-            labels = deal_labels(np.random.default_rng([seed, part]), split)
+            labels = deal_labels(_generator(seed, part), split)
             # A generator for each clip: a scene depends on nothing but its own place.
-            rngs = [np.random.default_rng([seed, part, clip]) for clip in range(len(labels))]
+            rngs = [_generator(seed, part, clip) for clip in range(len(labels))]
             sounds = [[SOUNDS[i] for i in indices] for indices in labels]
             rows = []
             for row in pool.map(_write_clip, rngs, sounds, repeat(audio)):
@@ -155,11 +155,16 @@ def _build(out: Path, seed: int) -> None:
             (out / f"{split.name}_segments.csv").write_text("\n".join(header + rows) + "\n")
 
 
+def _generator(seed: int, *place: int) -> Generator:
+    # A spawn key, since the seeds [s, p] and [s, p, 0] are one and the same to numpy.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=place))
+
+
 def deal_labels(rng: Generator, split: Split) -> list[list[int]]:
     """Class indices of every clip: one to three each, and exactly ``split.counts()`` in all."""
     counts = split.counts()
     total, num_clips = int(counts.sum()), split.num_clips
-    assert num_clips <= total <= 3 * num_clips
+    assert num_clips <= total <= 3 * num_clips and counts.max() <= num_clips // 2
     second_and_third = rng.permutation(np.repeat(np.arange(num_clips), 2))[: total - num_clips]
     owner = np.concatenate([np.arange(num_clips), second_and_third])  # [total]: clip of a slot
     label = rng.permutation(np.repeat(np.arange(len(counts)), counts))  # [total]

@@ -160,7 +160,9 @@ def _csv_rows(source: Path, lines: Sequence[str], delimiter: str = ",") -> Itera
     """Cells of each line, one list a line, blank lines empty; a quoted cell stays on its line."""
     for number, line in enumerate(lines, 1):
         try:
-            yield next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True), [])
+            yield next(
+                csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True), []
+            )
         except csv.Error as error:
             raise UserError(f"{source}, line {number}: not CSV: {error}") from None
 
@@ -307,9 +309,7 @@ def _walk(root: str) -> Iterable[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _located(
-    name: str, roots: Sequence[Path], labels: str, line: int, group: str | None
-) -> Row:
+def _located(name: str, roots: Sequence[Path], labels: str, line: int, group: str | None) -> Row:
     """A row whose file is looked for under ``roots`` in turn."""
     name = name.strip()
     paths = [os.path.abspath(os.path.join(root, name)) for root in roots]

@@ -9,28 +9,38 @@ and for every finished shard ``shard-00000.json`` with what its rows add to the 
 written last and makes the set.
 """
 
+import csv
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastat.data.manifest import BadFile, Entry, Manifest, read_manifest
-from fastat.data.pack_set import Plan, SetResult, pack_set
-from fastat.data.shards import SAMPLE_RATE, VERSION
+from fastat.data.manifest import Manifest, read_manifest
+from fastat.data.pack_messages import Job
+from fastat.data.pack_set import BadCount, Plan, SetResult, pack_set
+from fastat.data.pack_state import BAD_FILE, Standing, standing
+from fastat.data.shards import SAMPLE_RATE, STATE_FOLDER, VERSION, read_index
 from fastat.data.split import holdout_mask
-from fastat.errors import Failure, UserError
+from fastat.errors import UserError
 
 CODECS = ("pcm16",)
 SHARD_BYTES = 1 << 30
+SHARD_OVERHEAD = 64 << 10
+"""More than HDF5's own structures in a shard, bytes."""
 MIN_CLIP_SECONDS = 0.1
 EVAL_SUFFIX = "-eval"
+NUM_CORES = len(os.sched_getaffinity(0))
+
+STATS_CLIPS = 1_000
+"""Clips that the statistics are taken from. Features of a clip cost as much as decoding it, and 1,000
+clips fix the mean to about 1 % of the scale that normalisation divides by (clip means of AudioSet-like
+material spread by half a standard deviation: 0.5 / sqrt(1000) / 2 = 0.8 %)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +65,169 @@ class PackSummary:
     """The same command had finished before; nothing was done."""
     seconds: float
     """Wall time."""
+
+
+def pack(
+    source: Path,
+    out: Path,
+    *,
+    audio: Path | None = None,
+    labels: Path | None = None,
+    classes_from: Path | None = None,
+    holdout: float | None = None,
+    group_by: str | None = None,
+    clip_seconds: float = 10.0,
+    segments: bool = False,
+    codec: str = "pcm16",
+    workers: int | None = None,
+    max_bad: float = 0.01,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> PackSummary:
+    """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
+
+    ``source`` is an AudioSet segments CSV, an AST data file, a CSV with columns path and labels, or a
+    folder of classes (``manifest``). ``workers`` and ``max_bad`` may differ when a killed command is run
+    again; everything else is part of the set.
+
+    Raises:
+        UserError: a wrong argument, table or folder, or too many bad files.
+        Failure: the disk, or a worker process.
+    """
+    started = time.monotonic()
+    _check(holdout, group_by, clip_seconds, codec, workers, max_bad)
+    manifest = read_manifest(
+        source, audio=audio, labels=labels, classes_from=classes_from, group_by=group_by
+    )
+    clip_samples = round(clip_seconds * SAMPLE_RATE)
+    job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples))
+    options = {"segments": segments, "seed": seed, "holdout": holdout, "group_by": group_by}
+    plans = []
+    for role, directory, part in _parts(manifest, out, holdout, seed, source):
+        if not part.entries and not part.bad:
+            raise UserError(f"{source}: no clips in it")
+        plans.append(
+            Plan(
+                directory=directory,
+                inputs=_fingerprint(part, job, shard_bytes, {**options, "role": role}),
+                classes=part.classes,
+                entries=part.entries,
+                bad=part.bad,
+                job=job,
+                rows_per_shard=_rows_per_shard(part, clip_samples, shard_bytes),
+                stats_clips=_stats_clips(len(part.entries), segments, seed),
+                options={**options, "role": role},
+            )
+        )
+    # Both folders are looked at before either is written.
+    finished = [standing(plan.directory, plan.inputs) is Standing.FINISHED for plan in plans]
+    num_files = len(manifest.entries) + len(manifest.bad)
+    bad_count = BadCount(num_files, max_bad)
+    results = [
+        _finished(plan, bad_count) if done else pack_set(plan, workers or NUM_CORES, bad_count)
+        for plan, done in zip(plans, finished, strict=True)
+    ]
+    train = results[0]
+    classes = manifest.classes.classes
+    return PackSummary(
+        directory=out,
+        clips=train.clips,
+        shards=train.shards,
+        bad=bad_count.reasons.total(),
+        bad_reasons=dict(bad_count.reasons),
+        empty_classes=tuple(classes[k].id for k in np.flatnonzero(train.label_counts == 0)),
+        eval_directory=plans[1].directory if holdout is not None else None,
+        eval_clips=results[1].clips if holdout is not None else 0,
+        resumed_clips=sum(result.resumed_clips for result in results),
+        already_packed=all(finished),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check(
+    holdout: float | None,
+    group_by: str | None,
+    clip_seconds: float,
+    codec: str,
+    workers: int | None,
+    max_bad: float,
+) -> None:
+    if codec not in CODECS:
+        raise UserError(f"--codec: expected {' or '.join(CODECS)}, got {codec}")
+    if not clip_seconds >= MIN_CLIP_SECONDS:
+        raise UserError(
+            f"--clip-seconds: expected at least {MIN_CLIP_SECONDS}, got {clip_seconds:g}"
+        )
+    if holdout is not None and not 0.0 < holdout < 1.0:
+        raise UserError(f"--holdout: expected a fraction between 0 and 1, got {holdout:g}")
+    if group_by is not None and holdout is None:
+        raise UserError("--group-by: only --holdout groups clips, and it is not given")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {workers}")
+    if not 0.0 <= max_bad <= 1.0:
+        raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
+
+
+def _parts(
+    manifest: Manifest, out: Path, holdout: float | None, seed: int, source: Path
+) -> list[tuple[str, Path, Manifest]]:
+    """The sets to pack: role, folder, entries. Files bad from the start are the training set's."""
+    if holdout is None:
+        return [("set", out, manifest)]
+    entries = manifest.entries
+    mask = holdout_mask(
+        [entry.group for entry in entries], [entry.labels for entry in entries], holdout, seed
+    )
+    if entries and not mask.any():
+        raise UserError(
+            f"--holdout: nothing of {source} can be held out: no class has two groups to spread"
+        )
+    kept = [entry for entry, held in zip(entries, mask, strict=True) if not held]
+    held = [entry for entry, held in zip(entries, mask, strict=True) if held]
+    return [
+        ("train", out, manifest._replace(entries=kept)),
+        ("eval", out.with_name(out.name + EVAL_SUFFIX), manifest._replace(entries=held, bad=[])),
+    ]
+
+
+def _fingerprint(manifest: Manifest, job: Job, shard_bytes: int, options: dict[str, object]) -> str:
+    """Of everything that decides the rows, but for the content of the audio files."""
+    digest = hashlib.sha256()
+    head = [VERSION, job, shard_bytes, options, manifest.classes.classes]
+    digest.update(json.dumps(head).encode())
+    for line in (*manifest.entries, *manifest.bad):
+        digest.update(repr(tuple(line)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _rows_per_shard(manifest: Manifest, clip_samples: int, shard_bytes: int) -> int:
+    """As many rows as surely fit into a shard."""
+    name = max((len(os.fsencode(entry.name)) for entry in manifest.entries), default=0)
+    path = max((len(os.fsencode(entry.path)) for entry in manifest.entries), default=0)
+    labels = -(-len(manifest.classes) // 8)
+    row_bytes = 2 * clip_samples + name + path + labels + 4 + 8 + 4
+    rows = (shard_bytes - SHARD_OVERHEAD) // row_bytes
+    if rows < 1:
+        raise UserError(f"--clip-seconds: a clip of {row_bytes:,} bytes is larger than a shard")
+    return rows
+
+
+def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:
+    """How many clips of each entry to measure, [entries]: a function of the seed and the table."""
+    if num_entries <= STATS_CLIPS:
+        each = STATS_CLIPS // max(num_entries, 1) if segments else 1
+        return np.full(num_entries, each, np.int64)
+    clips = np.zeros(num_entries, np.int64)
+    clips[np.random.default_rng([seed, 0x57A75]).permutation(num_entries)[:STATS_CLIPS]] = 1
+    return clips
+
+
+def _finished(plan: Plan, bad_count: BadCount) -> SetResult:
+    """The result of a set that an earlier run finished."""
+    index = read_index(plan.directory)
+    # A run killed at the very end leaves its state.
+    shutil.rmtree(plan.directory / STATE_FOLDER, ignore_errors=True)
+    with (plan.directory / BAD_FILE).open(newline="", encoding="utf-8") as file:
+        bad_count.reasons.update(row["reason"] for row in csv.DictReader(file))
+    counts = np.array(index["label_counts"], np.int64)
+    return SetResult(index["clips"], len(index["shards"]), counts, index["clips"])

@@ -2,14 +2,23 @@
 
 import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from types import TracebackType
 from typing import Self
 
-from fastat.data.pack_worker import Decode, Decoded, Forget, Job, Message, Refused, Reply, Write, Written, serve
+from fastat.data.pack_messages import (
+    Decode,
+    Decoded,
+    Forget,
+    Job,
+    Message,
+    Refused,
+    Reply,
+    Write,
+    Written,
+)
 from fastat.errors import Failure
 
 BATCHES_AHEAD = 2
@@ -32,7 +41,7 @@ class Pool:
         self._connections: list[Connection] = []
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, job), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -107,3 +116,10 @@ class Pool:
             f"a worker process ended with exit code {process.exitcode} (a negative one is a signal; "
             "-9 is often too little memory): run the same command again, with fewer --workers"
         )
+
+
+def _serve(connection: Connection, job: Job) -> None:
+    """Runs in the worker, where torch is already imported by the process it was forked from."""
+    from fastat.data.pack_worker import serve
+
+    serve(connection, job)

@@ -11,103 +11,37 @@ import zlib
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._dynamo  # the front end's operator needs it: imported once, before the workers fork
 from numpy.typing import NDArray
 
-from fastat.data.decode import BadAudio, Reason, decode, to_int16
+from fastat.data.decode import BadAudio, decode, to_int16
+from fastat.data.pack_messages import (
+    Bad,
+    Clip,
+    Decode,
+    Decoded,
+    Forget,
+    Job,
+    Message,
+    Moments,
+    Refused,
+    Reply,
+    Write,
+    Written,
+)
 from fastat.data.shards import SAMPLE_RATE
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
 
 
-class Job(NamedTuple):
-    """What holds for all files."""
-
-    clip_samples: int
-    segments: bool
-    min_segment_samples: int
-    """A shorter remainder of a file is dropped, unless it is all there is."""
-
-
-class Decode(NamedTuple):
-    """Parent to worker: decode these files."""
-
-    batch: int
-    paths: tuple[str, ...]
-    stats_clips: tuple[int, ...]
-    """How many clips of each file to measure."""
-
-
-class Write(NamedTuple):
-    """Parent to worker: write clips ``first`` to ``first + count - 1`` of a batch into a shard."""
-
-    batch: int
-    first: int
-    count: int
-    path: str
-    offset: int
-
-
-class Forget(NamedTuple):
-    """Parent to worker: nothing more of this batch will be written."""
-
-    batch: int
-
-
-class Moments(NamedTuple):
-    """Of one feature over real frames: bins, sum, sum of squares."""
-
-    count: int
-    total: float
-    squares: float
-
-
-class Clip(NamedTuple):
-    """A clip that a worker holds."""
-
-    start_seconds: float
-    num_samples: int
-    crc: int
-    moments: dict[str, Moments] | None
-
-
-class Bad(NamedTuple):
-    """A file without clips."""
-
-    reason: Reason
-    detail: str
-
-
-class Decoded(NamedTuple):
-    """Worker to parent: for every file of a batch its clips, or why it has none."""
-
-    batch: int
-    files: list[list[Clip] | Bad]
-
-
-class Written(NamedTuple):
-    """Worker to parent: a Write is done."""
-
-    path: str
-
-
-class Refused(NamedTuple):
-    """Worker to parent: the system refused a Write, or there was no memory for a file."""
-
-    errno: int
-    path: str
-
-
-Message = Decode | Write | Forget
-Reply = Decoded | Written | Refused
-
-
 def serve(connection: Connection, job: Job) -> None:
     """Answers the parent's messages until it closes the connection or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends us
     torch.set_num_threads(1)
     # mpg123 and FFmpeg print warnings into the progress bar.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -139,7 +73,10 @@ def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
     """A file's samples [S] -> its clips, each at most clip_samples long, rounded to int16."""
     starts = range(0, len(samples), job.clip_samples) if job.segments else (0,)
     pieces = [samples[start : start + job.clip_samples] for start in starts]
-    return [to_int16(p) for p in pieces[:1] + [p for p in pieces[1:] if len(p) >= job.min_segment_samples]]
+    return [
+        to_int16(p)
+        for p in pieces[:1] + [p for p in pieces[1:] if len(p) >= job.min_segment_samples]
+    ]
 
 
 def _decode(

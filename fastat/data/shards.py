@@ -289,7 +289,9 @@ def read_index(directory: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected the index of a packed set, got no JSON ({error})") from None
+        raise UserError(
+            f"{path}: expected the index of a packed set, got no JSON ({error})"
+        ) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{path}: expected the index of a packed set")
     if index["version"] != VERSION:

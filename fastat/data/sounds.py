@@ -10,13 +10,14 @@ float32 at an arbitrary level. All randomness comes from the generator.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 Signal = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Synth = Callable[[Generator, int, int], Signal]
 
 TABLE_SIZE = 1 << 14
@@ -32,7 +33,7 @@ def _log_uniform(rng: Generator, low: float, high: float) -> float:
     return float(low * (high / low) ** rng.random())
 
 
-def _period(amplitudes: NDArray[np.float64]) -> Signal:
+def _period(amplitudes: Floats) -> Signal:
     """One period, [TABLE_SIZE], of a sum of harmonics 1..H."""
     spectrum = np.zeros(TABLE_SIZE // 2 + 1, np.complex128)
     # Quadratic phases spread the energy over the period: no peak that would force the level down.
@@ -48,7 +49,8 @@ def _num_harmonics(top_hz: float, most: int) -> int:
 def _play(period: Signal, hz: NDArray[np.float64], rate: int) -> Signal:
     """Reads a stored period at an instantaneous frequency, [S] in Hz."""
     place = np.cumsum(hz * (TABLE_SIZE / rate)).astype(np.int64)
-    return period[place & (TABLE_SIZE - 1)]
+    signal: Signal = period[place & (TABLE_SIZE - 1)]
+    return signal
 
 
 def _seconds(rate: int, num_samples: int) -> NDArray[np.float64]:
@@ -78,9 +80,9 @@ def _beats(rng: Generator, period_s: float, jitter: float, seconds: float) -> ND
 
 
 def _decaying(
-    hz: NDArray[np.float64],  # [P]
-    amplitude: NDArray[np.float64],  # [P]
-    decay_s: NDArray[np.float64],  # [P]
+    hz: Floats,  # [P]
+    amplitude: Floats,  # [P]
+    decay_s: Floats,  # [P]
     rate: int,
     seconds: float,
 ) -> Signal:
@@ -100,16 +102,16 @@ def _decaying(
 def _octaves(rate: int, num_samples: int) -> Signal:
     """log2(f / 1 kHz) of the rfft bins; the lowest bins share 20 Hz."""
     hz = np.maximum(np.fft.rfftfreq(num_samples, 1 / rate), 20.0)
-    return np.log2(hz / 1000.0).astype(np.float32)
+    return np.asarray(np.log2(hz / 1000.0), np.float32)
 
 
 def coloured_noise(rng: Generator, rate: int, num_samples: int, db_per_octave: float) -> Signal:
     """[S] noise whose density falls (negative) or rises along frequency."""
     # Drawn as a spectrum, where white noise is white too: one transform instead of two.
     octaves = _octaves(rate, num_samples)
-    spectrum = rng.standard_normal(2 * len(octaves), np.float32).view(np.complex64)
-    spectrum[0] = 0.0
-    spectrum *= np.exp2(octaves * np.float32(db_per_octave / DB_PER_DOUBLING))
+    white = rng.standard_normal(2 * len(octaves), np.float32).view(np.complex64)
+    white[0] = 0.0
+    spectrum = white * np.exp2(octaves * np.float32(db_per_octave / DB_PER_DOUBLING))
     return np.fft.irfft(spectrum, num_samples).astype(np.float32)
 
 
@@ -181,9 +183,8 @@ def _bell(rng: Generator, rate: int, num_samples: int) -> Signal:
     amplitude = 0.8 ** np.arange(len(ratio)) * rng.uniform(0.6, 1.0, len(ratio))
     decay_s = rng.uniform(0.25, 0.45) / ratio**0.3
     hit = _decaying(_log_uniform(rng, 400, 1300) * ratio, amplitude, decay_s, rate, 1.8)
-    return _place(
-        [hit], _beats(rng, rng.uniform(0.7, 1.3), 0.03, num_samples / rate), rate, num_samples
-    )
+    onsets = _beats(rng, rng.uniform(0.7, 1.3), 0.03, num_samples / rate)
+    return _place([hit], onsets, rate, num_samples)
 
 
 def _plucked_string(rng: Generator, rate: int, num_samples: int) -> Signal:
@@ -199,9 +200,8 @@ def _plucked_string(rng: Generator, rate: int, num_samples: int) -> Signal:
         )
         for step in rng.permutation([0, 3, 5, 7, 10, 12])
     ]
-    return _place(
-        notes, _beats(rng, rng.uniform(0.2, 0.36), 0.02, num_samples / rate), rate, num_samples
-    )
+    onsets = _beats(rng, rng.uniform(0.2, 0.36), 0.02, num_samples / rate)
+    return _place(notes, onsets, rate, num_samples)
 
 
 def _drum(rng: Generator, rate: int, num_samples: int) -> Signal:
@@ -225,9 +225,8 @@ def _clicks(rng: Generator, rate: int, num_samples: int) -> Signal:
         ring = np.sin(2 * np.pi * _log_uniform(rng, 1200, 5000) * t) * np.exp(-t / 0.003)
         snap = rng.standard_normal(len(t)) * np.exp(-t / 0.0015)
         ticks.append((ring + snap).astype(np.float32))
-    return _place(
-        ticks, _beats(rng, rng.uniform(0.12, 0.3), 0.0, num_samples / rate), rate, num_samples
-    )
+    onsets = _beats(rng, rng.uniform(0.12, 0.3), 0.0, num_samples / rate)
+    return _place(ticks, onsets, rate, num_samples)
 
 
 def _engine(rng: Generator, rate: int, num_samples: int) -> Signal:
@@ -237,12 +236,10 @@ def _engine(rng: Generator, rate: int, num_samples: int) -> Signal:
     # The throttle opens fast and closes slowly.
     rev = np.where(cycle < 0.35, cycle / 0.35, np.exp(-(cycle - 0.35) / 0.25))
     hz = idle * np.exp2(rng.uniform(0.8, 1.2) * rev)
-    period = _period(
-        rng.uniform(0.5, 1.0, _num_harmonics(hz.max(), 24))
-        * 0.93 ** np.arange(_num_harmonics(hz.max(), 24))
-    )
+    num_harmonics = _num_harmonics(hz.max(), 24)
+    comb = _period(rng.uniform(0.5, 1.0, num_harmonics) * 0.93 ** np.arange(num_harmonics))
     rough = 1 + 0.4 * np.sin(np.cumsum(2 * np.pi * hz / (4 * rate)))
-    return _play(period, hz, rate) * (rough * (0.5 + 0.5 * rev)).astype(np.float32)
+    return _play(comb, hz, rate) * (rough * (0.5 + 0.5 * rev)).astype(np.float32)
 
 
 def _rain(rng: Generator, rate: int, num_samples: int) -> Signal:
@@ -258,11 +255,12 @@ def _rain(rng: Generator, rate: int, num_samples: int) -> Signal:
     return _place(drops, onsets, rate, num_samples) + 0.01 * hiss
 
 
-def _gusts(rng: Generator, rate: int, num_samples: int, hz: float) -> NDArray[np.float64]:
+def _gusts(rng: Generator, rate: int, num_samples: int, hz: float) -> Floats:
     """[S] smooth noise of unit variance that wanders at about ``hz``."""
     knots = rng.standard_normal(int(num_samples / rate * 2 * hz) + 3)
     wander = np.interp(_seconds(rate, num_samples) * 2 * hz, np.arange(len(knots)), knots)
-    return wander * np.sqrt(1.5)  # linear interpolation keeps two thirds of the variance
+    # Linear interpolation keeps two thirds of the variance.
+    return np.asarray(wander * np.sqrt(1.5))
 
 
 def _wind(rng: Generator, rate: int, num_samples: int) -> Signal:

@@ -17,7 +17,8 @@ def attention_ref(qkv: Tensor) -> Tensor:
     """qkv [B, N, 3, H, Dh] -> [B, N, H * Dh]. The specification without dropout; float32 inside."""
     q, k, v = qkv.float().permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
+    out: Tensor = (weights @ v).transpose(1, 2).flatten(2)
+    return out.to(qkv.dtype)
 
 
 def attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
@@ -41,7 +42,7 @@ def attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     if dropout_p and qkv.device.type == "cpu":
         # torch's fused CPU kernel takes no dropout, and its fallback draws a Bernoulli a weight.
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-        out = dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout_p) @ v
+        out: Tensor = dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout_p) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     return out.transpose(1, 2).flatten(2)

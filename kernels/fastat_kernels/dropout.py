@@ -18,8 +18,7 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor
     """A random bool mask of ``shape``, and the probability of a True in it."""
     kept = LEVELS - round(p * LEVELS)
     num = shape.numel()
-    bits = torch.empty((num + 3) // 4, dtype=torch.int64, device=device)
-    bits.random_(-(1 << 63), None)
+    bits = torch.randint(-(1 << 63), (1 << 63) - 1, ((num + 3) // 4,), device=device)
     lanes = bits.view(torch.int16)[:num].view(shape)  # uniform over -32768 .. 32767
     if kept == LEVELS:
         return torch.ones_like(lanes, dtype=torch.bool), 1.0

@@ -1,0 +1,90 @@
+"""What ``fastat pack`` and its worker processes say to each other.
+
+Apart from the worker itself, which imports torch: the parent needs none.
+"""
+
+from typing import NamedTuple
+
+from fastat.data.decode import Reason
+
+
+class Job(NamedTuple):
+    """What holds for all files."""
+
+    clip_samples: int
+    segments: bool
+    min_segment_samples: int
+    """A shorter remainder of a file is dropped, unless it is all there is."""
+
+
+class Decode(NamedTuple):
+    """Parent to worker: decode these files."""
+
+    batch: int
+    paths: tuple[str, ...]
+    stats_clips: tuple[int, ...]
+    """How many clips of each file to measure."""
+
+
+class Write(NamedTuple):
+    """Parent to worker: write clips ``first`` to ``first + count - 1`` of a batch into a shard."""
+
+    batch: int
+    first: int
+    count: int
+    path: str
+    offset: int
+
+
+class Forget(NamedTuple):
+    """Parent to worker: nothing more of this batch will be written."""
+
+    batch: int
+
+
+class Moments(NamedTuple):
+    """Of one feature over real frames: bins, sum, sum of squares."""
+
+    count: int
+    total: float
+    squares: float
+
+
+class Clip(NamedTuple):
+    """A clip that a worker holds."""
+
+    start_seconds: float
+    num_samples: int
+    crc: int
+    moments: dict[str, Moments] | None
+
+
+class Bad(NamedTuple):
+    """A file without clips."""
+
+    reason: Reason
+    detail: str
+
+
+class Decoded(NamedTuple):
+    """Worker to parent: for every file of a batch its clips, or why it has none."""
+
+    batch: int
+    files: list[list[Clip] | Bad]
+
+
+class Written(NamedTuple):
+    """Worker to parent: a Write is done."""
+
+    path: str
+
+
+class Refused(NamedTuple):
+    """Worker to parent: the system refused a Write, or there was no memory for a file."""
+
+    errno: int
+    path: str
+
+
+Message = Decode | Write | Forget
+Reply = Decoded | Written | Refused

@@ -1,0 +1,382 @@
+"""Packs one set: feeds the workers, gives rows to clips in the table's order, closes shards."""
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastat.data.classes import ClassList
+from fastat.data.manifest import BadFile, Entry
+from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Job, Write
+from fastat.data.pack_pool import BATCHES_AHEAD, Pool
+from fastat.data.pack_state import BAD_FILE, FinishedShard, PackState
+from fastat.data.shard_writer import ShardPart
+from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, ShardRows
+from fastat.errors import Failure, UserError
+from fastat.features import FEATURES
+from fastat.progress import progress
+
+BATCH_FILES = 8
+"""Files a message: enough to make messages rare, few enough to keep all workers busy to the end."""
+
+
+class Plan(NamedTuple):
+    """A set to be packed."""
+
+    directory: Path
+    inputs: str
+    """Fingerprint of the command and what it reads."""
+    classes: ClassList
+    entries: Sequence[Entry]
+    bad: Sequence[BadFile]
+    """Known to be bad without decoding."""
+    job: Job
+    rows_per_shard: int
+    stats_clips: NDArray[np.int64]  # [entries]
+    """How many clips of each entry the statistics are taken from."""
+    options: dict[str, Any]
+    """Of the command, for dataset.json."""
+
+
+class BadCount:
+    """Bad files over all sets of a command, against --max-bad."""
+
+    def __init__(self, num_files: int, max_bad: float) -> None:
+        self.num_files, self.max_bad = num_files, max_bad
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, files: Sequence[BadFile]) -> None:
+        """Counts files."""
+        self.reasons.update(bad.reason for bad in files)
+
+    def exceeded(self) -> bool:
+        """Whether there are more than --max-bad of them."""
+        return self.reasons.total() > self.max_bad * self.num_files
+
+    def error(self, directory: Path, example: BadFile) -> UserError:
+        """What to tell the user when there are."""
+        count = self.reasons.total()
+        enough = math.ceil(100 * count / self.num_files) / 100
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+        detail = f" ({example.detail})" if example.detail else ""
+        return UserError(
+            f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
+            f"{reasons}, such as {example.path}{detail}; they are listed in {directory / BAD_FILE}; "
+            f"--max-bad {enough:g} or more packs the others"
+        )
+
+
+class SetResult(NamedTuple):
+    """What became of a set."""
+
+    clips: int
+    shards: int
+    label_counts: NDArray[np.int64]  # [K]
+    resumed_clips: int
+
+
+def pack_set(plan: Plan, num_workers: int, bad_count: BadCount) -> SetResult:
+    """Packs ``plan`` into its folder, going on where a killed run of it stopped.
+
+    Raises:
+        UserError: too many bad files, no good one, or a folder that is not ours to write.
+        Failure: the disk, or a worker.
+    """
+    with PackState(plan.directory, plan.inputs) as state:
+        builder = _Builder(plan, state, bad_count)
+        try:
+            builder.check_bad()
+            builder.check_space()
+            resumed_clips = sum(shard.rows for shard in builder.shards)
+            if builder.first_entry < len(plan.entries):
+                _run(plan, builder, num_workers)
+            builder.finish()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Failure(f"{plan.directory}: cannot write: {reason}") from error
+        finally:
+            builder.stop()
+        return SetResult(
+            sum(shard.rows for shard in builder.shards),
+            len(builder.shards),
+            builder.label_counts(),
+            resumed_clips,
+        )
+
+
+def _run(plan: Plan, builder: "_Builder", num_workers: int) -> None:
+    """Decodes what is left of the entries and has every clip written."""
+    starts = range(builder.first_entry, len(plan.entries), BATCH_FILES)
+    num_workers = min(num_workers, len(starts))
+    # How far decoding may run ahead of the oldest unfinished batch: bounds the samples held.
+    window = 2 * BATCHES_AHEAD * num_workers
+    decoded: dict[int, Decoded] = {}
+    sent = taken = 0
+    with (
+        progress(f"pack {plan.directory.name}", len(plan.entries), "files", starts[0]) as advance,
+        Pool(num_workers, plan.job) as pool,
+    ):
+        while taken < len(starts) or builder.writing:
+            while sent < min(len(starts), taken + window):
+                worker = pool.idle_worker()
+                if worker is None:
+                    break
+                batch = slice(starts[sent], starts[sent] + BATCH_FILES)
+                paths = tuple(entry.path for entry in plan.entries[batch])
+                measured = tuple(plan.stats_clips[batch].tolist())
+                pool.decode(worker, Decode(sent, paths, measured))
+                sent += 1
+            for reply in pool.replies():
+                if isinstance(reply, Decoded):
+                    decoded[reply.batch] = reply
+                else:
+                    builder.written(reply.path)
+            while taken in decoded:
+                reply = decoded.pop(taken)
+                for write in builder.take(starts[taken], reply):
+                    pool.write(write)
+                pool.forget(taken)
+                advance(len(reply.files))
+                taken += 1
+
+
+class _Rows:
+    """The rows of the shard being filled."""
+
+    def __init__(self, part: ShardPart, num_classes: int) -> None:
+        self.part = part
+        self.num_classes = num_classes
+        self.writing = 0
+        """Writes that have not been reported done."""
+        self.clips: list[Clip] = []
+        self.entries: list[Entry] = []
+        self.next_entry = self.next_clip = 0
+        self.bad: list[BadFile] = []
+
+    def arrays(self) -> ShardRows:
+        """Everything but the waveform, as it goes into the file."""
+        target = np.zeros((len(self.entries), self.num_classes), np.uint8)
+        for row, entry in enumerate(self.entries):
+            target[row, list(entry.labels)] = 1
+        return ShardRows(
+            np.array([clip.num_samples for clip in self.clips], np.int32),
+            np.packbits(target, axis=1),
+            np.array([os.fsencode(entry.name) for entry in self.entries], np.bytes_),
+            np.array([os.fsencode(entry.path) for entry in self.entries], np.bytes_),
+            np.array([clip.start_seconds for clip in self.clips], np.float64),
+            np.array([clip.crc for clip in self.clips], np.uint32),
+        )
+
+    def note(self, info: ShardInfo) -> FinishedShard:
+        """What the shard adds to the set, summed in row order: the same after any resume."""
+        counts = np.zeros(self.num_classes, np.int64)
+        for entry in self.entries:
+            counts[list(entry.labels)] += 1
+        moments = {name: (0, 0, 0.0, 0.0) for name in FEATURES}
+        for clip in self.clips:
+            for name, m in (clip.moments or {}).items():
+                clips, count, total, squares = moments[name]
+                moments[name] = (clips + 1, count + m.count, total + m.total, squares + m.squares)
+        return FinishedShard(
+            *info, self.next_entry, self.next_clip, counts.tolist(), self.bad, moments
+        )
+
+
+class _Builder:
+    """Gives clips their rows and turns full shards into finished ones, in order."""
+
+    def __init__(self, plan: Plan, state: PackState, bad_count: BadCount) -> None:
+        self.plan, self.state, self.bad_count = plan, state, bad_count
+        self.shards = list(state.finished)
+        self.first_entry = self.shards[-1].next_entry if self.shards else 0
+        self._skip_clips = self.shards[-1].next_clip if self.shards else 0
+        self._bad = [*plan.bad, *(bad for shard in self.shards for bad in shard.bad)]
+        self._bad_since: list[BadFile] = []
+        bad_count.add(self._bad)
+        self._rows: _Rows | None = None
+        self._full: deque[_Rows] = deque()
+        self._num_started = len(self.shards)
+        self._sealer = ThreadPoolExecutor(1, "fastat-seal")
+        self._sealing: list[Future[FinishedShard]] = []
+
+    @property
+    def writing(self) -> bool:
+        """Whether a worker is still writing rows."""
+        return any(rows.writing for rows in (self._rows, *self._full) if rows is not None)
+
+    def check_bad(self) -> None:
+        """Raises UserError when too many files are bad; bad.csv then lists those found so far."""
+        if self.bad_count.exceeded():
+            self.state.write_bad(self._bad)
+            raise self.bad_count.error(self.plan.directory, self._bad[-1])
+
+    def check_space(self) -> None:
+        """Raises Failure when the disk cannot hold the clips: better now than hours later."""
+        if self.plan.job.segments:
+            return
+        left = len(self.plan.entries) - self.first_entry
+        sure = left - self.bad_count.max_bad * self.bad_count.num_files
+        needed = int(sure * 2 * self.plan.job.clip_samples)
+        disk = os.statvfs(self.plan.directory)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free:
+            raise Failure(
+                f"{self.plan.directory}: {needed / 2**30:.1f} GiB needed for {left:,} clips, "
+                f"the disk has {free / 2**30:.1f} GiB left"
+            )
+
+    def take(self, first_entry: int, batch: Decoded) -> list[Write]:
+        """Rows for the next batch's clips; what its worker must write where."""
+        writes: list[Write] = []
+        held = 0
+        for place, clips in enumerate(batch.files):
+            number = first_entry + place
+            if isinstance(clips, Bad):
+                self._take_bad(self.plan.entries[number], clips)
+                continue
+            for index in range(self._skip_clips, len(clips)):
+                last = index + 1 == len(clips)
+                upto = (number + 1, 0) if last else (number, index + 1)
+                self._take_clip(
+                    number, clips[index], upto, Write(batch.batch, held + index, 1, "", 0), writes
+                )
+            held += len(clips)
+            self._skip_clips = 0
+        return writes
+
+    def _take_bad(self, entry: Entry, bad: Bad) -> None:
+        labels = ";".join(self.plan.classes.classes[k].id for k in entry.labels)
+        file = BadFile(entry.path, bad.reason, bad.detail, labels, entry.line)
+        self._bad.append(file)
+        self._bad_since.append(file)
+        self.bad_count.add([file])
+        self.check_bad()
+
+    def _take_clip(
+        self, number: int, clip: Clip, upto: tuple[int, int], write: Write, writes: list[Write]
+    ) -> None:
+        rows = self._rows or self._start(number)
+        path, offset = str(rows.part.path), rows.part.row_offset(len(rows.clips))
+        if (
+            writes
+            and writes[-1].path == path
+            and writes[-1].first + writes[-1].count == write.first
+        ):
+            writes[-1] = writes[-1]._replace(count=writes[-1].count + 1)
+        else:
+            writes.append(write._replace(path=path, offset=offset))
+            rows.writing += 1
+        rows.clips.append(clip)
+        rows.entries.append(self.plan.entries[number])
+        rows.next_entry, rows.next_clip = upto
+        if len(rows.clips) == self.plan.rows_per_shard:
+            self._complete(rows)
+
+    def _start(self, number: int) -> _Rows:
+        capacity = self.plan.rows_per_shard
+        if not self.plan.job.segments:
+            capacity = min(capacity, len(self.plan.entries) - number)
+        part = ShardPart(
+            self.plan.directory, self._num_started, capacity, self.plan.job.clip_samples
+        )
+        self._num_started += 1
+        self._rows = _Rows(part, len(self.plan.classes))
+        return self._rows
+
+    def _complete(self, rows: _Rows) -> None:
+        """No more rows: the shard is sealed when its last write is done."""
+        rows.bad, self._bad_since = self._bad_since, []
+        self._rows = None
+        self._full.append(rows)
+
+    def written(self, path: str) -> None:
+        """A write into the shard at ``path`` is done."""
+        rows = next(
+            r for r in (self._rows, *self._full) if r is not None and str(r.part.path) == path
+        )
+        rows.writing -= 1
+        self._seal()
+
+    def _seal(self) -> None:
+        # In a thread: flushing 1 GiB takes seconds, in which the next shard is decoded. One thread,
+        # so that shards finish in order.
+        while self._full and not self._full[0].writing:
+            self._sealing.append(self._sealer.submit(self._seal_shard, self._full.popleft()))
+        while self._sealing and self._sealing[0].done():
+            self.shards.append(self._sealing.pop(0).result())
+
+    def _seal_shard(self, rows: _Rows) -> FinishedShard:
+        note = rows.note(rows.part.seal(rows.arrays()))
+        self.state.record(note)
+        rows.part.publish()
+        return note
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """Clips of each class, [K]."""
+        counts = np.array([s.label_counts for s in self.shards], np.int64)
+        return counts.reshape(-1, len(self.plan.classes)).sum(0)
+
+    def finish(self) -> None:
+        """Closes the last shard and makes the set."""
+        if self._rows is not None:
+            self._complete(self._rows)
+        self._seal()
+        self.shards += [future.result() for future in self._sealing]
+        self._sealing.clear()
+        self.state.write_bad(self._bad)
+        if not self.shards:
+            raise UserError(
+                f"{self.plan.directory}: no clip is left, all {len(self._bad)} files are bad; "
+                f"{BAD_FILE} there says why"
+            )
+        self.state.finish(self._index())
+
+    def stop(self) -> None:
+        """Ends the sealing thread."""
+        self._sealer.shutdown(cancel_futures=True)
+
+    def _index(self) -> dict[str, Any]:
+        """dataset.json."""
+        plan = self.plan
+        content = {
+            "classes": [c._asdict() for c in plan.classes.classes],
+            "clip_samples": plan.job.clip_samples,
+            "shards": [ShardInfo(*shard[:4])._asdict() for shard in self.shards],
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": digest.hexdigest(),
+            "inputs": plan.inputs,
+            "clips": sum(shard.rows for shard in self.shards),
+            "bad_files": len(self._bad),
+            "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
+            "clip_samples": plan.job.clip_samples,
+            "sample_rate": SAMPLE_RATE,
+            "codec": "pcm16",
+            "options": plan.options,
+            "stats": {name: self._stats(name) for name in FEATURES},
+            "shards": content["shards"],
+            "label_counts": self.label_counts().tolist(),
+            "classes": content["classes"],
+        }
+
+    def _stats(self, feature: str) -> dict[str, float]:
+        clips = count = 0
+        total = squares = 0.0
+        for shard in self.shards:  # in order: the same sum after any resume
+            m = shard.moments[feature]
+            clips, count, total, squares = clips + m[0], count + m[1], total + m[2], squares + m[3]
+        if count == 0:
+            raise UserError(f"no clip is long enough for a frame of {feature}")
+        mean = total / count
+        return {"mean": mean, "std": math.sqrt(max(squares / count - mean**2, 0.0)), "clips": clips}

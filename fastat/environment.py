@@ -1,0 +1,66 @@
+"""What a run depends on beside its configuration: device, versions, numerics, memory."""
+
+import platform
+import resource
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECORDED = (
+    "fastat",
+    "torch",
+    "triton",
+    "numpy",
+    "h5py",
+    "soundfile",
+    "soxr",
+    "nvidia-dali-cuda130",
+)
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def numerics(device: torch.device) -> str:
+    """What bit-identical resuming depends on, beside the configuration."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device_name(device)}, {capability}, torch {torch.__version__}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory: the allocator's on a GPU, the process's resident set otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """``env.json``: versions, device, and the commit when run from a source tree."""
+    versions: dict[str, str | None] = {}
+    for name in RECORDED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(device),
+        "numerics": numerics(device),
+        "commit": git.stdout.strip() or None,
+    }

@@ -1,0 +1,306 @@
+"""fastat train: the run folder, resuming, signals, what may not reach the weights."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastat.checkpoint import load_model
+from fastat.data.shards import PackedSet
+from tests.conftest import QUIET, TINY_MODEL, TinySets, fastat, one_line
+
+A4 = ("train", "--proc", "A4", "--model", "cnn_trans", *TINY_MODEL)
+
+
+def arguments(sets: TinySets, out: Path, *more: object) -> tuple[object, ...]:
+    sizes = ("--epochs", 3, "--batch", 8)
+    return (*A4, "--data", sets.train, "--eval", sets.eval, "--out", out, *sizes, *more)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """The epochs' lines without what depends on the clock."""
+    timed = ("clips_per_s", "data_wait_fraction", "epoch_s", "peak_memory_gib")
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run)]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Bit-identical weights, optimizer and metrics."""
+    assert learned(run) == learned(other)
+    for name in ("last", "best"):
+        ours = load_file(run / "checkpoints" / name / "model.safetensors")
+        theirs = load_file(other / "checkpoints" / name / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    states = [
+        torch.load(r / "checkpoints" / "last" / "trainer.pt", weights_only=True)
+        for r in (run, other)
+    ]
+    for a, b in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of four steps, undisturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    fastat(*arguments(tiny_sets, out))
+    return out
+
+
+def test_run_folder_holds_what_was_promised(whole_run: Path) -> None:
+    lines = metrics(whole_run)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    promised = {
+        "epoch", "step", "lr", "train_loss", "eval_loss", "mAP", "AUC", "d_prime",
+        "classes_scored", "clips_per_s", "data_wait_fraction", "epoch_s", "peak_memory_gib",
+    }  # fmt: skip
+    for line in lines:
+        assert promised <= line.keys()
+        assert all(math.isfinite(line[k]) for k in promised - {"d_prime"})
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["model_options"] == {"dropout": 0.75, "embedding": 64, "num_heads": 4}
+    assert config["time_mask"] == 8  # 75 frames of 400, for one second of ten: 7.5
+    assert json.loads((whole_run / "env.json").read_text())["versions"]["torch"]
+    assert list((whole_run / "tb").glob("events.out.tfevents.*"))
+    for name in ("last", "best"):
+        files = {p.name for p in (whole_run / "checkpoints" / name).iterdir()}
+        assert files == {"model.safetensors", "model.json", "trainer.pt"}
+
+
+def test_checkpoint_holds_all_that_predicting_needs(whole_run: Path, tiny_sets: TinySets) -> None:
+    model, meta = load_model(whole_run)
+    packed = PackedSet.open(tiny_sets.train)
+    assert meta.classes == packed.classes
+    assert (meta.mean, meta.std) == packed.stats["logmel64"][:2]
+    assert model(torch.randn(2, meta.num_frames, meta.num_mels)).shape == (2, 3)
+    assert not model.training
+
+
+def test_predictions_are_those_of_the_best_epoch(whole_run: Path, tiny_sets: TinySets) -> None:
+    done = fastat("eval", whole_run, "--data", tiny_sets.eval, "--json")
+    result = json.loads(done.stdout)
+    best = max(metrics(whole_run), key=lambda line: line["mAP"])
+    assert result["mAP"] == pytest.approx(best["mAP"], abs=1e-9)
+    assert result["eval_loss"] == pytest.approx(best["eval_loss"], abs=1e-6)
+
+
+def test_it_learns(tiny_sets: TinySets, tmp_path: Path) -> None:
+    plain = ("--no-mixup", "--no-specaug", "--schedule", "constant")
+    more = ("--epochs", 12, "--set", "model.dropout=0", "--lr", 2e-3, *plain)
+    fastat(*arguments(tiny_sets, tmp_path / "run", *more))
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["train_loss"] < 0.7 * lines[0]["train_loss"]
+    assert max(line["mAP"] for line in lines) > 0.9
+
+
+# ------------------------------------------------------------------------------------ resuming
+@pytest.mark.parametrize("steps", [3, 4, 6], ids=["mid-epoch", "epoch", "second epoch"])
+def test_resuming_after_steps_equals_the_whole_run(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, steps: int
+) -> None:
+    out = tmp_path / "run"
+    fastat(*arguments(tiny_sets, out, "--steps", steps))
+    assert metrics(out)[-1]["step"] == steps
+    fastat("train", "--resume", "--out", out, "--set", "steps=null")
+    assert_same_run(out, whole_run)
+
+
+KILL_AFTER = [1, 5, 10]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [k if k in KILL_AFTER else pytest.param(k, marks=pytest.mark.full) for k in range(1, 12)],
+)
+def test_killed_with_9_it_resumes_to_the_same_end(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, after: int
+) -> None:
+    out = tmp_path / "run"
+    every = ("--set", "checkpoint_every_steps=1")
+    process = start(*arguments(tiny_sets, out, *every))
+    wait_for_step(process, out, after)
+    process.kill()
+    process.wait()
+    assert list((out / "checkpoints").glob("step-*"))
+    fastat(*arguments(tiny_sets, out, "--resume"))
+    assert_same_run(out, whole_run)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_signals_save_and_leave(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, signum: int, code: int
+) -> None:
+    out = tmp_path / "run"
+    process = start(*arguments(tiny_sets, out, "--set", "checkpoint_every_steps=1"))
+    wait_for_step(process, out, 2)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert f"go on with: fastat train --resume --out {out}" in stderr
+    assert "Traceback" not in stderr
+    fastat(*arguments(tiny_sets, out, "--resume"))
+    assert_same_run(out, whole_run)
+
+
+def start(*args: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastat.cli", *map(str, args)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | QUIET)
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        link = run / "checkpoints" / "last"
+        if link.is_symlink() and int(link.readlink().name.removeprefix("step-")) >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_resume_where_nothing_is_left(whole_run: Path, tiny_sets: TinySets) -> None:
+    before = learned(whole_run)
+    done = fastat("train", "--resume", "--out", whole_run)
+    assert "nothing left to train" in done.stderr
+    assert learned(whole_run) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--lr", 1e-3), "lr may not change on --resume"),
+        (("--proc", "A2"), "proc may not change"),
+        (("--set", "model.num_heads=8"), "model_options may not change"),
+    ],
+)
+def test_mathematics_may_not_change_on_resume(
+    whole_run: Path, more: tuple[object, ...], message: str
+) -> None:
+    done = fastat("train", "--resume", "--out", whole_run, *more, code=2)
+    assert message in one_line(done)
+
+
+def test_another_set_is_refused_on_resume(whole_run: Path, tiny_sets: TinySets) -> None:
+    more = ("--data", tiny_sets.eval)
+    done = fastat("train", "--resume", "--out", whole_run, *more, code=2)
+    assert "is not the set that" in done.stderr
+
+
+# ------------------------------------------------------------------------- what must not happen
+def test_nonfinite_loss_never_reaches_the_weights(tiny_sets: TinySets, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = ("--lr", 1e30, "--precision", "fp32", "--set", "checkpoint_every_steps=1")
+    done = fastat(*arguments(tiny_sets, out, *more), code=1)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "not finite at step" in last and "Traceback" not in done.stderr
+    names = set(PackedSet.open(tiny_sets.train).names(np.arange(36)))
+    assert sum(name in last for name in names) >= 3, "the step's clips are named"
+    weights = load_file(out / "checkpoints" / "last" / "model.safetensors")
+    assert all(torch.isfinite(w.float()).all() for w in weights.values())
+
+
+def test_full_disk_keeps_the_checkpoint_before(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """A limit on a file's size stops the second run's larger checkpoint as a full disk would."""
+    out = tmp_path / "run"
+    fastat(*arguments(tiny_sets, out, "--steps", 4))
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+    program = limit + "from fastat.cli import main; sys.argv[0] = 'fastat'; main()"
+    resume = [sys.executable, "-c", program, "train", "--resume", "--out", str(out)]
+    more = ["--set", "steps=8"]
+    done = subprocess.run([*resume, *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write checkpoint" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    folder = out / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "last", "step-00000004"]
+    load_model(out)
+
+
+def test_a_damaged_row_stops_the_run(tiny_sets: TinySets, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_sets.train, data)
+    shard = data / "shard-00000.h5"
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 0xFF
+    shard.write_bytes(content)
+    out = tmp_path / "run"
+    args = (*A4, "--data", data, "--out", out, "--epochs", 4, "--batch", 8, "--no-balance")
+    done = fastat(*args, code=1)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "shard-00000.h5" in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--epochs", 0), "epochs must be at least 1"),
+        (("--batch", 37), "a batch needs 1 to 36 clips"),
+        (("--set", "batchh=3"), "did you mean 'batch'"),
+        (("--set", "batch"), "--set takes key=value"),
+        (("--set", "lr=fast"), "--set lr takes float"),
+        (("--set", "model.embeding=64"), "did you mean 'embedding'"),
+        (("--schedule", "cosine"), "schedule must be one of"),
+        (("--precision", "fp8"), "precision must be one of"),
+        (("--source", "tape"), "source must be one of"),
+        (("--model", "cnn_tran"), "did you mean 'cnn_trans'"),
+        (("--proc", "A5"), "unknown procedure"),
+        (("--proc", "A1"), "none exist for cnn_trans"),
+        (("--epoch", 3), "--epochs"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tiny_sets: TinySets, tmp_path: Path, args: tuple[object, ...], message: str
+) -> None:
+    out = tmp_path / "run"
+    done = fastat(*arguments(tiny_sets, out, *args), code=2)
+    assert message in one_line(done)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    done = fastat(*A4, "--data", tmp_path / "data", "--out", tmp_path / "run", code=2)
+    assert str(tmp_path / "data") in one_line(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(whole_run: Path, tiny_sets: TinySets) -> None:
+    done = fastat(*arguments(tiny_sets, whole_run), code=2)
+    assert "already holds a run" in one_line(done)
+
+
+def test_an_unwritable_run_folder(tiny_sets: TinySets, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = fastat(*arguments(tiny_sets, tmp_path / "file" / "run"), code=1)
+    assert "cannot write the run folder" in one_line(done)
+
+
+def test_switches_reach_the_configuration(tiny_sets: TinySets, tmp_path: Path) -> None:
+    off = ("--no-balance", "--no-mixup", "--no-specaug", "--no-normalize", "--steps", 1)
+    out = tmp_path / "run"
+    done = fastat(*A4, "--data", tiny_sets.train, "--out", out, "--batch", 4, *off)
+    assert "training without scoring" in done.stderr
+    config = json.loads((out / "config.json").read_text())
+    got = {k: config[k] for k in ("balance", "mixup", "time_mask", "freq_mask", "normalize")}
+    want = {"balance": False, "mixup": 0.0, "time_mask": 0, "freq_mask": 0, "normalize": False}
+    assert got == want
+    assert "mAP" not in metrics(out)[0]
