@@ -20,7 +20,7 @@ TARGET_CLIPS_PER_S = 200
 
 
 def scene(rng: np.random.Generator) -> NDArray[np.float32]:
-    """Ten seconds of coloured noise that comes and goes, a few decaying harmonic tones, a noise floor."""
+    """Ten seconds: coloured noise that comes and goes, decaying harmonic tones, a noise floor."""
     t = np.arange(SECONDS * RATE) / RATE
     spectrum = np.fft.rfft(rng.standard_normal(len(t)))
     spectrum[1:] *= np.arange(1, len(spectrum)) ** -rng.uniform(0.3, 0.8)
@@ -31,12 +31,14 @@ def scene(rng: np.random.Generator) -> NDArray[np.float32]:
         decay = np.where(t >= onset, np.exp(-3 * np.maximum(t - onset, 0)), 0.0)
         for harmonic in range(1, 6):
             x += 0.1 / harmonic * decay * np.sin(2 * np.pi * pitch * harmonic * t)
-    return np.clip(x + 1e-3 * rng.standard_normal(len(t)), -1, 1).astype(np.float32)
+    x += 1e-3 * rng.standard_normal(len(t))
+    samples: NDArray[np.float32] = np.clip(x, -1, 1).astype(np.float32)
+    return samples
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CSV of 4,000 clips: hard links to 50 files, so that making them does not take longer than packing."""
+    """A CSV of many clips, hard links to a few files: making them takes less than packing."""
     folder = tmp_path_factory.mktemp("pack")
     rng = np.random.default_rng(0)
     for i in range(NUM_FILES):

@@ -155,11 +155,11 @@ def pack(
 
 def practice_sets() -> tuple[Path, Path]:
     """The practice set, made and packed in the cache folder unless it is there: (train, eval)."""
-    from fastat.data.demo import make_demo
+    from fastat.data.demo import DEMO_VERSION, make_demo
     from fastat.data.pack import pack as pack_set
 
-    cache = cache_folder()
-    raw, train, evaluation = cache / "practice", cache / "practice-train", cache / "practice-eval"
+    folder = cache_folder() / f"practice-{DEMO_VERSION}"
+    raw, train, evaluation = folder / "made", folder / "train", folder / "eval"
     make_demo(raw)
     for table, out in (("train_segments.csv", train), ("eval_segments.csv", evaluation)):
         pack_set(raw / table, out, audio=raw / "audio", labels=raw / "class_labels_indices.csv")

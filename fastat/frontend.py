@@ -262,7 +262,11 @@ def _log_mel(padded: Tensor, window: Tensor, bank: Tensor, name: str, num_frames
                 if mean is None:
                     torch.mul(block, window, out=under)
                 else:
-                    _emphasise(block - mean[here][..., None], feature.preemphasis, under)
+                    # Kaldi pre-emphasises a frame's first sample with itself. The window is 0
+                    # there, so the 0 that the buffer holds does as well.
+                    centred = block - mean[here][..., None]
+                    rest, previous = centred[..., 1:], centred[..., :-1]
+                    torch.add(rest, previous, alpha=-feature.preemphasis, out=under[..., 1:])
                     under.mul_(window)
                 mel = _mel(windowed, bank, feature).clamp_(min=feature.floor)
                 mel = mel.log_() if feature.kaldi else mel.log10_().mul_(10.0)
@@ -316,12 +320,6 @@ def _frame_means(x: Tensor, feature: Feature) -> Tensor:
     pieces = x.unfold(1, piece, piece).sum(-1)
     window, hop = feature.window_samples // piece, feature.hop_samples // piece
     return pieces.unfold(1, window, hop).sum(-1) / feature.window_samples
-
-
-def _emphasise(frames: Tensor, preemphasis: float, out: Tensor) -> None:
-    """frames [b, t, W] -> out, as Kaldi does: a frame's first sample is its own predecessor."""
-    torch.mul(frames[..., :1], 1.0 - preemphasis, out=out[..., :1])
-    torch.add(frames[..., 1:], frames[..., :-1], alpha=-preemphasis, out=out[..., 1:])
 
 
 @contextmanager

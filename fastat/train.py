@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -28,7 +30,7 @@ from fastat.checkpoint import (
     save_checkpoint,
 )
 from fastat.config import TrainConfig
-from fastat.data.loader import PackedSource, Source
+from fastat.data.loader import Batch, PackedSource, Source
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.display import Display, Status
@@ -249,14 +251,10 @@ class Trainer:
         steps = self.sampler.steps_per_epoch
         end = min((epoch + 1) * steps, self.last_step)
         self.model.train()
-        batches = self.source.batches(
-            self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end)
-        )
-        while p.step < end:
+        plans = (self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end))
+        for batch, waited in timed(self.source.batches(plans)):
             started = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - started
-
+            features = batch.features(self.frontend)
             lr = c.lr * lr_factor(
                 p.step,
                 schedule=c.schedule,
@@ -266,20 +264,20 @@ class Trainer:
             )
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            features = batch.features(self.frontend)
-            with autocast(self.device, c.precision):
-                logits = self.model(features)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), batch.target)
-            loss.backward()
-            found_inf, norm = finite_flag(loss.detach(), self.params)
-            guarded_step(self.optimizer, found_inf)
-            self.optimizer.zero_grad(set_to_none=True)
-            p.loss_sum += loss.detach()
+            loss, norm, found_inf = train_step(
+                self.model,
+                self.params,
+                self.optimizer,
+                features,
+                batch.target,
+                autocast(self.device, c.precision),
+            )
+            p.loss_sum += loss
             p.step += 1
             self._look_for_nonfinite(p.step, batch.rows, found_inf)
 
             p.wait_seconds += waited
-            p.train_seconds += time.perf_counter() - started
+            p.train_seconds += waited + time.perf_counter() - started
             if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
                 self._report(epoch, loss, norm, lr)
             if self.stop.signum is not None:
@@ -457,6 +455,46 @@ class Trainer:
 
 
 # ------------------------------------------------------------------------------------- parts
+def train_step(
+    model: nn.Module,
+    params: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    target: Tensor,
+    precision: AbstractContextManager[object],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward, backward and Adam, without waiting for the device.
+
+    Args:
+        features: [B, T, F] float32.
+        target: [B, K] float32, in 0..1.
+        precision: the context that the model runs in.
+
+    Returns:
+        loss, gradient norm, and 1 where either is not finite and the step was not taken: scalars
+        on the device.
+    """
+    with precision:
+        logits = model(features)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), target)
+    loss.backward()
+    found_inf, norm = finite_flag(loss.detach(), params)
+    guarded_step(optimizer, found_inf)
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), norm, found_inf
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that waiting for it took."""
+    while True:
+        started = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch, time.perf_counter() - started
+
+
 class StopSignals:
     """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
 

@@ -251,7 +251,9 @@ def test_the_timeline_shows_the_loud_half(
     assert rows["Dog"] == pytest.approx([0.0] * 10 + [1.0] * 10, abs=0.1)
     assert rows["Rain"] == pytest.approx([1.0] * 10 + [0.0] * 10, abs=0.1)
     (image,) = mel.images
-    assert list(image.get_extent()[:2]) == [0.0, 20.0]
+    assert list(image.get_extent()) == [0.0, 20.0, -0.5, 63.5] and image.origin == "lower"
+    ticks = dict(zip((t.get_text() for t in mel.get_yticklabels()), mel.get_yticks(), strict=True))
+    assert ticks["1k"] == pytest.approx(_bin_of(1000, FEATURES["logmel64"]))
     loud = np.asarray(image.get_array()).mean(0)  # [T]
     assert loud[: len(loud) // 2 - 2].max() + 30 < loud[len(loud) // 2 + 2 :].min()
 

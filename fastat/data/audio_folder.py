@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NOT_AUDIO = frozenset(
-    ".csv .tsv .json .jsonl .txt .md .xml .yaml .yml .html .log .jpg .jpeg .png .gif .webp .vtt .srt"
-    " .npy .npz .h5 .hdf5 .pkl .pt .lab .jams .part .tmp .zip .tar .gz .py".split()
+    ".csv .tsv .json .jsonl .txt .md .xml .yaml .yml .html .log .jpg .jpeg .png .gif .webp .vtt"
+    " .srt .npy .npz .h5 .hdf5 .pkl .pt .lab .jams .part .tmp .zip .tar .gz .py".split()
 )
 """Extensions of what lies beside audio. Anything else is taken for audio, and tried."""
 
@@ -25,7 +25,6 @@ class AudioFolder:
         for folder, folders, files in os.walk(self.root, followlinks=True):
             folders.sort()
             for name in sorted(files):
-                # A clip's id may start with anything, so hidden files count here only by extension.
                 stem, extension = os.path.splitext(name)
                 if extension and extension.lower() not in NOT_AUDIO:
                     inside = os.path.relpath(os.path.join(folder, name), self.root)
@@ -44,7 +43,7 @@ class AudioFolder:
 
 
 def _stems(ytid: str, start: float, end: float) -> Iterator[str]:
-    """Names without extension, those that carry the start first: a folder may hold several clips of a video."""
+    """Names without extension; first those with the start, as a video may be there twice."""
     start_ms, end_ms = round(start * 1000), round(end * 1000)
     for name in (ytid, f"Y{ytid}"):
         yield f"{name}_{start_ms}"

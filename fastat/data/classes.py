@@ -53,8 +53,9 @@ class ClassList:
     def from_csv(cls, path: Path) -> "ClassList":
         """AudioSet's class_labels_indices.csv: index, mid, display_name.
 
-        The columns may also be called id or label and name, stand in any order, and index and name may be
-        missing; without a header the columns are AudioSet's. Rows may come in any order of their index.
+        The columns may also be called id or label and name, stand in any order, and index and name
+        may be missing; without a header the columns are AudioSet's. Rows may come in any order of
+        their index.
 
         Raises:
             UserError: no such file or not such a table; names the line.

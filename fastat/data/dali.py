@@ -3,9 +3,9 @@
 The same batches as the packed source from the same plans, without reading the packed waveforms:
 DALI's threads decode on the CPU (its audio decoder has no GPU version), then downmix, cut, resample
 and round to int16. For ``logmel64`` mixup and the log-mel are in DALI's graph too, on the GPU where
-there is one; for other features the batch holds waveforms and ``Frontend`` does the rest. For 16
-kHz files both sources give the same features; at other rates DALI's resampler is not the packed
-set's."""
+there is one; for other features the batch holds waveforms and ``Frontend`` does the rest. From
+16 kHz files both sources give the same features; at other rates their resamplers differ.
+"""
 
 import io
 from collections import Counter, deque
@@ -108,7 +108,7 @@ class DaliSource:
         self.options = {
             "batch_size": batch if self.log_mel else 2 * batch,
             "num_threads": threads,
-            "device_id": (device.index or 0) if cuda else None,
+            "device_id": _cuda_index(device) if cuda else None,
             "prefetch_queue_depth": queue,
         }
         self._silence = _silent_file()
@@ -164,8 +164,7 @@ class DaliSource:
         files = [_File(*column) for column in columns]
         if not self.log_mel:
             return self._stream(files)
-        # A static graph needs a partner for every clip: for most of them silence, which costs
-        # nothing.
+        # A static graph needs a partner for every clip: mostly silence, which costs nothing.
         B = len(plan.rows)
         partners = [self._silence] * B
         lam = np.ones(B, np.float32)
@@ -195,16 +194,16 @@ class DaliSource:
         except OSError as error:
             raise Failure(f"cannot read {error.filename}: {error.strerror}") from error
 
-    def explain(self, plan: StepPlan, error: RuntimeError) -> Failure:
-        """Which file of ``plan`` made DALI fail."""
-        sources = self.packed.sources(np.concatenate([plan.rows, plan.partners]))
-        for path in sorted({path for path, _ in sources}):
+    def explain(self, plans: Iterable[StepPlan], error: RuntimeError) -> Failure:
+        """Which file of ``plans`` made DALI fail."""
+        rows = np.concatenate([rows for plan in plans for rows in (plan.rows, plan.partners)])
+        paths = list(dict.fromkeys(path for path, _ in self.packed.sources(rows)))
+        for path in paths:
             header = dali_check.look(path)
             if not isinstance(header, Header):
                 return Failure(f"{path} changed after it was checked: {header}")
-        lines = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
-        names = ", ".join(path for path, _ in sources[:5])
-        return Failure(f"DALI failed at a step with {names}, ...: {lines[-1].strip()}")
+        lines = [line.strip() for line in str(error).splitlines() if "rror" in line]
+        return Failure(f"DALI failed: {(lines or [str(error)])[-1]} (files {paths[0]}, ...)")
 
 
 class _Run:
@@ -233,7 +232,7 @@ class _Run:
             except RuntimeError as error:
                 if isinstance(error, Failure):
                     raise
-                raise self.source.explain(self.under_way[0], error) from error
+                raise self.source.explain(self.under_way, error) from error
             yield self.under_way.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor())
 
     def _next(self) -> list[Any]:
@@ -252,6 +251,10 @@ def _import_graph() -> ModuleType:
             f"--source dali needs NVIDIA DALI (pip install nvidia-dali-cuda130): {error}"
         ) from None
     return dali_graph
+
+
+def _cuda_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _silent_file() -> _File:

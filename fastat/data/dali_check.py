@@ -4,7 +4,8 @@ DALI ends the pipeline at the first file it cannot decode, so every file is deco
 with libsndfile, which is also what DALI decodes with. What was found good is kept in the set's
 folder (``dali_checked.npz``) with each file's size and time of change, so that the next run only
 looks at files that changed since; the bad ones are listed in ``dali_bad.csv``, as packing does in
-``bad.csv``."""
+``bad.csv``.
+"""
 
 import csv
 import os
@@ -113,14 +114,11 @@ def check(packed: PackedSet, threads: int) -> Clips:
 
 
 def look(path: str, known: Header | None = None) -> Header | str:
-    """The file's header, or why DALI cannot take it. Decodes the whole file unless it is as
-    ``known``."""
+    """The file's header, or why DALI cannot take it; decodes the file unless it is as ``known``."""
     try:
         status = os.stat(path)
-        if known is not None and (known.size, known.mtime_ns) == (
-            status.st_size,
-            status.st_mtime_ns,
-        ):
+        unchanged = (status.st_size, status.st_mtime_ns)
+        if known is not None and known.rate and (known.size, known.mtime_ns) == unchanged:
             return known
         if status.st_size == 0:
             return "empty: 0 bytes"
@@ -152,8 +150,7 @@ def look(path: str, known: Header | None = None) -> Header | str:
 def _by_file(
     packed: PackedSet, rows: NDArray[np.int64]
 ) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Each file of ``rows`` with its rows and their start in seconds; clips of a file are
-    neighbours."""
+    """Each file with its ``rows``, which are neighbours, and their start in seconds."""
     sources = zip(rows.tolist(), packed.sources(rows), strict=True)
     for path, group in groupby(sources, key=lambda item: item[1][0]):
         yield path, [(row, start_seconds) for row, (_, start_seconds) in group]

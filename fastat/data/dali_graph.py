@@ -6,7 +6,8 @@ spectrogram follow on it (written to DALI's documentation; not run on a GPU).
 
 Per clip the graphs do what ``decode`` does before packing and what ``Frontend`` does after it, in
 the same order and, where a rounding could show, with the same arithmetic: channel mean, cut,
-resampling to 16 kHz, rounding to int16; mean removal, mixup, mean removal, log-mel."""
+resampling to 16 kHz, rounding to int16; mean removal, mixup, mean removal, log-mel.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,9 +66,10 @@ class Spec:
     def stream(self) -> tuple[str, ...]:
         """What a graph reads about each file of a step, in this order.
 
-        encoded: the file's bytes (uint8); first, length: what of it is resampled, in samples at its
-            own rate; skip: where in that the clip starts, samples: how long it is, at 16 kHz (all
-            int32); rate in Hz, ``lowpass(rate)``, channels (float32)."""
+        encoded: the file's bytes (uint8); first, length: what of it is resampled, in samples at
+        its own rate; skip: where in that the clip starts, samples: how long it is, at 16 kHz (all
+        int32); rate in Hz, ``lowpass(rate)``, channels (float32).
+        """
         names = ("encoded", "first", "length", "skip", "samples")
         return names + ("rate", "lowpass") * self.resample + ("channels",) * bool(self.add_channels)
 
@@ -91,7 +93,8 @@ def clips_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:
     """int16 [R, S]: the clips of R files, padded with zeros.
 
     ``source`` returns ``spec.stream`` for a step's files, and raises StopIteration after the last
-    step."""
+    step.
+    """
 
     @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
     def graph() -> DataNode:
@@ -105,7 +108,8 @@ def log_mel_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:
     """float32 [B, T, F]: the log-mels (feature logmel64) of B clips, each mixed with a partner.
 
     ``source`` returns ``spec.stream`` for a step's clips, then for their partners, then the weights
-    of the clips (float32 [B]), and raises StopIteration after the last step."""
+    of the clips (float32 [B]), and raises StopIteration after the last step.
+    """
     feature = FEATURES["logmel64"]
     window = feature.window().astype(np.float32).tolist()
     corrections = _mel_corrections(spec.gpu, options["device_id"])
@@ -119,8 +123,7 @@ def log_mel_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:
         lam = inputs["lam"].gpu() if spec.gpu else inputs["lam"]
         x = _centre(spec, _clip(spec, clip) * (1.0 / INT16_SCALE))
         y = _centre(spec, _clip(spec, partner) * (1.0 / INT16_SCALE))
-        # A clip keeps its own length. An unmixed one has lam 1 and a silent partner: the same
-        # numbers.
+        # A clip keeps its own length. Unmixed: lam 1 and a silent partner, the same numbers.
         x = _centre(spec, lam * x + (1.0 - lam) * _cut(y, 0, clip["samples"]))
         spectrum = fn.spectrogram(
             _cut(x, 0, spec.clip_samples),
@@ -159,12 +162,12 @@ def _mel(spectrum: DataNode) -> DataNode:
 
 @cache
 def _mel_corrections(gpu: bool, device_id: int | None) -> list[NDArray[np.float32]]:
-    """For even and odd bands, what the power of each bin is multiplied by before DALI's bank, 2 x
-    [bins].
+    """Factors [bins] on the power before DALI's bank, for its even bands and for its odd ones.
 
     DALI keeps band edges in float32, so at the foot of a triangle its weights are up to 2 % off:
-    3e-3 dB on a tone there. A bin lies in at most one even and one odd band, hence one factor for
-    each."""
+    3e-3 dB on a tone there. A bin lies in at most one even and one odd band, hence a factor for
+    each. 3e-5 dB are left.
+    """
     bank = FEATURES["logmel64"].mel_bank()  # [bins, F]
 
     @pipeline_def  # type: ignore[untyped-decorator]
@@ -189,6 +192,7 @@ def _mel_corrections(gpu: bool, device_id: int | None) -> list[NDArray[np.float3
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def _exact_mel(spec: Spec, spectrum: DataNode, corrections: list[NDArray[np.float32]]) -> DataNode:
+    """Power [T, bins] -> mel power [T, F]: even and odd bands from a pass of the bank each."""
     device = "gpu" if spec.gpu else "cpu"
     even = (np.arange(FEATURES["logmel64"].num_mels) % 2 == 0).astype(np.float32)
     bands = [
@@ -245,8 +249,7 @@ def _resample(spec: Spec, x: DataNode, rate: DataNode, taps: DataNode) -> DataNo
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def _add_channels(x: DataNode, num_channels: int) -> DataNode:
-    """[n, C] -> [n], one after the other as ``decode`` does; the decoder's downmix rounds 1 / C
-    first."""
+    """[n, C] -> [n], in the order of ``decode``; the decoder's downmix would round 1 / C first."""
     x = fn.slice(x, start=0, shape=num_channels, axes=[1], out_of_bounds_policy="pad")
     total = x[:, 0]
     for channel in range(1, num_channels):

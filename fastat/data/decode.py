@@ -1,8 +1,9 @@
 """One audio file -> float32 mono at 16 kHz, or the reason why not.
 
-libsndfile reads what it can (WAV, FLAC, OGG, MP3, AIFF, AU, ...); the rest goes to FFmpeg when the extra
-``av`` is installed. Channels are averaged and soxr HQ resamples, in blocks: a long file costs the
-memory of its 16 kHz samples, and the result is bit-identical to resampling it in one piece.
+libsndfile reads what it can (WAV, FLAC, OGG, MP3, AIFF, AU, ...); the rest goes to FFmpeg when the
+extra ``av`` is installed. Channels are averaged and soxr HQ resamples, in blocks: a long file
+costs the memory of its 16 kHz samples, and the result is bit-identical to resampling it in one
+piece.
 """
 
 import os
@@ -20,9 +21,11 @@ Reason = Literal["missing", "unreadable", "empty", "non-finite", "truncated", "l
 """Why a file is bad; what bad.csv says."""
 
 BLOCK_SECONDS = 30
-"""soundfile seeks after every read, which costs FLAC a tenth of the decoding time: few, long blocks."""
+"""soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
 MARGIN_SECONDS, MARGIN_FRAMES = 1, 4096
-"""Read beyond a cut, so that the resampler's filter (a few hundred taps) sees what the whole file has."""
+"""Read beyond a cut: the resampler's filter (a few hundred taps) sees what the whole file has."""
+SAMPLE_RATES = range(1_000, 1_000_001)
+"""Hz; a header that says something else is damaged."""
 UNKNOWN_FRAMES = 1 << 48
 """libsndfile reports a huge number when a stream's header promises none."""
 _HEADER_SIZES = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
@@ -55,7 +58,8 @@ def decode(
     start_seconds: float = 0.0,
     seconds: float | None = None,
 ) -> NDArray[np.float32]:
-    """Samples of a file, [S] float32, mono, full scale 1; at most ``seconds`` from ``start_seconds`` on.
+    """Samples of a file, [S] float32, mono, full scale 1; at most ``seconds`` from
+    ``start_seconds`` on.
 
     Raises:
         BadAudio: missing, unreadable, empty (no sample from ``start_seconds`` on), non-finite, or
@@ -66,18 +70,20 @@ def decode(
     if path.is_file() and path.stat().st_size == 0:
         raise BadAudio("empty", "0 bytes")
     try:
-        sound = sf.SoundFile(os.fspath(path))
+        sound = sf.SoundFile(os.fsencode(path))
     except sf.LibsndfileError as error:
         return _decode_av(path, error.error_string, sample_rate, start_seconds, seconds)
     with sound:
         rate = sound.samplerate
+        if rate not in SAMPLE_RATES:
+            raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
         span = _span(rate, start_seconds, seconds, seek=True)
         blocks = _soundfile_blocks(sound, span)
         return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)
 
 
 def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Full scale 1 -> 32768, rounded to the nearest (ties to even) and clipped to int16's range."""
+    """Full scale 1 -> 32768, rounded to the nearest (ties to even), clipped to int16's range."""
     scaled = np.multiply(x, np.float32(32768.0), dtype=np.float32)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768.0, 32767.0, out=scaled)
@@ -164,10 +170,11 @@ def _soundfile_blocks(sound: sf.SoundFile, span: _Span) -> Iterator[NDArray[np.f
 
 
 def _has_last_frame(sound: sf.SoundFile) -> bool:
-    """Whether the end of a file that failed to decode is there: then it is damaged, not cut short."""
+    """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
     try:
-        sound.seek(sound.frames - 1)
-        return len(sound.read(1)) == 1
+        with sf.SoundFile(sound.name) as again:  # the first one's decoder gave up
+            again.seek(again.frames - 1)
+            return len(again.read(1)) == 1
     except sf.LibsndfileError:
         return False
 

@@ -1,8 +1,8 @@
 """Tables of labelled audio, in the forms the field uses, as one list of files and class numbers.
 
-An AudioSet segments CSV, an AST data file, a CSV with columns path and labels, or a folder with one
-sub-folder per class. Nothing is decoded here; what is decided is which files exist and which classes
-they carry.
+An AudioSet segments CSV, an AST data file, a CSV with columns path and labels, or a folder with
+one sub-folder per class. Nothing is decoded here; what is decided is which files exist and which
+classes they carry.
 """
 
 import csv
@@ -85,8 +85,8 @@ def read_manifest(
 ) -> Manifest:
     """Reads SOURCE as ``fastat pack`` takes it.
 
-    The class list is ``labels`` (a CSV in AudioSet's format), that of the packed set ``classes_from``, or
-    the sorted distinct labels of the table, id and name alike.
+    The class list is ``labels`` (a CSV in AudioSet's format), that of the packed set
+    ``classes_from``, or the sorted distinct labels of the table, id and name alike.
 
     Raises:
         UserError: no such source, a table that is none of the forms, or a wrong line in it.
@@ -136,8 +136,8 @@ def _read_table(source: Path, audio: Path | None, group_by: str | None) -> Table
         text = source.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(
-            f"{source}: expected a segments CSV, a CSV with columns path and labels, an AST data file "
-            "or a folder, got a file that is not text"
+            f"{source}: expected a segments CSV, a CSV with columns path and labels, an AST data "
+            "file or a folder, got a file that is not text"
         ) from None
     if suffix == ".json":
         return _read_ast(source, text, audio, group_by)
@@ -148,7 +148,8 @@ def _read_table(source: Path, audio: Path | None, group_by: str | None) -> Table
 
 
 def _split(cell: str, one_label: bool, classes: ClassList | None) -> list[str]:
-    """The labels of a cell: separated by ; or, without one, by commas unless the whole is a class."""
+    """The labels of a cell: separated by ; or, without one, by commas unless the whole is a
+    class."""
     if one_label or (classes is not None and cell.strip() in classes):
         parts = [cell]
     else:
@@ -233,8 +234,8 @@ def _read_csv(
     label_column = next((header.index(c) for c in LABEL_COLUMNS if c in header), None)
     if path_column is None or label_column is None:
         raise UserError(
-            f"{source}: expected AudioSet's segments or a header with path (or filename) and labels "
-            f"(or label, category), got {', '.join(header)!r}"
+            f"{source}: expected AudioSet's segments or a header with path (or filename) and "
+            f"labels (or label, category), got {', '.join(header)!r}"
         )
     column = None if group_by is None else _column(source, header, group_by)
     roots = [audio] if audio is not None else [source.parent, source.parent / "audio"]

@@ -1,12 +1,12 @@
 """``fastat pack``: a table of labelled audio -> a packed set.
 
 Files are decoded once, in parallel, and their clips become rows in the order of the table: a row's
-number depends on which earlier files are good and on nothing else. A finished shard is kept when the
-command is killed and run again; what else a killed run leaves is redone.
+number depends on which earlier files are good and on nothing else. A finished shard is kept when
+the command is killed and run again; what else a killed run leaves is redone.
 
-State while packing, in OUT/.pack: ``state.json`` (a fingerprint of the command and its inputs), ``lock``,
-and for every finished shard ``shard-00000.json`` with what its rows add to the set. dataset.json is
-written last and makes the set.
+State while packing, in OUT/.pack: ``state.json`` (a fingerprint of the command and its inputs),
+``lock``, and for every finished shard ``shard-00000.json`` with what its rows add to the set.
+dataset.json is written last and makes the set.
 """
 
 import csv
@@ -38,9 +38,9 @@ EVAL_SUFFIX = "-eval"
 NUM_CORES = len(os.sched_getaffinity(0))
 
 STATS_CLIPS = 1_000
-"""Clips that the statistics are taken from. Features of a clip cost as much as decoding it, and 1,000
-clips fix the mean to about 1 % of the scale that normalisation divides by (clip means of AudioSet-like
-material spread by half a standard deviation: 0.5 / sqrt(1000) / 2 = 0.8 %)."""
+"""Clips that the statistics are taken from. Features of a clip cost as much as decoding it, and
+1,000 clips fix the mean to about 1 % of the scale that normalisation divides by (clip means of
+AudioSet-like material spread by half a standard deviation: 0.5 / sqrt(1000) / 2 = 0.8 %)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ def pack(
 ) -> PackSummary:
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
 
-    ``source`` is an AudioSet segments CSV, an AST data file, a CSV with columns path and labels, or a
-    folder of classes (``manifest``). ``workers`` and ``max_bad`` may differ when a killed command is run
-    again; everything else is part of the set.
+    ``source`` is an AudioSet segments CSV, an AST data file, a CSV with columns path and labels,
+    or a folder of classes (``manifest``). ``workers`` and ``max_bad`` may differ when a killed
+    command is run again; everything else is part of the set.
 
     Raises:
         UserError: a wrong argument, table or folder, or too many bad files.

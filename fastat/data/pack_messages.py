@@ -27,11 +27,11 @@ class Decode(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Parent to worker: write clips ``first`` to ``first + count - 1`` of a batch into a shard."""
+    """Parent to worker: write ``num_clips`` clips of a batch, from ``first`` on, into a shard."""
 
     batch: int
     first: int
-    count: int
+    num_clips: int
     path: str
     offset: int
 
@@ -43,9 +43,9 @@ class Forget(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of one feature over real frames: bins, sum, sum of squares."""
+    """Of one feature over the bins of real frames."""
 
-    count: int
+    num_bins: int
     total: float
     squares: float
 

@@ -28,13 +28,13 @@ BATCHES_AHEAD = 2
 class Pool:
     """Workers that decode batches in any order.
 
-    Used as a context manager; leaving it ends the workers. A worker whose parent is killed sees its pipe
-    close and ends by itself.
+    Used as a context manager; leaving it ends the workers. A worker whose parent is killed sees
+    its pipe close and ends by itself.
     """
 
     def __init__(self, num_workers: int, job: Job) -> None:
-        # One server process imports torch once, and the workers share its pages; a fork of the parent
-        # would copy locks that its threads (the progress bar) hold.
+        # One server process imports torch once, and the workers share its pages; a fork of the
+        # parent would copy locks that its threads (the progress bar) hold.
         context: ForkServerContext = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fastat.data.pack_worker"])
         self._processes = []
@@ -113,8 +113,8 @@ class Pool:
         process = self._processes[worker]
         process.join()
         return Failure(
-            f"a worker process ended with exit code {process.exitcode} (a negative one is a signal; "
-            "-9 is often too little memory): run the same command again, with fewer --workers"
+            f"a worker process ended with exit code {process.exitcode} (negative: a signal; -9 is "
+            "often too little memory); the same command goes on, perhaps with fewer --workers"
         )
 
 

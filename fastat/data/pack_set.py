@@ -25,7 +25,8 @@ from fastat.features import FEATURES
 from fastat.progress import progress
 
 BATCH_FILES = 8
-"""Files a message: enough to make messages rare, few enough to keep all workers busy to the end."""
+"""Files a message: enough to make messages rare, few enough to keep all workers busy to the
+end."""
 
 
 class Plan(NamedTuple):
@@ -69,7 +70,7 @@ class BadCount:
         detail = f" ({example.detail})" if example.detail else ""
         return UserError(
             f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
-            f"{reasons}, such as {example.path}{detail}; they are listed in {directory / BAD_FILE}; "
+            f"{reasons}, such as {example.path}{detail}; listed in {directory / BAD_FILE}; "
             f"--max-bad {enough:g} or more packs the others"
         )
 
@@ -183,8 +184,8 @@ class _Rows:
         moments = {name: (0, 0, 0.0, 0.0) for name in FEATURES}
         for clip in self.clips:
             for name, m in (clip.moments or {}).items():
-                clips, count, total, squares = moments[name]
-                moments[name] = (clips + 1, count + m.count, total + m.total, squares + m.squares)
+                clips, bins, total, squares = moments[name]
+                moments[name] = (clips + 1, bins + m.num_bins, total + m.total, squares + m.squares)
         return FinishedShard(
             *info, self.next_entry, self.next_clip, counts.tolist(), self.bad, moments
         )
@@ -237,19 +238,24 @@ class _Builder:
         """Rows for the next batch's clips; what its worker must write where."""
         writes: list[Write] = []
         held = 0
-        for place, clips in enumerate(batch.files):
-            number = first_entry + place
+        for number, clips in enumerate(batch.files, first_entry):
             if isinstance(clips, Bad):
                 self._take_bad(self.plan.entries[number], clips)
                 continue
             for index in range(self._skip_clips, len(clips)):
-                last = index + 1 == len(clips)
-                upto = (number + 1, 0) if last else (number, index + 1)
-                self._take_clip(
-                    number, clips[index], upto, Write(batch.batch, held + index, 1, "", 0), writes
-                )
+                more = index + 1 < len(clips)
+                upto = (number, index + 1) if more else (number + 1, 0)
+                place = held + index
+                write = self._take_clip(number, clips[index], upto, batch.batch, place)
+                last = writes[-1] if writes else None
+                if last and last.path == write.path and last.first + last.num_clips == place:
+                    writes[-1] = last._replace(num_clips=last.num_clips + 1)
+                else:
+                    writes.append(write)
             held += len(clips)
             self._skip_clips = 0
+        for write in writes:
+            self._rows_at(write.path).writing += 1
         return writes
 
     def _take_bad(self, entry: Entry, bad: Bad) -> None:
@@ -261,24 +267,17 @@ class _Builder:
         self.check_bad()
 
     def _take_clip(
-        self, number: int, clip: Clip, upto: tuple[int, int], write: Write, writes: list[Write]
-    ) -> None:
+        self, number: int, clip: Clip, upto: tuple[int, int], batch: int, place: int
+    ) -> Write:
+        """A row for a clip of entry ``number``, the clip at ``place`` of its batch."""
         rows = self._rows or self._start(number)
-        path, offset = str(rows.part.path), rows.part.row_offset(len(rows.clips))
-        if (
-            writes
-            and writes[-1].path == path
-            and writes[-1].first + writes[-1].count == write.first
-        ):
-            writes[-1] = writes[-1]._replace(count=writes[-1].count + 1)
-        else:
-            writes.append(write._replace(path=path, offset=offset))
-            rows.writing += 1
+        offset = rows.part.row_offset(len(rows.clips))
         rows.clips.append(clip)
         rows.entries.append(self.plan.entries[number])
         rows.next_entry, rows.next_clip = upto
         if len(rows.clips) == self.plan.rows_per_shard:
             self._complete(rows)
+        return Write(batch, place, 1, str(rows.part.path), offset)
 
     def _start(self, number: int) -> _Rows:
         capacity = self.plan.rows_per_shard
@@ -299,15 +298,16 @@ class _Builder:
 
     def written(self, path: str) -> None:
         """A write into the shard at ``path`` is done."""
-        rows = next(
-            r for r in (self._rows, *self._full) if r is not None and str(r.part.path) == path
-        )
-        rows.writing -= 1
+        self._rows_at(path).writing -= 1
         self._seal()
 
+    def _rows_at(self, path: str) -> _Rows:
+        candidates = (self._rows, *self._full)
+        return next(r for r in candidates if r is not None and str(r.part.path) == path)
+
     def _seal(self) -> None:
-        # In a thread: flushing 1 GiB takes seconds, in which the next shard is decoded. One thread,
-        # so that shards finish in order.
+        # In a thread: flushing 1 GiB takes seconds, in which the next shard is decoded. One
+        # thread, so that shards finish in order.
         while self._full and not self._full[0].writing:
             self._sealing.append(self._sealer.submit(self._seal_shard, self._full.popleft()))
         while self._sealing and self._sealing[0].done():
@@ -321,8 +321,10 @@ class _Builder:
 
     def label_counts(self) -> NDArray[np.int64]:
         """Clips of each class, [K]."""
-        counts = np.array([s.label_counts for s in self.shards], np.int64)
-        return counts.reshape(-1, len(self.plan.classes)).sum(0)
+        counts = np.zeros(len(self.plan.classes), np.int64)
+        for shard in self.shards:
+            counts += shard.label_counts
+        return counts
 
     def finish(self) -> None:
         """Closes the last shard and makes the set."""
@@ -371,12 +373,16 @@ class _Builder:
         }
 
     def _stats(self, feature: str) -> dict[str, float]:
-        clips = count = 0
+        clips = bins = 0
         total = squares = 0.0
         for shard in self.shards:  # in order: the same sum after any resume
             m = shard.moments[feature]
-            clips, count, total, squares = clips + m[0], count + m[1], total + m[2], squares + m[3]
-        if count == 0:
-            raise UserError(f"no clip is long enough for a frame of {feature}")
-        mean = total / count
-        return {"mean": mean, "std": math.sqrt(max(squares / count - mean**2, 0.0)), "clips": clips}
+            clips, bins, total, squares = clips + m[0], bins + m[1], total + m[2], squares + m[3]
+        mean = total / bins if bins else math.nan
+        std = math.sqrt(max(squares / bins - mean**2, 0.0)) if bins else math.nan
+        if not std > 0.0:
+            raise UserError(
+                f"{self.plan.directory}: no statistics of {feature}: the {clips} sampled clips are "
+                "silent or too short for a frame"
+            )
+        return {"mean": mean, "std": std, "clips": clips}

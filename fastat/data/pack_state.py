@@ -1,11 +1,12 @@
-"""The folder of a set while it is packed: whose it is, what of it is finished, what must go on failure."""
+"""The folder of a set while it is packed: whose it is, what of it is finished, what must go on
+failure."""
 
 import csv
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -59,16 +60,16 @@ def standing(directory: Path, inputs: str) -> Standing:
         if read_index(directory).get("inputs") == inputs:
             return Standing.FINISHED
         raise UserError(
-            f"--out {directory}: holds a packed set of another command, or of files that have changed "
-            "since; give another --out or delete it"
+            f"--out {directory}: holds a packed set of another command, or of a table or files "
+            "that have changed since; give another --out or delete it"
         )
     state = directory / STATE_FOLDER / "state.json"
     if state.exists():
         if json.loads(state.read_text("utf-8"))["inputs"] == inputs:
             return Standing.UNFINISHED
         raise UserError(
-            f"--out {directory}: holds an unfinished set of another command, or of files that have "
-            "changed since; give another --out or delete it"
+            f"--out {directory}: holds an unfinished set of another command, or of a table or "
+            "files that have changed since; give another --out or delete it"
         )
     strangers = sorted({p.name for p in directory.iterdir()} - {STATE_FOLDER, BAD_FILE})
     if strangers:
@@ -79,15 +80,16 @@ def standing(directory: Path, inputs: str) -> Standing:
 class PackState:
     """The lock on an output folder, and what earlier runs finished there.
 
-    Used as a context manager. Left by an exception, it removes what is not finished; what is stays,
-    for the same command to go on with.
+    Used as a context manager. Left by an exception, it removes what is not finished; what is
+    stays, for the same command to go on with.
     """
 
     def __init__(self, directory: Path, inputs: str) -> None:
         """Claims the folder.
 
         Raises:
-            UserError: it cannot be written, another process is packing into it, or as ``standing``.
+            UserError: it cannot be written, another process is packing into it, or as
+            ``standing``.
         """
         self.directory = directory
         self.state = directory / STATE_FOLDER
@@ -131,7 +133,7 @@ class PackState:
         path = self.state / (shard.file + ".json")
         atomic_write_text(path, json.dumps(shard._asdict()))
 
-    def write_bad(self, bad: Iterable[BadFile]) -> None:
+    def write_bad(self, bad: Sequence[BadFile]) -> None:
         """bad.csv, in the order of the table."""
         with (
             atomic_path(self.directory / BAD_FILE) as path,

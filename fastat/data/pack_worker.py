@@ -1,12 +1,15 @@
-"""What one worker process of ``fastat pack`` does: decode, measure, and write rows where it is told.
+"""What one worker process of ``fastat pack`` does: decode, measure, and write rows where it is
+told.
 
-The samples never travel between processes. A worker decodes a batch of files, reports what it found,
-keeps the samples, and writes them into the shard when the parent has decided their row numbers. The
-parent's decision needs all earlier files, so the set does not depend on the number of workers.
+The samples never travel between processes. A worker decodes a batch of files, reports what it
+found, keeps the samples, and writes them into the shard when the parent has decided their row
+numbers. The parent's decision needs all earlier files, so the set does not depend on the number of
+workers.
 """
 
 import os
 import signal
+import sys
 import zlib
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -43,7 +46,8 @@ def serve(connection: Connection, job: Job) -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent ends us
     torch.set_num_threads(1)
-    # mpg123 and FFmpeg print warnings into the progress bar.
+    # mpg123 and FFmpeg print warnings into the progress bar; Python's tracebacks stay visible.
+    sys.stderr = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     measure = Meter(job.clip_samples)
     held: dict[int, list[NDArray[np.int16]]] = {}
@@ -51,21 +55,21 @@ def serve(connection: Connection, job: Job) -> None:
     while True:
         try:
             message: Message = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         match message:
             case Decode():
                 held[message.batch] = []
                 reply: Reply = _decode(message, job, measure, held[message.batch])
             case Write():
-                rows = held[message.batch][message.first : message.first + message.count]
+                rows = held[message.batch][message.first : message.first + message.num_clips]
                 reply = target.write(message, rows)
             case Forget():
                 del held[message.batch]
                 continue
         try:
             connection.send(reply)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return
 
 
@@ -103,7 +107,7 @@ def _decode(
             rows.append(row)
             moments = measure(row, len(piece)) if number in measured else None
             start = number * job.clip_samples / SAMPLE_RATE
-            clips.append(Clip(start, len(piece), zlib.crc32(row), moments))
+            clips.append(Clip(start, len(piece), zlib.crc32(row.data), moments))
         files.append(clips)
     return Decoded(message.batch, files)
 
@@ -146,7 +150,7 @@ class _Target:
                 self.path = message.path
             offset = message.offset
             for row in rows:
-                left = memoryview(row).cast("B")
+                left = row.data.cast("B")
                 while left:  # a disk that fills takes part of a row first
                     count = os.pwrite(self.fd, left, offset)
                     left, offset = left[count:], offset + count

@@ -97,7 +97,8 @@ class Sampler:
             return self.candidates[rng.permutation(len(self.candidates))[:size]]
         drawn = rng.random(size) * self.cumulative[-1]
         index = np.searchsorted(self.cumulative, drawn, side="right")
-        return self.candidates[np.minimum(index, len(self.candidates) - 1)]
+        rows: NDArray[np.int64] = self.candidates[np.minimum(index, len(self.candidates) - 1)]
+        return rows
 
     def plan(self, epoch: int, step: int) -> StepPlan:
         """The plan of step ``step`` (from 0) of epoch ``epoch``."""

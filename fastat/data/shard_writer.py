@@ -1,11 +1,13 @@
-"""One shard being built: ``shard-00000.h5.part`` until it is whole.
+"""One shard being built: ``shard-00000.h5.<token>.part`` until it is whole.
 
 The file starts with its waveform dataset at full size, so that any process may write rows at their
-final offsets with pwrite; the small datasets follow when the rows are known. A shard that ends with
-fewer rows than it was made for (bad files at the end of a set) is copied into one of the exact size.
+final offsets with pwrite; the small datasets follow when the rows are known. A shard that ends
+with fewer rows than it was made for (bad files at the end of a set) is copied into one of the
+exact size.
 """
 
 import os
+import secrets
 from pathlib import Path
 
 import h5py
@@ -18,13 +20,16 @@ PART_SUFFIX = ".part"
 
 
 class ShardPart:
-    """A shard of up to ``capacity`` rows in ``directory``; its rows go to ``path`` at ``row_offset``."""
+    """A shard of up to ``capacity`` rows in ``directory``; its rows go to ``path`` at
+    ``row_offset``."""
 
     def __init__(self, directory: Path, index: int, capacity: int, clip_samples: int) -> None:
         """Creates the file; OSError when the disk refuses."""
         self.directory = directory
         self.file = shard_file(index)
-        self.path = directory / (self.file + PART_SUFFIX)
+        # A name of its own for every run: a worker that outlives a killed run by a moment must not
+        # write into the file of the next.
+        self.path = directory / f"{self.file}.{secrets.token_hex(4)}{PART_SUFFIX}"
         self.capacity = capacity
         self.clip_samples = clip_samples
         self.offset = _create(self.path, capacity, clip_samples)
@@ -34,7 +39,8 @@ class ShardPart:
         return self.offset + row * 2 * self.clip_samples
 
     def seal(self, rows: ShardRows) -> ShardInfo:
-        """Writes everything but the waveform, which is in the file, and flushes it all to the disk."""
+        """Writes everything but the waveform, which is in the file, and flushes it all to the
+        disk."""
         num_rows = len(rows.num_samples)
         if num_rows < self.capacity:
             self._shrink(num_rows)

@@ -1,20 +1,20 @@
 """A packed set on disk, opened for reading.
 
-A folder with ``dataset.json`` (classes, counts, statistics and, for every shard, its rows, bytes and
-checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at most 1 GiB. A shard is HDF5:
+A folder with ``dataset.json`` (classes, counts, statistics and, for every shard, its rows, bytes
+and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at most 1 GiB. A shard is HDF5:
 
-    waveform       int16 [N, S]      16 kHz mono, contiguous, so that a row is one range of bytes in the file
-    num_samples    int32 [N]         real samples of the row, the rest is zero padding
-    target         uint8 [N, K/8]    labels, np.packbits order
-    audio_name     bytes [N]         UTF-8, the file's path inside the audio folder
-    audio_path     bytes [N]         UTF-8, absolute path of the file it was packed from
-    start_seconds  float64 [N]       where in that file the clip starts
-    row_crc        uint32 [N]        CRC-32 of the row's waveform bytes
+    waveform       int16 [N, S]            16 kHz mono, contiguous: a row is one range of the file
+    num_samples    int32 [N]               real samples of the row, the rest is zero padding
+    target         uint8 [N, ceil(K / 8)]  labels, np.packbits order
+    audio_name     bytes [N]               UTF-8, the file's path inside the audio folder
+    audio_path     bytes [N]               UTF-8, absolute path of the file it was packed from
+    start_seconds  float64 [N]             where in that file the clip starts
+    row_crc        uint32 [N]              CRC-32 of the row's waveform bytes
 
-What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of everything but
-the waveform (``row_crc`` included), without reading the waveform; ``read_rows`` checks every row it
-reads against ``row_crc``. Rows are read with preadv: a shard cut short under a memory map would kill the
-process, under preadv it is an error.
+What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of
+everything but the waveform (``row_crc`` included), without reading the waveform; ``read_rows``
+checks every row it reads against ``row_crc``. Rows are read with preadv: a shard cut short under a
+memory map would kill the process, under preadv it is an error.
 """
 
 import json
@@ -54,7 +54,8 @@ class ClassInfo(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Mean and standard deviation of a feature, in its own units, over ``num_clips`` sampled clips."""
+    """Mean and standard deviation of a feature, in its own units, over ``num_clips`` sampled
+    clips."""
 
     mean: float
     std: float
@@ -85,7 +86,7 @@ class ShardRows(NamedTuple):
         """One checksum over all of it."""
         crc = 0
         for array in self:
-            crc = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), crc)
+            crc = zlib.crc32(array.tobytes(), crc)
         return crc
 
 
@@ -190,7 +191,8 @@ class PackedSet:
         rows = np.asarray(rows)
         if out.shape != (len(rows), self.clip_samples) or out.dtype != np.int16:
             raise ValueError(
-                f"out: expected int16 [{len(rows)}, {self.clip_samples}], got {out.dtype} {out.shape}"
+                f"out: expected int16 [{len(rows)}, {self.clip_samples}], "
+                f"got {out.dtype} {list(out.shape)}"
             )
         if not out.flags.c_contiguous:
             raise ValueError("out: expected a C-contiguous array")
@@ -242,8 +244,8 @@ class PackedSet:
                     if (j + 1) * row_bytes > got or zlib.crc32(buffer) != shard.row_crc[row]:
                         clip = self._string(shard.first_row + row, "audio_name")
                         raise Failure(
-                            f"{shard.path}: row {row} (clip {clip}) is damaged: its checksum differs; "
-                            "pack the set again"
+                            f"{shard.path}: row {row} (clip {clip}) is damaged: its checksum "
+                            "differs; pack the set again"
                         )
 
     def _fd(self, shard_index: int) -> int:

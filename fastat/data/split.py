@@ -1,8 +1,8 @@
 """The eval part of a table of labelled files: groups stay together, classes are spread.
 
 Iterative stratification (Sechidis et al., 2011) in a greedy form: classes from the rarest on take
-groups into the eval set until they have their share, because a frequent class can be filled from what
-is left and a rare one cannot.
+groups into the eval set until they have their share, because a frequent class can be filled from
+what is left and a rare one cannot.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ def holdout_mask(
 ) -> NDArray[np.bool_]:
     """Which of the N entries go to the eval set, [N] bool; a pure function of its arguments.
 
-    No group is on both sides. A class with two groups or more gets an eval entry and keeps a training
-    entry wherever its groups' other labels allow that; a class with one group stays in training.
+    No group is on both sides. A class with two groups or more gets an eval entry and keeps a
+    training entry wherever its groups' other labels allow that; a class with one group stays in
+    training.
     """
     names, group_of = np.unique(np.asarray(groups), return_inverse=True)
     num_groups = len(names)

@@ -128,7 +128,7 @@ def test_equals_the_paper_written_out() -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_is_finite_and_between_its_frames(pooling: str) -> None:
     prob, att = 60 * torch.randn(2, 3, 7, 11)  # saturates
-    att = att if pooling == "att" else None  # type: ignore[assignment]
+    att = att if pooling == "att" else None
     logit = pool_frames(prob, att, pooling)
     assert torch.isfinite(logit).all()
     p = prob.sigmoid()

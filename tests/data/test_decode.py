@@ -1,0 +1,204 @@
+"""decode: equal to soundfile + soxr, and the right reason for every bad file."""
+
+import struct
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import soxr
+from numpy.typing import NDArray
+
+from fastat.data.decode import BLOCK_SECONDS, BadAudio, decode, to_int16
+from tests.data.audio import noise, reference
+
+
+def reason_of(path: Path, **options: float) -> str:
+    with pytest.raises(BadAudio) as caught:
+        decode(path, **options)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_equals_soundfile_and_soxr(tmp_path: Path, rate: int, channels: int) -> None:
+    path = tmp_path / "x.wav"
+    sf.write(path, noise(1.3, rate, rate, channels), rate, subtype="PCM_24")
+    got = to_int16(decode(path))
+    expected = reference(path)
+    assert got.shape == expected.shape
+    # A mean of three channels rounds differently from numpy's by one ulp.
+    assert np.abs(got.astype(int) - expected).max() <= (1 if channels == 3 else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype"),
+    [("x.flac", "PCM_16"), ("x.ogg", "VORBIS"), ("x.mp3", "MPEG_LAYER_III"), ("x.aiff", "PCM_16"),
+     ("x.wav", "FLOAT"), ("x.wav", "ULAW"), ("x.au", "PCM_16"), ("x.w64", "PCM_16")],
+)  # fmt: skip
+def test_formats(tmp_path: Path, name: str, subtype: str) -> None:
+    path = tmp_path / name
+    sf.write(path, noise(1.0, 32_000, 1), 32_000, subtype=subtype)
+    assert np.array_equal(to_int16(decode(path)), reference(path))
+
+
+def test_blocks_do_not_show(tmp_path: Path) -> None:
+    path = tmp_path / "long.flac"
+    sf.write(path, noise(2.2 * BLOCK_SECONDS, 22_050, 2), 22_050)
+    assert np.array_equal(to_int16(decode(path)), reference(path))
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+def test_cut_equals_the_whole_cut(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "x.wav"
+    sf.write(path, noise(9.0, rate, 3), rate)
+    whole = decode(path)
+    assert np.array_equal(decode(path, seconds=2.5), whole[:40_000])
+    for start in (0.3, 4.0, 6.789):
+        part = decode(path, start_seconds=start, seconds=1.0)
+        first = round(start * 16_000)
+        assert len(part) == 16_000
+        # Another phase of the resampler's blocks: equal but for float32 rounding.
+        assert np.abs(part - whole[first : first + 16_000]).max() < 1e-6
+    assert len(decode(path, start_seconds=8.5, seconds=1.0)) == 8_000
+    assert reason_of(path, start_seconds=9.5) == "empty"
+
+
+def test_to_int16() -> None:
+    x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 40_000.0, -40_000.0, 32_767.4], np.float32) / 32768
+    expected = [0, 2, 2, 0, -2, 32767, -32768, 32767]  # ties to even, then clipped
+    assert to_int16(x.astype(np.float32)).tolist() == expected
+
+
+def test_missing_empty_unreadable(tmp_path: Path) -> None:
+    assert reason_of(tmp_path / "none.wav") == "missing"
+    (tmp_path / "zero.wav").touch()
+    assert reason_of(tmp_path / "zero.wav") == "empty"
+    sf.write(tmp_path / "header.wav", np.empty(0, np.float32), 16_000)
+    assert reason_of(tmp_path / "header.wav") == "empty"
+    (tmp_path / "text.wav").write_text("not audio at all, " * 100)
+    assert reason_of(tmp_path / "text.wav") == "unreadable"
+    (tmp_path / "folder.wav").mkdir()
+    assert reason_of(tmp_path / "folder.wav") == "unreadable"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_non_finite(tmp_path: Path, value: float, rate: int) -> None:
+    x = noise(0.5, rate, 4, channels=2)
+    x[1000, 1] = value
+    sf.write(tmp_path / "x.wav", x, rate, subtype="FLOAT")
+    assert reason_of(tmp_path / "x.wav") == "non-finite"
+
+
+@pytest.mark.parametrize("name", ["x.wav", "x.flac", "x.aiff", "x.mp3", "x.au"])
+def test_truncated(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    sf.write(path, noise(3.0, 16_000, 5), 16_000)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert reason_of(path) == "truncated"
+
+
+def test_truncated_beyond_the_cut(tmp_path: Path) -> None:
+    """A FLAC file cut short behind what is asked for still gives it."""
+    path = tmp_path / "x.flac"
+    sf.write(path, noise(20.0, 16_000, 6), 16_000)
+    whole = decode(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    assert np.array_equal(decode(path, seconds=2.0), whole[:32_000])
+    assert reason_of(path) == "truncated"
+
+
+def test_damaged_in_the_middle_is_not_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "x.flac"
+    sf.write(path, noise(10.0, 16_000, 7), 16_000)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 200] = np.random.default_rng(0).bytes(200)
+    path.write_bytes(bytes(data))
+    assert reason_of(path) == "unreadable"
+
+
+def test_streamed_wav_promises_nothing(tmp_path: Path) -> None:
+    """FFmpeg writing WAV to a pipe leaves 0xFFFFFFFF as the sizes in the header."""
+    path = tmp_path / "x.wav"
+    x = (noise(0.5, 16_000, 8) * 32767).astype("<i2")
+    unknown = struct.pack("<I", 0xFFFFFFFF)
+    head = b"RIFF" + unknown + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 32_000, 2, 16)
+    path.write_bytes(head + b"data" + unknown + x.tobytes())
+    assert np.array_equal(to_int16(decode(path)), x)
+
+
+def test_impossible_rate(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    sf.write(path, noise(0.5, 16_000, 9), 16_000)
+    data = bytearray(path.read_bytes())
+    data[24:28] = struct.pack("<I", 7)
+    path.write_bytes(bytes(data))
+    assert reason_of(path) == "unreadable"
+
+
+def write_with_ffmpeg(path: Path, x: NDArray[np.float32], rate: int, codec: str) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        stream.codec_context.time_base = Fraction(1, rate)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(x.T), "fltp", "stereo")
+        frame.rate = rate
+        resampler = av.AudioResampler(stream.codec_context.format, "stereo", rate, 1024)
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("x.m4a", "aac"), ("x.webm", "libopus")])
+def test_ffmpeg_reads_the_rest(tmp_path: Path, name: str, codec: str) -> None:
+    pytest.importorskip("av", reason="the extra av is not installed")
+    path = tmp_path / name
+    rate = 48_000
+    tone = np.sin(2 * np.pi * 440 * np.arange(3 * rate) / rate).astype(np.float32)
+    write_with_ffmpeg(path, np.stack([0.5 * tone, 0.1 * tone], 1), rate, codec)
+    got = decode(path)
+    assert abs(len(got) - 48_000) < 2_000  # encoders pad
+    # Lossy: the tone is there at the average of both channels, whatever the delay.
+    expected = soxr.resample(0.3 * tone, rate, 16_000, quality="HQ")
+    spectrum = np.abs(np.fft.rfft(got[8_000:40_000])) / 16_000
+    assert spectrum.argmax() == 880  # 440 Hz in two seconds
+    assert spectrum.max() == pytest.approx(np.abs(expected).max(), rel=0.02)
+    part = decode(path, start_seconds=1.0, seconds=0.5)
+    assert len(part) == 8_000
+    assert np.abs(part - got[16_000:24_000]).max() < 1e-6
+
+
+def test_ffmpeg_truncated(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="the extra av is not installed")
+    path = tmp_path / "x.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("aac", rate=48_000, layout="mono")
+        for i in range(200):
+            frame = av.AudioFrame.from_ndarray(
+                noise(1024 / 48_000, 48_000, i)[None, :], "fltp", "mono"
+            )
+            frame.rate, frame.pts = 48_000, 1024 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert reason_of(path) in ("truncated", "unreadable")
+    path.write_bytes(data)
+    assert len(decode(path)) > 60_000
+
+
+def test_without_ffmpeg_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(100))
+    with pytest.raises(BadAudio, match=r"fastat\[av\]") as caught:
+        decode(tmp_path / "x.m4a")
+    assert caught.value.reason == "unreadable"

@@ -1,0 +1,160 @@
+"""Checkpoints: what is written comes back, nothing that carries code does."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastat.checkpoint import (
+    ModelMeta,
+    find_checkpoint,
+    load_meta,
+    load_model,
+    load_trainer_state,
+    save_checkpoint,
+)
+from fastat.data.shards import ClassInfo
+from fastat.errors import Failure, UserError
+
+META = ModelMeta(
+    model="cnn_trans",
+    feature="logmel64",
+    clip_seconds=1.0,
+    num_mels=64,
+    num_frames=40,
+    mean=-20.5,
+    std=17.25,
+    classes=(ClassInfo("/m/a", "Ä bell, rung"), ClassInfo("/m/b", "B")),
+    options={"embedding": 64, "num_heads": 4, "pooling": "max"},
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with one checkpoint."""
+    save_checkpoint(tmp_path / "checkpoints", 3, META.create(), META, {"step": 3}, best=True)
+    return tmp_path
+
+
+def test_model_and_meta_come_back(tmp_path: Path) -> None:
+    model = META.create().eval()
+    save_checkpoint(tmp_path / "checkpoints", 3, model, META, {"step": 3}, best=True)
+    for path in (tmp_path, str(tmp_path / "checkpoints" / "last")):
+        loaded, meta = load_model(path)
+        assert meta == META
+        x = torch.randn(2, 40, 64)
+        assert torch.equal(loaded(x), model(x))
+    state = load_trainer_state(tmp_path / "checkpoints" / "last")
+    assert state == {"step": 3}
+
+
+def test_last_and_best_are_kept_and_nothing_else(run: Path) -> None:
+    folder = run / "checkpoints"
+    for step, best in ((5, False), (7, True), (9, False)):
+        save_checkpoint(folder, step, META.create(), META, {}, best=best)
+    assert sorted(os.listdir(folder)) == ["best", "last", "step-00000007", "step-00000009"]
+    assert find_checkpoint(run).name == "best"
+    assert (folder / "best").readlink() == Path("step-00000007")
+    assert find_checkpoint(run, prefer="last").name == "last"
+
+
+def test_a_run_folder_can_be_moved(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    shutil.move(run, moved)
+    assert load_model(moved)[1] == META
+
+
+def test_failed_writing_keeps_what_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(Failure, match="No space left"):
+        save_checkpoint(run / "checkpoints", 4, META.create(), META, {}, best=True)
+    assert sorted(os.listdir(run / "checkpoints")) == ["best", "last", "step-00000003"]
+    assert load_model(run)[1] == META
+
+
+class Evil:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_trainer_state_with_code_is_refused(run: Path, tmp_path: Path) -> None:
+    torch.save({"step": 3, "x": Evil(tmp_path / "pwned")}, run / "checkpoints/last/trainer.pt")
+    with pytest.raises(UserError, match="refused"):
+        load_trainer_state(run / "checkpoints" / "last")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl"])
+def test_a_pickle_is_refused_unread(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "pwned")))
+    with pytest.raises(UserError, match="refused"):
+        load_model(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_that_are_a_pickle_are_not_read(run: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(run / "checkpoints/last/model.safetensors", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil(tmp_path / "pwned")))
+    with pytest.raises(Failure, match="model.safetensors"):
+        load_model(run)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: json.dumps({**json.loads(text), "version": 99}),
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "mean"}),
+        lambda text: json.dumps({**json.loads(text), "classes": [[1]]}),
+    ],
+    ids=["cut", "a list", "newer", "a key is gone", "bad classes"],
+)
+def test_damaged_meta_is_a_failure(run: Path, damage: object) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    path.write_text(damage(path.read_text()))  # type: ignore[operator]
+    with pytest.raises(Failure, match="model.json"):
+        load_meta(path.parent)
+
+
+def test_damaged_weights_are_a_failure(run: Path) -> None:
+    path = run / "checkpoints" / "last" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Failure, match="model.safetensors"):
+        load_model(run)
+
+
+def test_weights_of_another_shape_are_a_failure(run: Path) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    document = json.loads(path.read_text())
+    document["options"]["embedding"] = 128
+    path.write_text(json.dumps(document))
+    with pytest.raises(Failure, match="does not fit"):
+        load_model(run)
+
+
+def test_a_missing_trainer_state_is_a_failure(run: Path) -> None:
+    (run / "checkpoints" / "last" / "trainer.pt").unlink()
+    with pytest.raises(Failure, match="trainer.pt"):
+        load_trainer_state(run / "checkpoints" / "last")
+
+
+@pytest.mark.parametrize("name", ["nothing", ""])
+def test_no_checkpoint_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="a run folder or a checkpoint"):
+        load_model(tmp_path / name)

@@ -1,0 +1,147 @@
+"""The command line: help, procedures, evaluation, and mistakes in one line each."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from fastat.checkpoint import ModelMeta, save_checkpoint
+from fastat.data.pack import pack
+from fastat.data.shards import ClassInfo, PackedSet
+from fastat.procedures import PROCEDURES
+from tests.conftest import TinySets, fastat, one_line, write_tiny_audio
+
+COMMANDS = ("demo", "pack", "train", "eval", "predict", "extract", "procs")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of the tiny set's classes."""
+    packed = PackedSet.open(tiny_sets.train)
+    stats = packed.stats["logmel64"]
+    return save(tmp_path_factory.mktemp("model"), packed.classes, stats.mean, stats.std)
+
+
+def save(folder: Path, classes: tuple[ClassInfo, ...], mean: float, std: float) -> Path:
+    meta = ModelMeta(
+        model="cnn_trans",
+        feature="logmel64",
+        clip_seconds=1.0,
+        num_mels=64,
+        num_frames=40,
+        mean=mean,
+        std=std,
+        classes=classes,
+        options={"embedding": 64, "num_heads": 4},
+    )
+    save_checkpoint(folder / "checkpoints", 1, meta.create(), meta, {}, best=False)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    text = fastat(command, "--help").stdout
+    assert "Usage:" in text
+    assert command == "procs" or f"fastat {command}" in text
+
+
+def test_no_command_shows_them_all() -> None:
+    text = fastat().stdout
+    assert all(command in text for command in COMMANDS)
+
+
+def test_procs() -> None:
+    assert json.loads(fastat("procs", "--json").stdout) == {
+        name: asdict(p) for name, p in PROCEDURES.items()
+    }
+    table = fastat("procs").stdout
+    assert all(name in table for name in PROCEDURES) and "448" in table
+
+
+def test_eval_scores_what_it_writes(checkpoint: Path, tiny_sets: TinySets, tmp_path: Path) -> None:
+    scores, table = tmp_path / "p.h5", tmp_path / "ap.csv"
+    out = ("--json", "--predictions", scores, "--per-class", table)
+    result = json.loads(fastat("eval", checkpoint, "--data", tiny_sets.eval, *out).stdout)
+    with h5py.File(scores) as file:
+        probability, target = file["probability"][:], file["target"][:]
+        names = file["audio_name"].asstr()[:].tolist()
+        ids = file["class_id"].asstr()[:].tolist()
+    packed = PackedSet.open(tiny_sets.eval)
+    assert names == packed.names(np.arange(15)) and ids == [c.id for c in packed.classes]
+    assert np.array_equal(target, packed.targets(np.arange(15)) > 0)
+    want = [average_precision_score(target[:, k], probability[:, k]) for k in range(3)]
+    assert result["mAP"] == pytest.approx(np.mean(want), abs=1e-6)
+    assert result["clips"] == 15 and result["classes_scored"] == 3
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["average_precision"]) for r in rows] == pytest.approx(want, abs=1e-5)
+
+
+def test_eval_matches_classes_by_id(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """Another order, one unknown to the set: columns follow the ids, and it says so."""
+    classes = tuple(ClassInfo(i, i) for i in ("hiss", "whistle", "buzz"))
+    run = save(tmp_path / "run", classes, -30.0, 20.0)
+    scores = tmp_path / "p.h5"
+    done = fastat("eval", run, "--data", tiny_sets.eval, "--predictions", scores, "--json")
+    assert "2 classes are shared" in done.stderr
+    assert json.loads(done.stdout)["classes_scored"] == 2
+    packed = PackedSet.open(tiny_sets.eval)
+    column = {c.id: k for k, c in enumerate(packed.classes)}
+    with h5py.File(scores) as file:
+        assert file["class_id"].asstr()[:].tolist() == ["hiss", "buzz"]
+        want = packed.targets(np.arange(15))[:, [column["hiss"], column["buzz"]]] > 0
+        assert np.array_equal(file["target"][:], want)
+
+
+def test_classes_without_a_positive_are_left_out_and_counted(
+    checkpoint: Path, tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    audio = write_tiny_audio(tmp_path / "audio", 4, seed=2)
+    for path in (audio / "hiss").iterdir():
+        path.unlink()
+    (audio / "hiss").rmdir()
+    pack(audio, tmp_path / "set", clip_seconds=1.0, workers=1, classes_from=tiny_sets.train)
+    done = fastat("eval", checkpoint, "--data", tmp_path / "set", "--json")
+    result = json.loads(done.stdout)
+    assert (result["classes_scored"], result["classes_without_positive"]) == (2, 1)
+
+
+def test_a_checkpoint_of_other_classes(tiny_sets: TinySets, tmp_path: Path) -> None:
+    run = save(tmp_path / "run", (ClassInfo("x", "X"), ClassInfo("y", "Y")), -30.0, 20.0)
+    done = fastat("eval", run, "--data", tiny_sets.eval, code=2)
+    assert "share no class" in one_line(done)
+
+
+def test_clips_of_another_length(checkpoint: Path, tmp_path: Path) -> None:
+    audio = write_tiny_audio(tmp_path / "audio", 3, seed=2)
+    pack(audio, tmp_path / "set", clip_seconds=2.0, workers=1)
+    done = fastat("eval", checkpoint, "--data", tmp_path / "set", code=2)
+    assert "16000 samples" in one_line(done) and "32000" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("trian",), "train"),
+        (("train", "--epoch", 3), "--epochs"),
+        (("train", "--epochs", "three"), "--epochs"),
+        (("train",), "--proc"),
+        (("train", "--resume"), "--resume needs --out"),
+        (("train", "--proc", "A4", "--model", "cnn_trans", "--eval", "x"), "--eval without --data"),
+        (("eval", "nowhere", "--data", "x"), "nowhere does not exist"),
+        (("predict", "nowhere", "x.wav"), "nowhere does not exist"),
+        (("pack", "nowhere.csv", "--out", "x"), "nowhere.csv"),
+        (("extract", "x.wav", "--feature", "mfcc", "--out", "y"), "logmel64"),
+    ],
+)
+def test_mistakes_are_one_line(
+    args: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line(fastat(*args, code=2))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,340 @@
+"""Procedures, the rule for small sets, overrides and what may change on resume."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastat.config import MAY_CHANGE_ON_RESUME, TrainConfig, parse_settings, resolve, resumed
+from fastat.errors import Failure, UserError
+from fastat.procedures import (
+    MIN_BATCH,
+    MIN_PASSES,
+    PROCEDURES,
+    SMALL_SET_STEPS,
+    Sizes,
+    small_set_sizes,
+)
+
+AUDIOSET = 1_998_999
+
+
+def resolved(
+    proc: str = "A4",
+    overrides: dict[str, Any] | None = None,
+    *,
+    clips: int = AUDIOSET,
+    seconds: float = 10.0,
+    model: str = "cnn_trans",
+) -> tuple[TrainConfig, list[str]]:
+    given = {"data": "packed/train"} | (overrides or {})
+    return resolve(proc, model, given, num_clips=clips, clip_seconds=seconds)
+
+
+# ----------------------------------------------------------------------------------- procedures
+@pytest.mark.parametrize(
+    ("proc", "feature", "pretrained", "batch", "lr", "dropout", "masks", "hours", "gpus", "best"),
+    [
+        ("A1", "fbank128", True, 20, 1e-5, False, (192, 36), 108.0, 4, 0.430),
+        ("A2", "fbank128", False, 400, 4e-4, True, (192, 36), 16.45, 4, 0.437),
+        ("A3", "logmel64", True, 80, 1e-5, False, (75, 12), 21.0, 2, 0.410),
+        ("A4", "logmel64", False, 448, 4e-4, True, (75, 12), 8.84, 2, 0.411),
+    ],
+)
+def test_table_1(
+    proc: str,
+    feature: str,
+    pretrained: bool,
+    batch: int,
+    lr: float,
+    dropout: bool,
+    masks: tuple[int, int],
+    hours: float,
+    gpus: int,
+    best: float,
+) -> None:
+    p = PROCEDURES[proc]
+    assert (p.name, p.feature, p.pretrained, p.batch) == (proc, feature, pretrained, batch)
+    assert (p.lr, p.dropout, (p.time_mask, p.freq_mask)) == (lr, dropout, masks)
+    assert (p.paper_hours, p.paper_gpus, p.paper_map) == (hours, gpus, best)
+    assert (p.epochs, p.warmup_steps, p.balance, p.mixup, p.mixup_alpha) == (
+        10,
+        1000,
+        True,
+        0.3,
+        10,
+    )
+
+
+@pytest.mark.parametrize("proc", PROCEDURES)
+def test_on_audioset_a_procedure_is_taken_as_it_is(proc: str) -> None:
+    config, notes = resolved(proc)
+    p = PROCEDURES[proc]
+    assert notes == []
+    for name in ("feature", "epochs", "batch", "lr", "warmup_steps", "balance"):
+        assert getattr(config, name) == getattr(p, name)
+    for name in ("mixup", "mixup_alpha", "time_mask", "freq_mask"):
+        assert getattr(config, name) == getattr(p, name)
+    assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.999, 0.0)
+    assert config.schedule == "step"
+
+
+def test_dropout_of_the_authors_scripts_where_the_procedure_has_it() -> None:
+    options = {proc: resolved(proc)[0].model_options for proc in PROCEDURES}
+    assert options == {"A1": {}, "A2": {"dropout": 0.25}, "A3": {}, "A4": {"dropout": 0.75}}
+    own, _ = resolved("A4", {"model_options": {"dropout": 0.1, "embedding": 64}})
+    assert own.model_options == {"dropout": 0.1, "embedding": 64}
+
+
+# ----------------------------------------------------------------------------------- small sets
+@pytest.mark.parametrize(
+    ("proc", "clips", "sizes"),
+    [
+        ("A4", 1, Sizes(1, 3000)),
+        ("A4", 5, Sizes(5, 600)),
+        ("A4", 100, Sizes(8, 30)),
+        ("A4", 600, Sizes(8, 10)),
+        ("A4", 5_000, Sizes(32, 10)),
+        ("A4", 20_000, Sizes(128, 10)),
+        ("A4", 50_000, Sizes(256, 10)),
+        ("A4", 89_599, Sizes(448, 10)),
+        ("A4", 89_600, None),
+        ("A1", 600, Sizes(8, 10)),
+        ("A1", 3_999, Sizes(16, 10)),
+        ("A1", 4_000, None),
+        ("A3", 15_999, Sizes(64, 10)),
+    ],
+)
+def test_small_set_values(proc: str, clips: int, sizes: Sizes | None) -> None:
+    assert small_set_sizes(PROCEDURES[proc], clips) == sizes
+
+
+@pytest.mark.parametrize("proc", PROCEDURES)
+def test_small_set_rule(proc: str) -> None:
+    """Bounds, monotone in the number of clips, and near the wanted number of steps."""
+    p = PROCEDURES[proc]
+    before = Sizes(0, 10**9)
+    for clips in [*range(1, 4000), *range(4000, 100_000, 37)]:
+        sizes = small_set_sizes(p, clips)
+        enough = clips // p.batch * p.epochs >= SMALL_SET_STEPS
+        assert (sizes is None) == enough
+        if sizes is None:
+            continue
+        assert min(MIN_BATCH, clips) <= sizes.batch <= min(p.batch, clips)
+        assert sizes.epochs >= p.epochs and sizes.epochs * clips >= MIN_PASSES
+        assert sizes.batch >= before.batch and sizes.epochs <= before.epochs
+        if MIN_BATCH < sizes.batch < p.batch:
+            assert math.log2(sizes.batch).is_integer()
+            steps = clips * sizes.epochs / sizes.batch
+            assert SMALL_SET_STEPS / 1.42 < steps < SMALL_SET_STEPS * 1.42
+        before = sizes
+
+
+def test_a_set_without_clips() -> None:
+    with pytest.raises(UserError, match="no clips"):
+        small_set_sizes(PROCEDURES["A4"], 0)
+
+
+def test_a_small_set_says_what_changed_and_keeps_the_rate() -> None:
+    config, notes = resolved(clips=600)
+    assert (config.batch, config.epochs, config.lr) == (8, 10, 4e-4)
+    assert notes[0] == "a small set (600 clips): batch 8 instead of 448; LR stays 0.0004"
+    assert "warm-up over 75 steps, a tenth of the run's 750, instead of 1000" in notes
+    assert config.warmup_steps == 75
+
+    config, notes = resolved(clips=100)
+    assert "batch 8 instead of 448, epochs 30 instead of 10" in notes[0]
+    assert config.epochs == 30
+
+
+def test_small_set_sizes_can_be_overridden() -> None:
+    config, notes = resolved(overrides={"batch": 16, "epochs": 3, "lr": 1e-3}, clips=100)
+    assert (config.batch, config.epochs, config.lr) == (16, 3, 1e-3)
+    assert not any("small set" in note for note in notes)
+    config, notes = resolved(overrides={"batch": 16}, clips=100)
+    assert (config.batch, config.epochs, config.lr) == (16, 30, 4e-4)
+    assert notes[0] == "a small set (100 clips): epochs 30 instead of 10; LR stays 0.0004"
+
+
+# ------------------------------------------------------------------------------------ large sets
+def test_the_rate_follows_the_batch_on_a_large_set() -> None:
+    config, notes = resolved(overrides={"batch": 224})
+    assert config.lr == pytest.approx(2e-4)
+    assert notes == ["LR 0.0002: 0.0004 scaled with the batch (448 -> 224)"]
+    config, notes = resolved(overrides={"batch": 224, "lr": 3e-4})
+    assert config.lr == 3e-4 and notes == []
+    config, notes = resolved(overrides={"batch": 448})
+    assert config.lr == 4e-4 and notes == []
+
+
+def test_warm_up_is_at_most_a_tenth_and_says_so() -> None:
+    config, notes = resolved(clips=100_000)  # 223 steps an epoch
+    assert config.warmup_steps == 223
+    assert notes == ["warm-up over 223 steps, a tenth of the run's 2230, instead of 1000"]
+    config, notes = resolved(clips=448_000)
+    assert config.warmup_steps == 1000 and notes == []
+
+
+def test_the_time_mask_follows_the_clips_length() -> None:
+    config, notes = resolved(seconds=5.0)
+    assert config.time_mask == 38
+    assert notes == ["clips of 5 s: time mask at most 38 frames (A4: 75 for 10 s)"]
+    config, notes = resolved(overrides={"time_mask": 20}, seconds=5.0)
+    assert config.time_mask == 20 and notes == []
+
+
+# --------------------------------------------------------------------------------------- values
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"schedule": "cosine"}, "schedule must be one of step, step2, constant, got 'cosine'"),
+        ({"precision": "fp8"}, "precision must be one of"),
+        ({"source": "mp3"}, "source must be one of"),
+        ({"statistics": "mine"}, "statistics must be one of"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch": -4}, "batch must be at least 1, got -4"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"checkpoint_every_steps": 0}, "checkpoint_every_steps must be at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"mixup": 1.5}, "mixup must be in 0..1, got 1.5"),
+        ({"mixup": math.nan}, "mixup must be in 0..1"),
+        ({"max_bad": -0.1}, "max_bad must be in 0..1"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\)"),
+        ({"lr": 0.0}, "lr must be a positive number"),
+        ({"lr": math.inf}, "lr must be a positive number"),
+        ({"lr": math.nan}, "lr must be a positive number"),
+        ({"mixup_alpha": 0.0}, "mixup_alpha must be a positive number"),
+        ({"weight_decay": math.nan}, "weight_decay must"),
+        ({"feature": "logmel46"}, "logmel64"),
+    ],
+)
+def test_impossible_values(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolved(overrides=overrides)
+
+
+def test_unknown_procedure() -> None:
+    with pytest.raises(UserError, match="unknown procedure 'A5'"):
+        resolved("A5")
+
+
+def test_config_round_trip_and_damage(tmp_path: Path) -> None:
+    config, _ = resolved(overrides={"steps": 7, "model_options": {"embedding": 64}})
+    path = tmp_path / "config.json"
+    config.save(path)
+    assert TrainConfig.load(path) == config
+    text = path.read_text()
+    for damaged in ("", text[:40], text.replace('"epochs"', '"epoch"'), "[1, 2]"):
+        path.write_text(damaged)
+        with pytest.raises(Failure, match="config.json"):
+            TrainConfig.load(path)
+
+
+def test_no_torch_is_imported() -> None:
+    """A mistake on the command line is answered at once."""
+    code = "import sys, fastat.cli, fastat.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------ --set key=value
+def test_settings_are_typed() -> None:
+    got = parse_settings(
+        [
+            "lr=1e-3",
+            "mixup=1",
+            "epochs=3",
+            "steps=null",
+            "balance=false",
+            "schedule=constant",
+            "data=a=b",
+            "model.embedding=64",
+            "model.pooling=max",
+            "model.shared=false",
+        ]
+    )
+    assert got == {
+        "lr": 1e-3,
+        "mixup": 1.0,
+        "epochs": 3,
+        "steps": None,
+        "balance": False,
+        "schedule": "constant",
+        "data": "a=b",
+        "model_options": {"embedding": 64, "pooling": "max", "shared": False},
+    }
+    assert isinstance(got["mixup"], float)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lr", "key=value, got 'lr'"),
+        ("epoch=3", "unknown --set key 'epoch'; did you mean 'epochs'?"),
+        ("time_maks=3", "did you mean 'time_mask'"),
+        ("zzzz=3", "known: .*epochs.*model.<option>"),
+        ("model_options={}", "unknown --set key 'model_options'"),
+        ("epochs=3.5", "--set epochs takes int, got '3.5'"),
+        ("epochs=true", "--set epochs takes int, got 'true'"),
+        ("steps=many", "--set steps takes int or null, got 'many'"),
+        ("lr=fast", "--set lr takes float, got 'fast'"),
+        ("balance=0", "--set balance takes bool, got '0'"),
+        ("proc=A2", "--proc"),
+        ("model=crnn", "--model"),
+    ],
+)
+def test_settings_that_are_wrong(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_settings([setting])
+
+
+# --------------------------------------------------------------------------------------- resume
+def test_what_may_change_on_resume() -> None:
+    stored, _ = resolved(overrides={"steps": 5, "seed": 3, "model_options": {"embedding": 64}})
+    changed = resumed(
+        stored,
+        None,
+        None,
+        {"steps": 9, "checkpoint_every_steps": 2, "data": "moved", "eval": "e", "eval_batch": 8},
+    )
+    assert (changed.steps, changed.checkpoint_every_steps) == (9, 2)
+    assert (changed.data, changed.eval, changed.eval_batch) == ("moved", "e", 8)
+    assert resumed(stored, None, None, {"steps": None}).steps is None
+    # Said again, unchanged: fine.
+    same = {"lr": 4e-4, "batch": 448, "seed": 3, "model_options": {"dropout": 0.75}}
+    assert resumed(stored, "A4", "cnn_trans", same) == stored
+    assert resumed(stored, None, None, {}) == stored
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", 1e-3),
+        ("batch", 8),
+        ("epochs", 20),
+        ("seed", 4),
+        ("mixup", 0.0),
+        ("balance", False),
+        ("time_mask", 0),
+        ("schedule", "constant"),
+        ("precision", "fp32"),
+        ("warmup_steps", 5),
+        ("model_options", {"embedding": 128}),
+    ],
+)
+def test_what_may_not_change_on_resume(key: str, value: object) -> None:
+    assert key not in MAY_CHANGE_ON_RESUME
+    stored, _ = resolved()
+    with pytest.raises(UserError, match=f"{key} may not change on --resume"):
+        resumed(stored, None, None, {key: value})
+
+
+def test_procedure_and_model_may_not_change_on_resume() -> None:
+    stored, _ = resolved()
+    with pytest.raises(UserError, match="the run has 'A4', got 'A3'"):
+        resumed(stored, "A3", None, {})
+    with pytest.raises(UserError, match="the run has 'cnn_trans', got 'crnn'"):
+        resumed(stored, None, "crnn", {})

@@ -1,0 +1,207 @@
+"""Which Adam is taken, with what, and that a step that is not finite leaves everything alone."""
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastat.optim import create_adam, finite_flag, guarded_step
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+BETAS = (0.9, 0.999)
+
+
+@pytest.fixture(autouse=True)
+def no_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is installed here, a test brings its own apex or none."""
+    path = [p for p in sys.path if not (Path(p) / "apex").exists()]
+    monkeypatch.setattr(sys, "path", path)
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("apex", "amp_C"):
+            monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [*sys.modules]:  # what a test imported
+        if name.split(".")[0] == "apex":
+            del sys.modules[name]
+
+
+def parameters() -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
+
+
+def adam(params: list[nn.Parameter], device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    return create_adam(params, lr=1e-3, betas=BETAS, weight_decay=0.01, device=device)
+
+
+# ------------------------------------------------------------------------------------ whose Adam
+class StubFusedAdam(torch.optim.SGD):
+    """apex.optimizers.FusedAdam's arguments, kept to be looked at; its step is plain SGD."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+        capturable: bool = False,
+        master_weights: bool = False,
+    ) -> None:
+        self.given = (lr, betas, eps, adam_w_mode, weight_decay, amsgrad)
+        super().__init__(params, lr=lr)
+
+
+@pytest.fixture
+def stub_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    apex.optimizers = optimizers  # type: ignore[attr-defined]
+    optimizers.FusedAdam = StubFusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    monkeypatch.setitem(sys.modules, "amp_C", types.ModuleType("amp_C"))
+
+
+def test_nvidia_apex_on_cuda(stub_apex: None) -> None:
+    optimizer, whose = adam(parameters(), CUDA)
+    assert isinstance(optimizer, StubFusedAdam)
+    assert whose == "NVIDIA apex FusedAdam"
+    # L2 weight decay (adam_w_mode off), as in torch's Adam and in the paper's code.
+    assert optimizer.given == (1e-3, BETAS, 1e-8, False, 0.01, False)
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_a_generator_of_parameters_reaches_apex(stub_apex: None) -> None:
+    params = parameters()
+    optimizer, _ = create_adam(
+        (p for p in params), lr=1.0, betas=BETAS, weight_decay=0.0, device=CUDA
+    )
+    assert optimizer.param_groups[0]["params"] == params
+
+
+def test_torch_on_the_cpu_even_with_apex(stub_apex: None) -> None:
+    optimizer, whose = adam(parameters(), CPU)
+    assert type(optimizer) is torch.optim.Adam
+    assert whose == "torch fused Adam (apex needs CUDA)"
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, BETAS, 0.01)
+    assert group["fused"] and not group["amsgrad"] and not group["decoupled_weight_decay"]
+
+
+def test_torch_on_cuda_without_apex() -> None:
+    optimizer, whose = adam(parameters(), CUDA)
+    assert type(optimizer) is torch.optim.Adam
+    assert whose == "torch fused Adam (NVIDIA apex is not installed)"
+
+
+def test_apex_without_its_extensions_is_not_taken(
+    stub_apex: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its FusedAdam raises RuntimeError when it is made."""
+    monkeypatch.delitem(sys.modules, "amp_C")
+    optimizer, whose = adam(parameters(), CUDA)
+    assert type(optimizer) is torch.optim.Adam
+    assert "without its CUDA extensions" in whose
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "VERSION = '0.9.10.dev0'\n",
+        # What the real one does beside a current pyramid.
+        "from os import UnencryptedCookieSessionFactoryConfig\n",
+        "import a_web_framework_that_is_not_installed\n",
+    ],
+    ids=["importable", "broken name", "missing dependency"],
+)
+def test_pypis_apex_is_recognised_and_named(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    optimizer, whose = adam(parameters(), CUDA)
+    assert type(optimizer) is torch.optim.Adam
+    assert str(tmp_path) in whose and "is not NVIDIA's" in whose and "PyPI" in whose
+
+
+# --------------------------------------------------------------------------------- finite or not
+def set_gradients(params: list[nn.Parameter], seed: int, poison: float | None = None) -> None:
+    torch.manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    if poison is not None:
+        grad = params[1].grad
+        assert grad is not None
+        grad[2] = poison
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_gradient_is_flagged(poison: float) -> None:
+    params = parameters()
+    set_gradients(params, 1)
+    found_inf, norm = finite_flag(torch.tensor(1.0), params)
+    want = torch.cat([p.grad.flatten() for p in params if p.grad is not None]).norm()
+    assert found_inf.item() == 0 and found_inf.dtype == torch.float32 and found_inf.ndim == 0
+    torch.testing.assert_close(norm, want)
+
+    set_gradients(params, 1, poison)
+    assert finite_flag(torch.tensor(1.0), params)[0].item() == 1
+    set_gradients(params, 1)
+    assert finite_flag(torch.tensor(poison), params)[0].item() == 1
+
+
+def test_a_parameter_without_gradient_is_no_matter() -> None:
+    params = parameters()
+    set_gradients(params, 1)
+    params[0].grad = None
+    assert finite_flag(torch.tensor(1.0), params)[0].item() == 0
+
+
+@pytest.mark.parametrize("bad_steps", [(), (0,), (2,), (0, 1, 3)])
+def test_a_flagged_step_is_as_if_it_never_was(bad_steps: tuple[int, ...]) -> None:
+    """Weights, moments and step count equal those of a plain Adam that only saw the good steps."""
+    params, plain = parameters(), parameters()
+    optimizer, _ = adam(params, CPU)
+    reference = torch.optim.Adam(plain, lr=1e-3, betas=BETAS, weight_decay=0.01, fused=True)
+    for step in range(5):
+        if step in bad_steps:
+            before = [p.detach().clone() for p in params]
+            set_gradients(params, step, float("nan"))
+            found_inf, _ = finite_flag(torch.tensor(1.0), params)
+            guarded_step(optimizer, found_inf)
+            for p, b in zip(params, before, strict=True):
+                assert torch.equal(p, b)
+        else:
+            set_gradients(params, step)
+            guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
+            set_gradients(plain, step)
+            reference.step()
+    for p, q in zip(params, plain, strict=True):
+        assert torch.equal(p, q)
+        mine: dict[str, Tensor] = optimizer.state[p]
+        theirs: dict[str, Tensor] = reference.state[q]
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert torch.equal(mine[name], theirs[name]), name
+
+
+def test_apex_is_not_called_for_a_flagged_step(stub_apex: None) -> None:
+    params = parameters()
+    optimizer, _ = adam(params, CUDA)
+    before = [p.detach().clone() for p in params]
+    set_gradients(params, 0, float("nan"))
+    guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    set_gradients(params, 0)
+    guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
+    assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
