@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastat.errors import Failure, UserError, nearest
+from fastat.features import FEATURES
 from fastat.procedures import PROCEDURES, Procedure, dropout_of, small_set_sizes
 from fastat.schedule import SCHEDULES, warmup_length
 
@@ -64,6 +65,7 @@ class TrainConfig:
     """Also saves in mid-epoch, every so many steps."""
 
     def __post_init__(self) -> None:
+        _one_of("feature", self.feature, tuple(FEATURES))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("source", self.source, SOURCES)
@@ -72,7 +74,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "time_mask", "freq_mask", "weight_decay", "seed"):
+        for name in ("warmup_steps", "time_mask", "freq_mask", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("mixup", "max_bad"):
@@ -81,6 +83,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UserError(f"weight_decay must not be negative, got {self.weight_decay}")
         for name in ("lr", "mixup_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
@@ -202,6 +206,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise UserError(f"--set takes key=value, got {setting!r}")
         if key.startswith("model."):
             overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _plain(text)
+        elif key in ("proc", "model"):
+            raise UserError(f"--set takes no {key}: say --{key} {text}")
         elif key in known:
             overrides[key] = _typed(key, text, hints[key])
         else:
@@ -219,7 +225,9 @@ def _plain(text: str) -> Any:
 
 def _typed(key: str, text: str, hint: Any) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    value: Any = text if str in allowed else _plain(text)
+    value: Any = _plain(text)
+    if str in allowed and value is not None:
+        value = text
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed:

@@ -22,7 +22,7 @@ from fastat.data.shards import ClassInfo, PackedSet
 from fastat.environment import default_device
 from fastat.errors import UserError
 from fastat.frontend import Frontend
-from fastat.metrics import TaggingMetrics, tagging_metrics
+from fastat.metrics import TaggingMetrics, finite, tagging_metrics
 from fastat.progress import progress
 
 
@@ -164,15 +164,17 @@ def evaluate_checkpoint(
     if per_class is not None:
         _write_per_class(per_class, result, classes)
     m = result.metrics
-    return {
-        "mAP": m.mAP,
-        "AUC": m.AUC,
-        "d_prime": m.d_prime,
-        "eval_loss": result.loss,
-        "clips": len(result.rows),
-        "classes_scored": m.classes_scored,
-        "classes_without_positive": len(classes) - m.classes_scored,
-    }
+    return finite(
+        {
+            "mAP": m.mAP,
+            "AUC": m.AUC,
+            "d_prime": m.d_prime,
+            "eval_loss": result.loss,
+            "clips": len(result.rows),
+            "classes_scored": m.classes_scored,
+            "classes_without_positive": len(classes) - m.classes_scored,
+        }
+    )
 
 
 def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:

@@ -1,6 +1,7 @@
 """Fused Adam: NVIDIA apex's where it is importable on CUDA, torch's otherwise."""
 
 import importlib
+import importlib.machinery
 from collections.abc import Callable, Iterable
 
 import torch
@@ -32,17 +33,22 @@ def create_adam(
 def _apex_fused_adam() -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
     """apex.optimizers.FusedAdam, or None and the reason it cannot be had."""
     try:
-        apex = importlib.import_module("apex")
-    except ImportError:
-        return None, "NVIDIA apex is not installed"
-    try:
-        return importlib.import_module("apex.optimizers").FusedAdam, ""
-    except (ImportError, AttributeError):
-        where = getattr(apex, "__file__", None) or "an unknown place"
+        fused_adam = importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
+        # PyPI's apex fails in its own imports: that it is there must be asked without running it.
+        spec = importlib.machinery.PathFinder.find_spec("apex")
+        if spec is None:
+            return None, "NVIDIA apex is not installed"
+        where = spec.origin or "an unknown place"
         return None, (
-            f"the package 'apex' at {where} is not NVIDIA's: it has no apex.optimizers.FusedAdam; "
-            "PyPI's 'apex' is something else"
+            f"the package 'apex' at {where} is not NVIDIA's, or is broken: "
+            f"it has no apex.optimizers.FusedAdam ({error}); PyPI's 'apex' is something else"
         )
+    try:
+        importlib.import_module("amp_C")
+    except ImportError:
+        return None, "NVIDIA apex was built without its CUDA extensions"
+    return fused_adam, ""
 
 
 def finite_flag(loss: Tensor, params: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:

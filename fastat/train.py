@@ -50,7 +50,7 @@ from fastat.evaluate import (
     save_predictions,
 )
 from fastat.features import FEATURES
-from fastat.metrics import TaggingMetrics
+from fastat.metrics import TaggingMetrics, finite
 from fastat.models import IMAGENET_MODELS
 from fastat.optim import create_adam, finite_flag, guarded_step
 from fastat.procedures import PROCEDURES
@@ -385,7 +385,7 @@ class Trainer:
         if done == steps:  # an epoch that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
         with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line)) + "\n")
         if evaluation is not None and best:
             assert self.eval_set is not None and self.match is not None
             classes = [self.meta.classes[k] for k in self.match.model_columns]

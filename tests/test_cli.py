@@ -134,7 +134,7 @@ def test_clips_of_another_length(checkpoint: Path, tmp_path: Path) -> None:
         (("train", "--resume"), "--resume needs --out"),
         (("train", "--proc", "A4", "--model", "cnn_trans", "--eval", "x"), "--eval without --data"),
         (("eval", "nowhere", "--data", "x"), "nowhere does not exist"),
-        (("predict", "nowhere", "x.wav"), "nowhere does not exist"),
+        (("predict", "nowhere", __file__), "nowhere does not exist"),
         (("pack", "nowhere.csv", "--out", "x"), "nowhere.csv"),
         (("extract", "x.wav", "--feature", "mfcc", "--out", "y"), "logmel64"),
     ],

@@ -23,7 +23,9 @@ def train_on_practice_set(folder: Path, *args: object) -> list[dict[str, float]]
 
 def test_two_steps_of_the_whole_model(tmp_path: Path) -> None:
     (line,) = train_on_practice_set(tmp_path, "--steps", 2)
-    assert line["classes_scored"] == len(PackedSet.open(next((tmp_path / "cache").glob("practice-*")) / "eval").classes)
+    assert line["classes_scored"] == len(
+        PackedSet.open(next((tmp_path / "cache").glob("practice-*")) / "eval").classes
+    )
 
 
 @pytest.mark.full

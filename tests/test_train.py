@@ -73,6 +73,7 @@ def test_run_folder_holds_what_was_promised(whole_run: Path) -> None:
     for line in lines:
         assert promised <= line.keys()
         assert all(math.isfinite(line[k]) for k in promised - {"d_prime"})
+        assert line["d_prime"] is None or math.isfinite(line["d_prime"])
     config = json.loads((whole_run / "config.json").read_text())
     assert config["model_options"] == {"dropout": 0.75, "embedding": 64, "num_heads": 4}
     assert config["time_mask"] == 8  # 75 frames of 400, for one second of ten: 7.5

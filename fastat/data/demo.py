@@ -65,8 +65,8 @@ class Split:
 
 
 SPLITS = (
-    Split(name="train", num_clips=320, rarest=10, imbalance=8.0),
-    Split(name="eval", num_clips=100, rarest=6, imbalance=3.0),
+    Split(name="train", num_clips=256, rarest=10, imbalance=8.0),
+    Split(name="eval", num_clips=80, rarest=5, imbalance=3.0),
 )
 
 

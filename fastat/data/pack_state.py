@@ -141,7 +141,8 @@ class PackState:
         ):
             writer = csv.writer(file)
             writer.writerow(BadFile._fields)
-            writer.writerows(sorted(bad, key=lambda b: (b.line, b.path)))
+            in_order: list[BadFile] = sorted(bad, key=lambda b: (b.line, b.path))
+            writer.writerows(in_order)
 
     def finish(self, index: dict[str, Any]) -> None:
         """Writes dataset.json: the set is whole. Then removes the state."""
@@ -164,7 +165,9 @@ class PackState:
             index += 1
 
     def _remove_unfinished(self) -> None:
-        for path in (*self.directory.glob(f"shard-*{PART_SUFFIX}*"), *self._orphans()):
+        parts = self.directory.glob(f"shard-*{PART_SUFFIX}*")
+        temporary = self.directory.glob(".*.tmp")  # of atomic_path
+        for path in (*parts, *temporary, *self._orphans()):
             path.unlink()
 
     def _orphans(self) -> Iterable[Path]:

@@ -56,7 +56,7 @@ class Sampler:
         num_frames, num_mels: the feature map that masks are placed on.
 
     Raises:
-        UserError: fewer clips than one batch.
+        UserError: fewer clips than one batch, or weights that are all zero.
     """
 
     def __init__(
@@ -83,6 +83,8 @@ class Sampler:
         self.seed = seed
         self.steps_per_epoch = len(self.candidates) // batch
         self.cumulative = None if weights is None else np.cumsum(weights[self.candidates])
+        if self.cumulative is not None and not self.cumulative[-1] > 0:
+            raise UserError("no clip of the training set has a label: nothing to balance by")
         self.mixup, self.mixup_alpha = mixup, mixup_alpha
         self.time_mask, self.num_frames = min(time_mask, num_frames), num_frames
         self.freq_mask, self.num_mels = min(freq_mask, num_mels), num_mels

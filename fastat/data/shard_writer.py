@@ -7,7 +7,10 @@ exact size.
 """
 
 import os
+import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -15,6 +18,7 @@ import numpy as np
 
 from fastat.atomic import fsync
 from fastat.data.shards import ShardInfo, ShardRows, shard_file
+from fastat.errors import Failure
 
 PART_SUFFIX = ".part"
 
@@ -24,7 +28,7 @@ class ShardPart:
     ``row_offset``."""
 
     def __init__(self, directory: Path, index: int, capacity: int, clip_samples: int) -> None:
-        """Creates the file; OSError when the disk refuses."""
+        """Creates the file. Here and below, OSError or Failure when the disk refuses."""
         self.directory = directory
         self.file = shard_file(index)
         # A name of its own for every run: a worker that outlives a killed run by a moment must not
@@ -44,7 +48,7 @@ class ShardPart:
         num_rows = len(rows.num_samples)
         if num_rows < self.capacity:
             self._shrink(num_rows)
-        with h5py.File(self.path, "r+") as file:
+        with _hdf5_errors(self.path), h5py.File(self.path, "r+") as file:
             for name, array in zip(ShardRows._fields, rows, strict=True):
                 file.create_dataset(name, data=array)
         fsync(self.path)
@@ -76,7 +80,7 @@ class ShardPart:
 
 def _create(path: Path, rows: int, clip_samples: int) -> int:
     """An HDF5 file with an unwritten waveform dataset; the dataset's offset in the file."""
-    with h5py.File(path, "w", libver=("earliest", "v110")) as file:
+    with _hdf5_errors(path), h5py.File(path, "w", libver=("earliest", "v110")) as file:
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -88,3 +92,14 @@ def _create(path: Path, rows: int, clip_samples: int) -> int:
         )
         offset: int = waveform.get_offset()
     return offset
+
+
+@contextmanager
+def _hdf5_errors(path: Path) -> Iterator[None]:
+    """HDF5 reports a full disk as RuntimeError or OSError, the system's words inside its own."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        words = re.search(r"error message = '([^']*)'", str(error))
+        reason = words.group(1) if words else str(error).splitlines()[0]
+        raise Failure(f"cannot write {path}: {reason}") from error

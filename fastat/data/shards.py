@@ -42,8 +42,8 @@ STATE_FOLDER = ".pack"
 READ_THREADS = min(4, len(os.sched_getaffinity(0)))
 """Reads of a big batch; preadv and crc32 release the GIL, about 0.1 ms a row together."""
 ROWS_PER_THREAD = 32
-MAX_BUFFERS = 512
-"""Rows of one preadv; Linux takes 1024 buffers."""
+MAX_BUFFERS = 16
+"""Rows of one preadv, few enough to be in the cache still when their CRC is computed."""
 
 
 class ClassInfo(NamedTuple):
@@ -100,7 +100,7 @@ class _Shard(NamedTuple):
     first_row: int
     offset: int
     """Of the waveform in the file, bytes."""
-    row_crc: NDArray[np.uint32]
+    rows: ShardRows
 
 
 class PackedSet:
@@ -135,26 +135,21 @@ class PackedSet:
         self.fingerprint = index["fingerprint"]
         self._shards: list[_Shard] = []
         self._fds: dict[int, int] = {}
-        self._strings: dict[tuple[int, str], NDArray[np.bytes_]] = {}
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
-        rows: list[ShardRows] = []
         first_row = 0
         for entry in index["shards"]:
             info = ShardInfo(**entry)
-            offset, shard_rows = read_shard(directory, info, self.clip_samples, len(self.classes))
-            self._shards.append(
-                _Shard(directory / info.file, first_row, offset, shard_rows.row_crc)
-            )
-            rows.append(shard_rows)
+            offset, rows = read_shard(directory, info, self.clip_samples, len(self.classes))
+            self._shards.append(_Shard(directory / info.file, first_row, offset, rows))
             first_row += info.rows
-        if first_row != self.num_clips or not rows:
+        if first_row != self.num_clips or not self._shards:
             raise Failure(
                 f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {first_row}"
             )
         self._first_rows = np.array([s.first_row for s in self._shards])
-        self.num_samples = np.concatenate([r.num_samples for r in rows])
-        self.target_bits = np.concatenate([r.target for r in rows])
+        self.num_samples = np.concatenate([s.rows.num_samples for s in self._shards])
+        self.target_bits = np.concatenate([s.rows.target for s in self._shards])
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
@@ -174,13 +169,16 @@ class PackedSet:
 
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         """Each row's file, as a path inside the audio folder; clips of one file share it."""
-        return [self._string(row, "audio_name") for row in np.asarray(rows).tolist()]
+        found = (self._find(row) for row in np.asarray(rows).tolist())
+        return [os.fsdecode(shard.audio_name[place]) for shard, place in found]
 
     def sources(self, rows: NDArray[np.int64]) -> list[tuple[str, float]]:
         """Each row's original file (absolute path) and where in it the clip starts, in seconds."""
-        starts = (self._value(row, "start_seconds") for row in np.asarray(rows).tolist())
-        paths = (self._string(row, "audio_path") for row in np.asarray(rows).tolist())
-        return [(path, float(start)) for path, start in zip(paths, starts, strict=True)]
+        found = (self._find(row) for row in np.asarray(rows).tolist())
+        return [
+            (os.fsdecode(shard.audio_path[place]), float(shard.start_seconds[place]))
+            for shard, place in found
+        ]
 
     def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
         """Reads ``rows`` [R], in any order and with repeats, into ``out`` [R, S], in file order.
@@ -238,11 +236,15 @@ class PackedSet:
                 shard = self._shards[shard_index]
                 first = int(wanted[part[0]]) - shard.first_row
                 buffers = [memoryview(out[place]).cast("B") for place in order[part]]
-                got = _preadv_all(self._fd(shard_index), buffers, shard.offset + first * row_bytes)
+                try:
+                    offset = shard.offset + first * row_bytes
+                    got = _preadv_all(self._fd(shard_index), buffers, offset)
+                except OSError as error:
+                    raise Failure(f"{shard.path}: cannot read: {error.strerror}") from error
                 for j, buffer in enumerate(buffers):
                     row = first + j
-                    if (j + 1) * row_bytes > got or zlib.crc32(buffer) != shard.row_crc[row]:
-                        clip = self._string(shard.first_row + row, "audio_name")
+                    if (j + 1) * row_bytes > got or zlib.crc32(buffer) != shard.rows.row_crc[row]:
+                        clip = os.fsdecode(shard.rows.audio_name[row])
                         raise Failure(
                             f"{shard.path}: row {row} (clip {clip}) is damaged: its checksum "
                             "differs; pack the set again"
@@ -258,19 +260,11 @@ class PackedSet:
                     raise Failure(f"cannot open {path}: {error.strerror}") from error
             return self._fds[shard_index]
 
-    def _value(self, row: int, dataset: str) -> Any:
-        shard_index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        shard = self._shards[shard_index]
-        # Under the lock: a batch that fails in several threads would read the strings in each.
-        with self._lock:
-            if (shard_index, dataset) not in self._strings:
-                with h5py.File(shard.path) as file:
-                    self._strings[shard_index, dataset] = file[dataset][()]
-        return self._strings[shard_index, dataset][row - shard.first_row]
-
-    def _string(self, row: int, dataset: str) -> str:
-        value: bytes = self._value(row, dataset)
-        return os.fsdecode(value)
+    def _find(self, row: int) -> tuple[ShardRows, int]:
+        """What is known of a row's shard, and its place there."""
+        index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        shard = self._shards[index]
+        return shard.rows, row - shard.first_row
 
 
 def read_index(directory: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
-from tests.reference_features import TOLERANCE, assert_right
+from tests.reference_features import NEAR_PEAK_DB, TOLERANCE, assert_right
 
 CPU = torch.device("cpu")
 CLIP = 32_000  # two seconds
@@ -115,14 +115,18 @@ def lossless(tmp_path_factory: pytest.TempPathFactory) -> PackedSet:
         x = gain * sound(seconds, channels, 16_000, seed=i)
         sf.write(folder / name, x, 16_000, subtype=subtype)
         files.append(folder / name)
-    return pack_files(folder, files)
+    # A tone that glides past the foot of band 57, where DALI's own weights are 2 % off.
+    t = np.arange(CLIP) / 16_000
+    glide = 0.5 * np.sin(2 * np.pi * (5_660 * t + 20 * t**2))
+    sf.write(folder / "glide.wav", glide, 16_000)
+    return pack_files(folder, [*files, folder / "glide.wav"])
 
 
 @pytest.fixture(scope="module")
 def steps() -> list[StepPlan]:
     """Every clip unmixed; long into short, short into long, and itself; a smaller last step."""
     return [
-        plan(list(range(9)), [], []),
+        plan(list(range(10)), [], []),
         plan(list(range(9)), [0, 2, 5, 3, 8], [2, 0, 5, 7, 3]),
         plan([3, 3, 1], [8, 1], [1, 0]),
     ]
@@ -157,9 +161,9 @@ def test_batches_are_the_packed_sources(
             assert torch.equal(batch.num_samples, want.num_samples)
             assert torch.equal(got, expected)
         else:
-            # All of this material lies within 60 dB of its frame's peak.
+            near = expected >= expected.amax(-1, keepdim=True) - NEAR_PEAK_DB / (2 * frontend.std)
             limit = TOLERANCE / (2 * frontend.std)
-            torch.testing.assert_close(got, expected, rtol=0, atol=limit)
+            torch.testing.assert_close(got[near], expected[near], rtol=0, atol=limit)
 
 
 def test_same_plans_same_batches(lossless: PackedSet, steps: list[StepPlan]) -> None:
@@ -283,7 +287,7 @@ def damaged(kind: str, path: Path, good: bytes) -> None:
         assert kind == "mp3" and path.suffix == ".mp3"  # packed as it is, by libsndfile
 
 
-DAMAGES = {
+DAMAGES: dict[str, str | tuple[str, ...]] = {
     "missing": "missing",
     "folder": "unreadable",
     "empty": "empty",
@@ -309,16 +313,20 @@ def test_files_dali_cannot_take_are_found_before_it_starts(tmp_path: Path) -> No
         files.append(path)
     ogg, wav = tmp_path / "cut.ogg", tmp_path / "cut.wav"
     for path in (ogg, wav):
-        sf.write(path, sound(1.5, 1, 16_000, 0), 16_000)
-    packed = pack_files(tmp_path, [*files, ogg, wav])
+        sf.write(path, sound(9.0, 1, 16_000, 0), 16_000)
+    packed = pack_files(tmp_path, [*files, ogg, wav], clip_seconds=8.0)
     for kind, path in zip(DAMAGES, files[1:], strict=True):
         damaged(kind, path, path.read_bytes())
     for path in (ogg, wav):
-        path.write_bytes(path.read_bytes()[:-2000])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
 
     source = dali(packed, max_bad=1.0)
     reasons = {row: reason for row, _, reason in source.bad}
-    expected = [*DAMAGES.values(), "changed since packing", "truncated"]
+    expected: list[str | tuple[str, ...]] = [
+        *DAMAGES.values(),
+        "changed since packing",
+        "truncated",
+    ]
     for row, want in enumerate(expected, start=1):
         assert reasons.get(row, "nothing").startswith(want), f"row {row}: {reasons.get(row)}"
     assert source.usable.tolist() == [True] + [False] * len(expected)

@@ -128,7 +128,9 @@ def test_streamed_wav_promises_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.wav"
     x = (noise(0.5, 16_000, 8) * 32767).astype("<i2")
     unknown = struct.pack("<I", 0xFFFFFFFF)
-    head = b"RIFF" + unknown + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 32_000, 2, 16)
+    head = (
+        b"RIFF" + unknown + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 32_000, 2, 16)
+    )
     path.write_bytes(head + b"data" + unknown + x.tobytes())
     assert np.array_equal(to_int16(decode(path)), x)
 
