@@ -7,7 +7,6 @@ clip by clip. That it computes the same logits and features is asserted before a
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 import numpy as np

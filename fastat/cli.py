@@ -214,9 +214,9 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans` (on the built-in practice set)
 
-    `fastat train --proc A4 --model cnn_trans --data packed/train --eval packed/eval --out runs/mine`
+    `fastat train --proc A4 --model cnn_trans --data packed/train --eval packed/eval --out runs/a`
 
-    `fastat train --resume --out runs/mine`
+    `fastat train --resume --out runs/a`
     """
     from fastat.config import TrainConfig, parse_settings, resolve, resumed
 

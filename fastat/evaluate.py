@@ -110,7 +110,7 @@ def evaluate(
 def save_predictions(
     path: Path, result: Evaluation, packed: PackedSet, classes: list[ClassInfo]
 ) -> None:
-    """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], the classes."""
+    """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], classes."""
     text = h5py.string_dtype()
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file["probability"] = result.probabilities

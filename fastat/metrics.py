@@ -58,7 +58,7 @@ def tagging_metrics(scores: NDArray[np.float32], targets: NDArray[np.bool_]) -> 
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with None for what JSON has no number for: an AUC of nothing, a d' of an AUC of 1."""
+    """``values``, None for what JSON has no number for: an AUC of nothing, d' of an AUC of 1."""
     return {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }

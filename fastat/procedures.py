@@ -103,7 +103,7 @@ def dropout_of(model: str, procedure: Procedure) -> float:
 SMALL_SET_STEPS = 2000
 """A training set is small when the procedure's batch and epochs give it fewer steps than this."""
 
-MIN_BATCH, MIN_PASSES = 8, 3000
+MIN_BATCH, MIN_PASSES = 8, 2500
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_dropout_of_the_authors_scripts_where_the_procedure_has_it() -> None:
 @pytest.mark.parametrize(
     ("proc", "clips", "sizes"),
     [
-        ("A4", 1, Sizes(1, 3000)),
+        ("A4", 1, Sizes(1, 2500)),
         ("A4", 5, Sizes(5, 600)),
         ("A4", 100, Sizes(8, 30)),
         ("A4", 600, Sizes(8, 10)),

@@ -1,4 +1,4 @@
-"""Layers that two or more models share: the TALNet stack, positions, the post-norm encoder, pooling.
+"""Layers that models share: the TALNet stack, positions, the post-norm encoder layer, pooling.
 
 Axis letters: B clips, T frames, F mel bins, C channels, D width, K classes.
 """

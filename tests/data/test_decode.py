@@ -15,9 +15,9 @@ from fastat.data.decode import BLOCK_SECONDS, BadAudio, decode, to_int16
 from tests.data.audio import noise, reference
 
 
-def reason_of(path: Path, **options: float) -> str:
+def reason_of(path: Path, start_seconds: float = 0.0) -> str:
     with pytest.raises(BadAudio) as caught:
-        decode(path, **options)
+        decode(path, start_seconds=start_seconds)
     return caught.value.reason
 
 

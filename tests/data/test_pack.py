@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastat.data import pack as pack_module
 from fastat.data.pack import pack
-from fastat.data.shards import PackedSet
+from fastat.data.shards import PackedSet, Stats
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
@@ -122,7 +122,7 @@ def test_statistics_of_a_sample(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pack_module, "STATS_CLIPS", 20)
-    found = []
+    found: list[dict[str, Stats]] = []
     for seed in (0, 0, 1):
         out = tmp_path / f"{len(found)}"
         pack(table, out, clip_seconds=0.5, workers=2, max_bad=0.1, seed=seed)
@@ -504,7 +504,7 @@ def test_wrong_options(table: Path, tmp_path: Path) -> None:
         ({"labels": table, "classes_from": tmp_path}, "got both"),
     ):
         with pytest.raises(UserError, match=message):
-            pack(table, tmp_path / "set", **options)  # type: ignore[arg-type]
+            pack(table, tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()
 
 
