@@ -103,7 +103,8 @@ def dropout_of(model: str, procedure: Procedure) -> float:
 SMALL_SET_STEPS = 2000
 """A training set is small when the procedure's batch and epochs give it fewer steps than this."""
 
-MIN_BATCH, MIN_PASSES = 8, 2500
+MIN_BATCH = 4
+MIN_STEPS = 640
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ class Sizes:
 def small_set_sizes(procedure: Procedure, num_clips: int) -> Sizes | None:
     """Batch and epochs for a set that the procedure would train too briefly; None for a larger one.
 
-    Under SMALL_SET_STEPS steps, the batch becomes the power of two that comes nearest to giving
-    that many steps in the procedure's epochs, at least MIN_BATCH and at most the procedure's; the
-    epochs grow until MIN_PASSES clips are seen in all. The learning rate stays the procedure's
-    maximum: scaled down linearly with the batch, a small set would hardly be trained at all.
+    The batch becomes the largest power of two that gives SMALL_SET_STEPS steps in the procedure's
+    epochs, but at least MIN_BATCH; the epochs grow until there are MIN_STEPS steps.
+    The learning rate stays the procedure's maximum: scaled down linearly with the batch, a small
+    set would hardly be trained at all.
 
     Raises:
         UserError: the set has no clip.
@@ -129,7 +130,7 @@ def small_set_sizes(procedure: Procedure, num_clips: int) -> Sizes | None:
         raise UserError("the training set has no clips")
     if num_clips // procedure.batch * procedure.epochs >= SMALL_SET_STEPS:
         return None
-    wanted = num_clips * procedure.epochs / SMALL_SET_STEPS
-    batch = 2 ** round(math.log2(max(wanted, MIN_BATCH)))
-    epochs = max(procedure.epochs, math.ceil(MIN_PASSES / num_clips))
-    return Sizes(min(batch, procedure.batch, num_clips), epochs)
+    largest = max(num_clips * procedure.epochs // SMALL_SET_STEPS, MIN_BATCH)
+    batch = min(1 << (largest.bit_length() - 1), num_clips)
+    epochs = math.ceil(MIN_STEPS / (num_clips // batch))
+    return Sizes(batch, max(procedure.epochs, epochs))

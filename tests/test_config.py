@@ -12,7 +12,7 @@ from fastat.config import MAY_CHANGE_ON_RESUME, TrainConfig, parse_settings, res
 from fastat.errors import Failure, UserError
 from fastat.procedures import (
     MIN_BATCH,
-    MIN_PASSES,
+    MIN_STEPS,
     PROCEDURES,
     SMALL_SET_STEPS,
     Sizes,
@@ -93,16 +93,17 @@ def test_dropout_of_the_authors_scripts_where_the_procedure_has_it() -> None:
 @pytest.mark.parametrize(
     ("proc", "clips", "sizes"),
     [
-        ("A4", 1, Sizes(1, 2500)),
-        ("A4", 5, Sizes(5, 600)),
-        ("A4", 100, Sizes(8, 30)),
-        ("A4", 600, Sizes(8, 10)),
-        ("A4", 5_000, Sizes(32, 10)),
-        ("A4", 20_000, Sizes(128, 10)),
-        ("A4", 50_000, Sizes(256, 10)),
-        ("A4", 89_599, Sizes(448, 10)),
+        ("A4", 1, Sizes(1, 640)),
+        ("A4", 5, Sizes(4, 640)),
+        ("A4", 80, Sizes(4, 32)),
+        ("A4", 256, Sizes(4, 10)),
+        ("A4", 600, Sizes(4, 10)),
+        ("A4", 800, Sizes(4, 10)),
+        ("A4", 5_000, Sizes(16, 10)),
+        ("A4", 20_000, Sizes(64, 10)),
+        ("A4", 89_599, Sizes(256, 10)),
         ("A4", 89_600, None),
-        ("A1", 600, Sizes(8, 10)),
+        ("A1", 600, Sizes(4, 10)),
         ("A1", 3_999, Sizes(16, 10)),
         ("A1", 4_000, None),
         ("A3", 15_999, Sizes(64, 10)),
@@ -124,12 +125,11 @@ def test_small_set_rule(proc: str) -> None:
         if sizes is None:
             continue
         assert min(MIN_BATCH, clips) <= sizes.batch <= min(p.batch, clips)
-        assert sizes.epochs >= p.epochs and sizes.epochs * clips >= MIN_PASSES
+        assert sizes.epochs >= p.epochs
         assert sizes.batch >= before.batch and sizes.epochs <= before.epochs
-        if MIN_BATCH < sizes.batch < p.batch:
-            assert math.log2(sizes.batch).is_integer()
-            steps = clips * sizes.epochs / sizes.batch
-            assert SMALL_SET_STEPS / 1.42 < steps < SMALL_SET_STEPS * 1.42
+        steps = clips // sizes.batch * sizes.epochs
+        assert steps >= (SMALL_SET_STEPS if sizes.batch > MIN_BATCH else MIN_STEPS)
+        assert sizes.batch <= MIN_BATCH or clips // (2 * sizes.batch) * p.epochs < SMALL_SET_STEPS
         before = sizes
 
 
@@ -140,14 +140,14 @@ def test_a_set_without_clips() -> None:
 
 def test_a_small_set_says_what_changed_and_keeps_the_rate() -> None:
     config, notes = resolved(clips=600)
-    assert (config.batch, config.epochs, config.lr) == (8, 10, 4e-4)
-    assert notes[0] == "a small set (600 clips): batch 8 instead of 448; LR stays 0.0004"
-    assert "warm-up over 75 steps, a tenth of the run's 750, instead of 1000" in notes
-    assert config.warmup_steps == 75
+    assert (config.batch, config.epochs, config.lr) == (4, 10, 4e-4)
+    assert notes[0] == "a small set (600 clips): batch 4 instead of 448; LR stays 0.0004"
+    assert "warm-up over 150 steps, a tenth of the run's 1500, instead of 1000" in notes
+    assert config.warmup_steps == 150
 
     config, notes = resolved(clips=100)
-    assert "batch 8 instead of 448, epochs 30 instead of 10" in notes[0]
-    assert config.epochs == 30
+    assert "batch 4 instead of 448, epochs 26 instead of 10" in notes[0]
+    assert config.epochs == 26
 
 
 def test_small_set_sizes_can_be_overridden() -> None:
@@ -155,8 +155,8 @@ def test_small_set_sizes_can_be_overridden() -> None:
     assert (config.batch, config.epochs, config.lr) == (16, 3, 1e-3)
     assert not any("small set" in note for note in notes)
     config, notes = resolved(overrides={"batch": 16}, clips=100)
-    assert (config.batch, config.epochs, config.lr) == (16, 30, 4e-4)
-    assert notes[0] == "a small set (100 clips): epochs 30 instead of 10; LR stays 0.0004"
+    assert (config.batch, config.epochs, config.lr) == (16, 26, 4e-4)
+    assert notes[0] == "a small set (100 clips): epochs 26 instead of 10; LR stays 0.0004"
 
 
 # ------------------------------------------------------------------------------------ large sets
