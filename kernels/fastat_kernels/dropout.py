@@ -42,4 +42,4 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, p)
     mask, keep = keep_mask(x.shape, p, x.device)
-    return torch.where(mask, x, 0) * (1 / keep)
+    return x * mask.to(x.dtype).mul_(1 / keep)  # one product in each direction
