@@ -1,6 +1,9 @@
-"""fastat pack: two worker processes on 44.1 kHz mono FLAC, statistics included."""
+"""fastat pack: two workers on 44.1 kHz mono FLAC, statistics included; what a clip costs."""
 
+import itertools
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ import soxr
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastat.data.decode import decode, to_int16
+from fastat.data.moments import Meter
 from fastat.data.pack import PackSummary, pack
 from fastat.data.shards import PackedSet
 
@@ -78,3 +83,30 @@ def test_pack_two_workers(benchmark: BenchmarkFixture, table: Path, tmp_path: Pa
         clips_per_s=clips_per_s,
         target_clips_per_s=TARGET_CLIPS_PER_S,
     )
+
+
+@pytest.mark.parametrize("part", ["flac", "soxr", "decode", "int16", "crc", "statistics", "write"])
+def test_cost_of_a_clip(
+    benchmark: BenchmarkFixture, table: Path, tmp_path: Path, part: str
+) -> None:
+    """One core, one file over and over; ``decode`` is flac and soxr, as a worker does it."""
+    path = table.parent / "00000.flac"
+    audio, _ = sf.read(path, dtype="float32")
+    samples = decode(path, seconds=SECONDS)
+    row = to_int16(samples)
+    assert row.shape == (SECONDS * 16_000,)
+    meter = Meter()
+    target = os.open(tmp_path / "rows", os.O_WRONLY | os.O_CREAT)
+    rows = itertools.count()
+    parts: dict[str, Callable[[], object]] = {
+        "flac": lambda: sf.read(path, dtype="float32"),
+        "soxr": lambda: soxr.resample(audio, RATE, 16_000, quality="HQ"),
+        "decode": lambda: decode(path, seconds=SECONDS),
+        "int16": lambda: to_int16(samples),
+        "crc": lambda: zlib.crc32(row.data),
+        "statistics": lambda: meter(row, len(row)),
+        "write": lambda: os.pwrite(target, row.data, next(rows) * row.nbytes),
+    }
+    benchmark.pedantic(parts[part], rounds=30, warmup_rounds=3)
+    os.close(target)
+    benchmark.extra_info["ms"] = 1e3 * benchmark.stats.stats.median

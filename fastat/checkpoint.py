@@ -101,7 +101,8 @@ def save_checkpoint(
                 document = {"format": FORMAT, "version": VERSION, **asdict(meta)}
                 (temporary / "model.json").write_text(json.dumps(document, indent=1))
                 torch.save(trainer, temporary / "trainer.pt")
-        for name in ("last", "best") if best else ("last",):
+        # last comes last: killed in between, the run takes this epoch again, and finds both.
+        for name in ("best", "last") if best else ("last",):
             _point(folder / name, target)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError on ENOSPC
         raise Failure(f"cannot write checkpoint {target}: {error}") from error
@@ -152,8 +153,10 @@ def load_meta(checkpoint: Path) -> ModelMeta:
         if (document.pop("format"), document.pop("version")) != (FORMAT, VERSION):
             raise Failure(f"{path} is not a {FORMAT} of version {VERSION}")
         document["classes"] = tuple(ClassInfo(*c) for c in document["classes"])
+        if document["feature"] not in FEATURES:
+            raise Failure(f"{path}: unknown feature {document['feature']!r}")
         return ModelMeta(**document)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"{path} is damaged: {error!r}") from error
 
 

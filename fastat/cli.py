@@ -367,7 +367,10 @@ def extract(
 
 @app.command()
 def procs(json_: Json = False) -> None:
-    """Show the four procedures of the paper's Table 1."""
+    """Show the four procedures of the paper's Table 1.
+
+    Example: `fastat procs --json`
+    """
     from fastat.procedures import PROCEDURES
 
     if json_:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastat.atomic import atomic_write_text
 from fastat.errors import Failure, UserError, nearest
 from fastat.features import FEATURES
 from fastat.procedures import PROCEDURES, Procedure, dropout_of, small_set_sizes
@@ -77,6 +78,8 @@ class TrainConfig:
         for name in ("warmup_steps", "time_mask", "freq_mask", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be less than 2^63, got {self.seed}")
         for name in ("mixup", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be in 0..1, got {getattr(self, name)}")
@@ -91,7 +94,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Writes ``config.json``."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        atomic_write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
@@ -191,6 +194,9 @@ def _sized(
 
 
 # ---------------------------------------------------------------------------------- --set key=value
+SIZES_OF_THE_DATA = ("model.name", "model.num_mels", "model.num_frames", "model.num_classes")
+
+
 def parse_settings(settings: list[str]) -> dict[str, Any]:
     """``--set key=value`` arguments as overrides; ``model.KEY=value`` is an option of the model.
 
@@ -204,6 +210,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set takes key=value, got {setting!r}")
+        if key in SIZES_OF_THE_DATA:
+            raise UserError(f"--set takes no {key}: the feature and the classes decide it")
         if key.startswith("model."):
             overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _plain(text)
         elif key in ("proc", "model"):

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -79,7 +79,7 @@ class Display:
             )
 
 
-def _panel(s: Status) -> Group:
+def _panel(s: Status) -> Table:
     table = Table.grid(padding=(0, 2))
     labels = ("epoch", "step", "loss", "LR", "clips/s", "waiting for data", "left")
     values = (
@@ -93,4 +93,7 @@ def _panel(s: Status) -> Group:
     )
     table.add_row(*(Text(label, style="dim") for label in labels))
     table.add_row(*(Text(value, style="bold") for value in values))
-    return Group(ProgressBar(total=s.total_steps, completed=s.step, width=72), table)
+    panel = Table.grid()  # a bar ends no line of its own
+    panel.add_row(ProgressBar(total=s.total_steps, completed=s.step, width=72))
+    panel.add_row(table)
+    return panel

@@ -54,13 +54,21 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "python": platform.python_version(),
         "versions": versions,
         "device": device_name(device),
         "numerics": numerics(device),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(Path(__file__).parents[1]),
     }
+
+
+def _commit(root: Path) -> str | None:
+    """HEAD of the source tree; None for an installed package, or where there is no git."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None

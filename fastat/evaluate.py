@@ -1,6 +1,7 @@
 """Scores of a model on a packed set, matched to its classes by id; ``fastat eval``."""
 
 import csv
+import io
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,10 +18,11 @@ from torch import nn
 
 from fastat.atomic import atomic_path
 from fastat.checkpoint import build_frontend, load_model
+from fastat.config import PRECISIONS
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.environment import default_device
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.metrics import TaggingMetrics, finite, tagging_metrics
 from fastat.progress import progress
@@ -42,7 +44,7 @@ class ClassMatch:
 
 
 def match_classes(model: tuple[ClassInfo, ...], packed: PackedSet) -> ClassMatch:
-    """Raises UserError when the two lists share no class."""
+    """Raises UserError when the two lists share no class, or none that the set has a clip of."""
     where = {c.id: k for k, c in enumerate(packed.classes)}
     shared = [(i, where[c.id]) for i, c in enumerate(model) if c.id in where]
     if not shared:
@@ -50,6 +52,8 @@ def match_classes(model: tuple[ClassInfo, ...], packed: PackedSet) -> ClassMatch
             f"the model and {packed.directory} share no class: it knows {model[0].id!r}, ... "
             f"({len(model)}), the set has {packed.classes[0].id!r}, ... ({len(packed.classes)})"
         )
+    if not packed.label_counts[[k for _, k in shared]].any():
+        raise UserError(f"{packed.directory} has no clip of a class that the model knows")
     note = None
     if not len(shared) == len(model) == len(packed.classes):
         note = (
@@ -100,6 +104,8 @@ def evaluate(
         logits.append(out.float())
         on_batch(len(data.rows))
     scores = torch.cat(logits).cpu()[:, torch.from_numpy(match.model_columns)]
+    if not torch.isfinite(scores).all():
+        raise Failure("the model's scores are not finite: its weights have diverged")
     targets = packed.targets(rows)[:, match.set_columns]
     loss = F.binary_cross_entropy_with_logits(scores, torch.from_numpy(targets)).item()
     probabilities = scores.sigmoid().numpy()
@@ -112,12 +118,16 @@ def save_predictions(
 ) -> None:
     """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], classes."""
     text = h5py.string_dtype()
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    # In memory first: on a full disk HDF5 cannot close its file, and crashes when Python exits.
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         file["probability"] = result.probabilities
         file["target"] = result.targets
         file.create_dataset("audio_name", data=packed.names(result.rows), dtype=text)
         file.create_dataset("class_id", data=[c.id for c in classes], dtype=text)
         file.create_dataset("class_name", data=[c.name for c in classes], dtype=text)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def evaluate_checkpoint(
@@ -132,9 +142,17 @@ def evaluate_checkpoint(
     """``fastat eval``: the metrics of a run or checkpoint on a packed set, by name.
 
     Raises:
-        UserError: no checkpoint, no packed set, or no class that both have.
+        UserError: a value out of range, an output that cannot be, no checkpoint, no packed set, or
+            no class that both have.
         Failure: a damaged checkpoint or row.
     """
+    if batch < 1:
+        raise UserError(f"--batch must be at least 1, got {batch}")
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    for option, path in (("--predictions", predictions), ("--per-class", per_class)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"{option} takes a file in an existing folder, got {path}")
     device = default_device()
     model, meta = load_model(run, device)
     packed = PackedSet.open(data)
@@ -179,7 +197,7 @@ def evaluate_checkpoint(
 
 def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:
     """CSV: id, name, positives, AP and AUC; empty where a class has no positive."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "name", "positives", "average_precision", "auc"])
         positives = result.targets.sum(0)

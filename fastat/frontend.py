@@ -206,7 +206,10 @@ class Frontend(nn.Module):
         return padded
 
     def _run(self, padded: Tensor) -> Tensor:
-        out: Tensor = _log_mel(padded, self.window, self.bank, self.feature.name, self.num_frames)
+        # Calling the operator costs a second of imports, which a CPU has no use for.
+        eager = padded.is_cpu and not torch.compiler.is_compiling()
+        run = _log_mel if eager else _log_mel_operator
+        out: Tensor = run(padded, self.window, self.bank, self.feature.name, self.num_frames)
         return out
 
     def _check(self, waveform: Tensor, num_samples: Tensor | None, augment: Augment | None) -> int:
@@ -239,7 +242,6 @@ class Frontend(nn.Module):
         return num_clips
 
 
-@torch.library.custom_op("fastat::log_mel", mutates_args=())
 def _log_mel(padded: Tensor, window: Tensor, bank: Tensor, name: str, num_frames: int) -> Tensor:
     """padded [B, margin + S + margin] float32, bank [2 * bins, F] -> log-mel [B, T, F].
 
@@ -275,7 +277,10 @@ def _log_mel(padded: Tensor, window: Tensor, bank: Tensor, name: str, num_frames
     return out
 
 
-@_log_mel.register_fake
+_log_mel_operator = torch.library.custom_op("fastat::log_mel", _log_mel, mutates_args=())
+
+
+@_log_mel_operator.register_fake
 def _(padded: Tensor, window: Tensor, bank: Tensor, name: str, num_frames: int) -> Tensor:
     return padded.new_empty(padded.shape[0], num_frames, bank.shape[1])
 

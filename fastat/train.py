@@ -90,7 +90,10 @@ def train(
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
     with Display() as display, StopSignals() as stop:
-        return Trainer(config, run, notes, display, stop, resume=resume).run_epochs()
+        try:
+            return Trainer(config, run, notes, display, stop, resume=resume).run_epochs()
+        except torch.OutOfMemoryError as error:
+            raise Failure(f"the GPU's memory is full: a smaller --batch? ({error})") from error
 
 
 class Trainer:
@@ -240,6 +243,8 @@ class Trainer:
                 evaluation = self._evaluate()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
+                if self.stop.signum is not None and self.progress.step < self.last_step:
+                    raise Interrupted(self.stop.signum)
         self.source.close()
         if self.eval_source is not None:
             self.eval_source.close()
@@ -280,7 +285,7 @@ class Trainer:
             p.train_seconds += waited + time.perf_counter() - started
             if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
                 self._report(epoch, loss, norm, lr)
-            if self.stop.signum is not None:
+            if self.stop.signum is not None and p.step < end:
                 self._look_for_nonfinite(flush=True)
                 self._save(best=False)
                 raise Interrupted(self.stop.signum)
@@ -405,10 +410,10 @@ class Trainer:
             metrics = self.run / "metrics.jsonl"
             if metrics.exists() and self.progress.step < self.last_step:
                 whole = self.progress.step // self.sampler.steps_per_epoch
-                lines = [
-                    x for x in metrics.read_text().splitlines() if json.loads(x)["epoch"] <= whole
-                ]
-                atomic_write_text(metrics, "".join(x + "\n" for x in lines))
+                # A full disk or a power cut may have left part of a line.
+                lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
+                kept = [x for x in lines if json.loads(x)["epoch"] <= whole]
+                atomic_write_text(metrics, "".join(x + "\n" for x in kept))
         except OSError as error:
             raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
 

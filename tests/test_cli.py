@@ -47,7 +47,7 @@ def save(folder: Path, classes: tuple[ClassInfo, ...], mean: float, std: float) 
 def test_help_has_an_example(command: str) -> None:
     text = fastat(command, "--help").stdout
     assert "Usage:" in text
-    assert command == "procs" or f"fastat {command}" in text
+    assert f"fastat {command}" in text.split("Usage:")[1].split("\n", 1)[1]
 
 
 def test_no_command_shows_them_all() -> None:
@@ -115,6 +115,32 @@ def test_a_checkpoint_of_other_classes(tiny_sets: TinySets, tmp_path: Path) -> N
     run = save(tmp_path / "run", (ClassInfo("x", "X"), ClassInfo("y", "Y")), -30.0, 20.0)
     done = fastat("eval", run, "--data", tiny_sets.eval, code=2)
     assert "share no class" in one_line(done)
+
+
+def test_no_clip_of_a_known_class(checkpoint: Path, tiny_sets: TinySets, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (write_tiny_audio(tmp_path, 3, seed=2) / "hiss").rename(tmp_path / "folder" / "other")
+    names = "".join(f"{i},{c},{c}\n" for i, c in enumerate(("other", "buzz", "click", "hiss")))
+    (tmp_path / "classes.csv").write_text("index,mid,display_name\n" + names)
+    labels = tmp_path / "classes.csv"
+    pack(tmp_path / "folder", tmp_path / "set", clip_seconds=1.0, workers=1, labels=labels)
+    done = fastat("eval", checkpoint, "--data", tmp_path / "set", code=2)
+    assert "has no clip of a class that the model knows" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--batch", 0), "--batch must be at least 1"),
+        (("--precision", "fp8"), "--precision must be one of bf16, fp32"),
+        (("--predictions", "."), "--predictions takes a file"),
+        (("--per-class", "nowhere/x.csv"), "--per-class takes a file"),
+    ],
+)
+def test_mistakes_of_eval_are_found_before_the_work(
+    checkpoint: Path, tiny_sets: TinySets, args: tuple[object, ...], message: str
+) -> None:
+    assert message in one_line(fastat("eval", checkpoint, "--data", tiny_sets.eval, *args, code=2))
 
 
 def test_clips_of_another_length(checkpoint: Path, tmp_path: Path) -> None:

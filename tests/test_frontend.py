@@ -322,7 +322,7 @@ def test_operator(name: str, device: torch.device) -> None:
     model = Frontend(name, clip_samples=16_000).to(device)
     wave = torch.randn(2, 16_000, device=device)
     args = (wave, model.window, model.bank, name, model.num_frames)
-    torch.library.opcheck(frontend._log_mel, args)
+    torch.library.opcheck(frontend._log_mel_operator, args)
 
 
 # ------------------------------------------------------------------------------------ mistakes

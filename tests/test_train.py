@@ -161,6 +161,46 @@ def test_signals_save_and_leave(
     assert_same_run(out, whole_run)
 
 
+def test_a_signal_at_an_epochs_last_step_still_scores_the_epoch(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    program = (
+        "import os, signal, sys; import fastat.train as t; from fastat.cli import main\n"
+        "step, done = t.train_step, []\n"
+        "def counted(*args):\n"
+        "    done.append(step(*args))\n"
+        "    if len(done) == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return done[-1]\n"
+        "t.train_step = counted; main()"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments(tiny_sets, out))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUIET)
+    assert done.returncode == 143, done.stderr
+    assert [line["step"] for line in metrics(out)] == [4]
+    fastat("train", "--resume", "--out", out)
+    assert_same_run(out, whole_run)
+
+
+def test_part_of_a_line_of_metrics_is_dropped_on_resume(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fastat(*arguments(tiny_sets, out, "--steps", 4))
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "st')
+    fastat("train", "--resume", "--out", out, "--set", "steps=null")
+    assert_same_run(out, whole_run)
+
+
+def test_without_git_it_trains(tiny_sets: TinySets, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastat.cli"]
+    args = arguments(tiny_sets, tmp_path / "run", "--steps", 1)
+    env = os.environ | QUIET | {"PATH": str(tmp_path)}
+    subprocess.run([*command, *map(str, args)], check=True, env=env, capture_output=True)
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["commit"] is None
+
+
 def start(*args: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastat.cli", *map(str, args)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | QUIET)
@@ -218,6 +258,14 @@ def test_nonfinite_loss_never_reaches_the_weights(tiny_sets: TinySets, tmp_path:
     assert all(torch.isfinite(w.float()).all() for w in weights.values())
 
 
+def test_weights_that_diverge_between_steps_are_one_line(
+    tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    more = ("--lr", 1e30, "--precision", "fp32", "--steps", 1)
+    done = fastat(*arguments(tiny_sets, tmp_path / "run", *more), code=1)
+    assert done.stderr.strip().splitlines()[-1].startswith("fastat: the model's scores are not")
+
+
 def test_full_disk_keeps_the_checkpoint_before(tiny_sets: TinySets, tmp_path: Path) -> None:
     """A limit on a file's size stops the second run's larger checkpoint as a full disk would."""
     out = tmp_path / "run"
@@ -259,6 +307,10 @@ def test_a_damaged_row_stops_the_run(tiny_sets: TinySets, tmp_path: Path) -> Non
         (("--set", "batch"), "--set takes key=value"),
         (("--set", "lr=fast"), "--set lr takes float"),
         (("--set", "model.embeding=64"), "did you mean 'embedding'"),
+        (("--set", "model.num_mels=32"), "--set takes no model.num_mels"),
+        (("--set", "model.dropout=1"), "dropout must be in [0, 1)"),
+        (("--seed", 2**70), "seed must be less than"),
+        (("--lr", "nan"), "lr must be a positive number"),
         (("--schedule", "cosine"), "schedule must be one of"),
         (("--precision", "fp8"), "precision must be one of"),
         (("--source", "tape"), "source must be one of"),

@@ -6,9 +6,10 @@ costs the memory of its 16 kHz samples, and the result is bit-identical to resam
 piece.
 """
 
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -106,13 +107,15 @@ def _resample(
     seconds: float | None,
 ) -> NDArray[np.float32]:
     """Mono blocks from ``span`` -> the samples asked for, [S]."""
-    if rate == sample_rate:
-        pieces = list(blocks)
+    first = next(blocks, np.empty(0, np.float32))
+    second = next(blocks, None)
+    if second is None:
+        samples = first if rate == sample_rate else _soxr(first, rate, sample_rate)
     else:
-        stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
-        pieces = [stream.resample_chunk(block) for block in blocks]
-        pieces.append(stream.resample_chunk(np.empty(0, np.float32), last=True))
-    samples = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.float32)])
+        following: Iterable[NDArray[np.float32]] = itertools.chain((first, second), blocks)
+        if rate != sample_rate:
+            following = _soxr_stream(following, rate, sample_rate)
+        samples = np.concatenate(list(following))
     start = round(start_seconds * sample_rate) - span.first_second * sample_rate
     end = None if seconds is None else start + round(seconds * sample_rate)
     samples = samples[start:end]
@@ -121,6 +124,21 @@ def _resample(
     if not np.isfinite(samples).all():
         raise BadAudio("non-finite", "NaN or infinite samples")
     return samples
+
+
+def _soxr(x: NDArray[np.float32], rate: int, sample_rate: int) -> NDArray[np.float32]:
+    resampled: NDArray[np.float32] = soxr.resample(x, rate, sample_rate, quality="HQ")
+    return resampled
+
+
+def _soxr_stream(
+    blocks: Iterable[NDArray[np.float32]], rate: int, sample_rate: int
+) -> Iterator[NDArray[np.float32]]:
+    """Bit for bit what ``_soxr`` makes of the blocks in one piece."""
+    stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def _mono(block: NDArray[np.float32]) -> NDArray[np.float32]:

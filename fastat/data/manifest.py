@@ -7,6 +7,7 @@ classes they carry.
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -179,7 +180,10 @@ def _column(source: Path, header: Sequence[str], group_by: str) -> int:
 def _is_audioset(lines: Sequence[str]) -> bool:
     """Whether the first line of data reads: id, number, number, labels."""
     data = next((line for line in lines if line.strip() and not line.startswith("#")), "")
-    cells = next(csv.reader([data], skipinitialspace=True), [])
+    try:
+        cells = next(csv.reader([data], skipinitialspace=True), [])
+    except csv.Error:  # a cell of 128 KiB
+        return False
     if len(cells) < 4:
         return bool(lines) and lines[0].startswith("#") and "YTID" in "".join(lines[:3])
     return _is_number(cells[1]) and _is_number(cells[2])
@@ -187,10 +191,9 @@ def _is_audioset(lines: Sequence[str]) -> bool:
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell)
+        return math.isfinite(float(cell))
     except ValueError:
         return False
-    return True
 
 
 AUDIOSET_COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")

@@ -33,7 +33,7 @@ CODECS = ("pcm16",)
 SHARD_BYTES = 1 << 30
 SHARD_OVERHEAD = 64 << 10
 """More than HDF5's own structures in a shard, bytes."""
-MIN_CLIP_SECONDS = 0.1
+MIN_CLIP_SECONDS, MAX_CLIP_SECONDS = 0.1, 1000.0
 EVAL_SUFFIX = "-eval"
 NUM_CORES = len(os.sched_getaffinity(0))
 
@@ -95,7 +95,8 @@ def pack(
         Failure: the disk, or a worker process.
     """
     started = time.monotonic()
-    _check(holdout, group_by, clip_seconds, codec, workers, max_bad)
+    _check(holdout, group_by, clip_seconds, codec, workers, max_bad, seed)
+    out = Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
     manifest = read_manifest(
         source, audio=audio, labels=labels, classes_from=classes_from, group_by=group_by
     )
@@ -151,13 +152,17 @@ def _check(
     codec: str,
     workers: int | None,
     max_bad: float,
+    seed: int,
 ) -> None:
     if codec not in CODECS:
         raise UserError(f"--codec: expected {' or '.join(CODECS)}, got {codec}")
-    if not clip_seconds >= MIN_CLIP_SECONDS:
+    if not MIN_CLIP_SECONDS <= clip_seconds <= MAX_CLIP_SECONDS:
         raise UserError(
-            f"--clip-seconds: expected at least {MIN_CLIP_SECONDS}, got {clip_seconds:g}"
+            f"--clip-seconds: expected {MIN_CLIP_SECONDS} to {MAX_CLIP_SECONDS}, "
+            f"got {clip_seconds:g}"
         )
+    if seed < 0:
+        raise UserError(f"--seed: expected 0 or more, got {seed}")
     if holdout is not None and not 0.0 < holdout < 1.0:
         raise UserError(f"--holdout: expected a fraction between 0 and 1, got {holdout:g}")
     if group_by is not None and holdout is None:

@@ -1,7 +1,4 @@
-"""What ``fastat pack`` and its worker processes say to each other.
-
-Apart from the worker itself, which imports torch: the parent needs none.
-"""
+"""What ``fastat pack`` and its worker processes say to each other."""
 
 from typing import NamedTuple
 

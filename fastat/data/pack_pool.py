@@ -19,6 +19,7 @@ from fastat.data.pack_messages import (
     Write,
     Written,
 )
+from fastat.data.pack_worker import serve
 from fastat.errors import Failure
 
 BATCHES_AHEAD = 2
@@ -33,15 +34,15 @@ class Pool:
     """
 
     def __init__(self, num_workers: int, job: Job) -> None:
-        # One server process imports torch once, and the workers share its pages; a fork of the
-        # parent would copy locks that its threads (the progress bar) hold.
+        # Forked from a server process that has imported what they need and has no threads: a fork
+        # of the parent would copy locks that its threads (progress, sealing) hold.
         context: ForkServerContext = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fastat.data.pack_worker"])
         self._processes = []
         self._connections: list[Connection] = []
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+            process = context.Process(target=serve, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -116,10 +117,3 @@ class Pool:
             f"a worker process ended with exit code {process.exitcode} (negative: a signal; -9 is "
             "often too little memory); the same command goes on, perhaps with fewer --workers"
         )
-
-
-def _serve(connection: Connection, job: Job) -> None:
-    """Runs in the worker, where torch is already imported by the process it was forked from."""
-    from fastat.data.pack_worker import serve
-
-    serve(connection, job)

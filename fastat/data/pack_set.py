@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastat.atomic import fsync
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Job, Write
@@ -27,6 +28,10 @@ from fastat.progress import progress
 BATCH_FILES = 8
 """Files a message: enough to make messages rare, few enough to keep all workers busy to the
 end."""
+
+
+FLUSH_BYTES = 64 << 20
+"""Written rows go to the disk while others are decoded, not all when the shard is sealed."""
 
 
 class Plan(NamedTuple):
@@ -161,6 +166,8 @@ class _Rows:
         self.entries: list[Entry] = []
         self.next_entry = self.next_clip = 0
         self.bad: list[BadFile] = []
+        self.flushed = 0
+        """Rows that were on their way when the file was last flushed."""
 
     def arrays(self) -> ShardRows:
         """Everything but the waveform, as it goes into the file."""
@@ -206,7 +213,8 @@ class _Builder:
         self._full: deque[_Rows] = deque()
         self._num_started = len(self.shards)
         self._sealer = ThreadPoolExecutor(1, "fastat-seal")
-        self._sealing: list[Future[FinishedShard]] = []
+        self._flushing: deque[Future[None]] = deque()
+        self._sealing: deque[Future[FinishedShard]] = deque()
 
     @property
     def writing(self) -> bool:
@@ -298,7 +306,12 @@ class _Builder:
 
     def written(self, path: str) -> None:
         """A write into the shard at ``path`` is done."""
-        self._rows_at(path).writing -= 1
+        rows = self._rows_at(path)
+        rows.writing -= 1
+        unflushed = len(rows.clips) - rows.flushed
+        if unflushed * 2 * self.plan.job.clip_samples >= FLUSH_BYTES:
+            rows.flushed = len(rows.clips)
+            self._flushing.append(self._sealer.submit(fsync, rows.part.path))
         self._seal()
 
     def _rows_at(self, path: str) -> _Rows:
@@ -310,8 +323,10 @@ class _Builder:
         # thread, so that shards finish in order.
         while self._full and not self._full[0].writing:
             self._sealing.append(self._sealer.submit(self._seal_shard, self._full.popleft()))
+        while self._flushing and self._flushing[0].done():
+            self._flushing.popleft().result()
         while self._sealing and self._sealing[0].done():
-            self.shards.append(self._sealing.pop(0).result())
+            self.shards.append(self._sealing.popleft().result())
 
     def _seal_shard(self, rows: _Rows) -> FinishedShard:
         note = rows.note(rows.part.seal(rows.arrays()))
@@ -331,8 +346,8 @@ class _Builder:
         if self._rows is not None:
             self._complete(self._rows)
         self._seal()
-        self.shards += [future.result() for future in self._sealing]
-        self._sealing.clear()
+        while self._sealing:
+            self.shards.append(self._sealing.popleft().result())
         self.state.write_bad(self._bad)
         if not self.shards:
             raise UserError(

@@ -160,7 +160,11 @@ class PackedSet:
             Failure: a shard is missing, of another size or layout, or damaged.
         """
         directory = Path(directory)
-        return cls(directory, read_index(directory))
+        index = read_index(directory)
+        try:
+            return cls(directory, index)
+        except (KeyError, TypeError, AttributeError) as error:  # JSON, but not as pack writes it
+            raise Failure(f"{directory / INDEX_FILE}: damaged: {error!r}") from error
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Labels of ``rows`` [R] as zeros and ones, [R, K]."""
@@ -290,8 +294,8 @@ def read_index(directory: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{path}: expected the index of a packed set")
-    if index["version"] != VERSION:
-        raise UserError(f"{path}: expected format version {VERSION}, got {index['version']}")
+    if index.get("version") != VERSION:
+        raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
     return index
 
 

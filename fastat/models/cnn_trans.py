@@ -48,7 +48,9 @@ class CnnTransformer(nn.Module):
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1, got {num_layers}")
         self.input_scale = round(math.sqrt(num_mels)) if input_scale is None else input_scale
-        self.positions = SinusoidalPositions(num_mels)
+        if not math.isfinite(self.input_scale):
+            raise ValueError(f"input_scale must be finite, got {input_scale}")
+        self.positions = SinusoidalPositions(num_mels, max(num_frames, 2048))
         self.talnet = TalNet(num_mels, embedding)
         self.num_layers = num_layers
         self.layers = nn.ModuleList(

@@ -51,7 +51,7 @@ class TalNet(nn.Module):
 
     def __init__(self, num_mels: int, embedding: int) -> None:
         super().__init__()
-        if num_mels % 32 or embedding % (num_mels // 2):
+        if num_mels % 32 or embedding < 1 or embedding % (num_mels // 2):
             raise ValueError(
                 "TALNet halves the mel axis five times: num_mels must be a multiple of 32 and "
                 f"embedding of num_mels / 2, got num_mels={num_mels}, embedding={embedding}"
@@ -78,7 +78,7 @@ class TalNet(nn.Module):
 class SinusoidalPositions(nn.Module):
     """Fixed sine and cosine positions (Vaswani et al., 2017), computed for the length at hand."""
 
-    def __init__(self, width: int, max_len: int = 2048) -> None:
+    def __init__(self, width: int, max_len: int) -> None:
         super().__init__()
         position = torch.arange(max_len).unsqueeze(1)  # [T, 1]
         rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
@@ -106,6 +106,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         if not 1 <= num_heads <= width:
             raise ValueError(f"num_heads must be in 1..{width}, got {num_heads}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.num_heads = num_heads
         self.dropout = dropout
         inner = width // num_heads * num_heads

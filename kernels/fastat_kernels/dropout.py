@@ -16,7 +16,7 @@ LEVELS = 1 << 16
 
 def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
     """A random bool mask of ``shape``, and the probability of a True in it."""
-    kept = LEVELS - round(p * LEVELS)
+    kept = max(1, LEVELS - round(p * LEVELS))
     num = shape.numel()
     bits = torch.randint(-(1 << 63), (1 << 63) - 1, ((num + 3) // 4,), device=device)
     lanes = bits.view(torch.int16)[:num].view(shape)  # uniform over -32768 .. 32767

@@ -492,9 +492,11 @@ def test_holdout_looks_at_both_folders_first(table: Path, tmp_path: Path) -> Non
 def test_wrong_options(table: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"codec": "flac"}, "--codec: expected pcm16, got flac"),
-        ({"clip_seconds": 0.0}, "--clip-seconds: expected at least"),
-        ({"clip_seconds": float("nan")}, "--clip-seconds: expected at least"),
-        ({"clip_seconds": 1e6}, "larger than a shard"),
+        ({"clip_seconds": 0.0}, "--clip-seconds: expected 0.1 to"),
+        ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to"),
+        ({"clip_seconds": 1e6}, "--clip-seconds: expected 0.1 to"),
+        ({"shard_bytes": 100_000}, "larger than a shard"),
+        ({"seed": -1}, "--seed: expected 0 or more"),
         ({"holdout": 1.0}, "--holdout: expected a fraction"),
         ({"group_by": "source"}, "only --holdout groups"),
         ({"holdout": 0.1, "group_by": "take"}, "no such column"),

@@ -206,6 +206,10 @@ def test_compiles_without_a_break() -> None:
     [
         ({"embeding": 64}, "did you mean 'embedding'"),
         ({"embedding": 100}, "embedding"),
+        ({"embedding": 0}, "embedding"),
+        ({"dropout": 1}, "dropout must be in"),
+        ({"dropout": "half"}, "dropout|supported"),
+        ({"input_scale": float("nan")}, "input_scale"),
         ({"num_heads": 0}, "num_heads"),
         ({"num_heads": "many"}, "num_heads|supported"),
         ({"pooling": "median"}, "pooling must be one of"),
