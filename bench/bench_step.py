@@ -112,7 +112,7 @@ class PlainFrontend:
 
     def __init__(self, ours: Frontend) -> None:
         self.ours = ours
-        self.bank = torch.from_numpy(FEATURES["logmel64"].mel_bank()).float()  # [bins, mels]
+        self.bank = torch.from_numpy(FEATURES["logmel64"].mel_bank()).float().to(DEVICE)
 
     def __call__(self, rows: Tensor, plan: StepPlan) -> Tensor:
         clips = []
@@ -125,7 +125,7 @@ class PlainFrontend:
                 y = rows[len(plan.rows) + j].float() / 32768
                 x = float(plan.lam[j]) * x + (1 - float(plan.lam[j])) * (y - y.mean())
                 x = x - x.mean()
-            window = torch.hann_window(1024)
+            window = torch.hann_window(1024, device=DEVICE)
             spectrum = torch.stft(
                 x, 4096, 400, 1024, window, center=True, pad_mode="constant", return_complex=True
             )
@@ -171,7 +171,7 @@ class Step:
         assert isinstance(model, CnnTransformer)
         self.packed = packed
         self.frontend = build_frontend(meta).to(DEVICE)
-        self.plain = PlainModel(model, dropout)
+        self.plain = PlainModel(model, dropout).to(DEVICE)
         self.plain_frontend = PlainFrontend(self.frontend)
         self.plain_adam = torch.optim.Adam(self.plain.parameters(), lr=1e-4)
         self.model = model.to(DEVICE).to(memory_format=torch.channels_last)
@@ -216,7 +216,8 @@ class Step:
         """The plain step over the same rows."""
         plan = next(self.plain_plans)
         features = self.plain_frontend(self.read(plan), plan)
-        loss = F.binary_cross_entropy(self.plain(features), mixed_targets(self.packed, plan))
+        target = mixed_targets(self.packed, plan).to(DEVICE)
+        loss = F.binary_cross_entropy(self.plain(features), target)
         self.plain_adam.zero_grad()
         loss.backward()
         self.plain_adam.step()
@@ -226,7 +227,7 @@ class Step:
         rows = np.concatenate([plan.rows, plan.partners])
         out = np.empty((len(rows), self.packed.clip_samples), np.int16)
         self.packed.read_rows(rows, out)
-        return torch.from_numpy(out)
+        return torch.from_numpy(out).to(DEVICE)
 
 
 def synchronize() -> None:
@@ -241,12 +242,12 @@ def step(packed: PackedSet) -> Iterator[Step]:
     plan = s.sampler.plan(0, 0)
     batch = next(PackedSource(packed, DEVICE).batches([plan]))
     features = batch.features(s.frontend)
-    plain_features = s.plain_frontend(s.read(plan), plan).to(DEVICE)
+    plain_features = s.plain_frontend(s.read(plan), plan)
     torch.testing.assert_close(features, plain_features, rtol=1e-3, atol=1e-3)
     s.model.eval()
     s.plain.eval()
     with torch.no_grad():
-        ours, plain = s.model(features).sigmoid(), s.plain(features.cpu()).to(DEVICE)
+        ours, plain = s.model(features).sigmoid(), s.plain(features)
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
     s.model.train()
     s.plain.train()
@@ -262,6 +263,7 @@ def test_training_step(benchmark: BenchmarkFixture, step: Step) -> None:
     def plain_first() -> None:
         started = time.perf_counter()
         step.plain_step()
+        synchronize()
         plain.append(time.perf_counter() - started)
 
     for _ in range(2):

@@ -93,7 +93,9 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
+        if os.path.realpath(folder / "last") != os.path.realpath(target):
+            if target.exists():  # of a run that was killed before it pointed here
+                shutil.rmtree(target)
             with atomic_path(target) as temporary:
                 temporary.mkdir()
                 state = {k: v.contiguous() for k, v in model.state_dict().items()}

@@ -39,6 +39,8 @@ def main() -> None:
         _fail(str(error), 2)
     except Failure as error:
         _fail(str(error), 1)
+    except MemoryError:
+        _fail("out of memory: a smaller --batch or fewer workers need less", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", 1)
@@ -253,7 +255,7 @@ def train(
     else:
         if proc is None or model is None:
             raise UserError("a new run needs --proc (A1, A2, A3, A4) and --model")
-        _check_names(proc, model)
+        _check_early(proc, model, overrides)
         if "data" not in overrides:
             if "eval" in overrides:
                 raise UserError("--eval without --data: say which set to train on")
@@ -263,17 +265,17 @@ def train(
 
         import torch
 
-        from fastat.data.shards import PackedSet
+        from fastat.data.shards import SAMPLE_RATE, PackedSet
 
         packed = PackedSet.open(overrides["data"])
-        clip_seconds = packed.clip_samples / 16_000
+        clip_seconds = packed.clip_samples / SAMPLE_RATE
         overrides.setdefault("compile", torch.cuda.is_available())
         config, notes = resolve(
             proc, model, overrides, num_clips=packed.num_clips, clip_seconds=clip_seconds
         )
         packed.close()
 
-    from fastat.train import Interrupted
+    from fastat.signals import Interrupted
     from fastat.train import train as run_training
 
     try:
@@ -286,16 +288,23 @@ def train(
         raise typer.Exit(stop.exit_code) from stop
 
 
-def _check_names(proc: str, model: str) -> None:
-    """Before any data is made: the procedure and the model exist."""
+def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
+    """Before any data is made or opened: the procedure, the model and the values exist."""
+    from fastat.config import resolve
     from fastat.errors import nearest
-    from fastat.models import MODELS
+    from fastat.models import IMAGENET_MODELS, MODELS
     from fastat.procedures import PROCEDURES
 
     if proc not in PROCEDURES:
         raise UserError(f"unknown procedure {proc!r}{nearest(proc, PROCEDURES)}")
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}{nearest(model, MODELS)}")
+    if PROCEDURES[proc].pretrained and model not in IMAGENET_MODELS:
+        raise UserError(
+            f"{proc} starts from ImageNet weights, and none exist for {model} "
+            "(a dash in the paper's Table 2); use A2 or A4"
+        )
+    resolve(proc, model, {"data": ""} | overrides, num_clips=1_000_000, clip_seconds=10.0)
 
 
 @app.command("eval")

@@ -30,7 +30,15 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    """The processor's name as Linux knows it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return names[0] if names else f"{platform.machine()} CPU"
 
 
 def numerics(device: torch.device) -> str:

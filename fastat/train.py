@@ -3,14 +3,12 @@
 import json
 import math
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import numpy as np
@@ -51,17 +49,9 @@ from fastat.evaluate import (
 )
 from fastat.features import FEATURES
 from fastat.metrics import TaggingMetrics, finite
-from fastat.models import IMAGENET_MODELS
 from fastat.optim import create_adam, finite_flag, guarded_step
-from fastat.procedures import PROCEDURES
 from fastat.schedule import lr_factor
-
-
-class Interrupted(Exception):
-    """A signal ended the run, after a checkpoint was saved."""
-
-    def __init__(self, signum: int) -> None:
-        self.exit_code = 128 + signum
+from fastat.signals import Interrupted, StopSignals
 
 
 @dataclass
@@ -89,9 +79,9 @@ def train(
         Failure: a damaged row, a full disk, a loss that is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
-    with Display() as display, StopSignals() as stop:
+    with Display() as display:
         try:
-            return Trainer(config, run, notes, display, stop, resume=resume).run_epochs()
+            return Trainer(config, run, notes, display, resume=resume).run_epochs()
         except torch.OutOfMemoryError as error:
             raise Failure(f"the GPU's memory is full: a smaller --batch? ({error})") from error
 
@@ -105,13 +95,11 @@ class Trainer:
         run: Path,
         notes: list[str],
         display: Display,
-        stop: "StopSignals",
         *,
         resume: bool,
     ) -> None:
-        self.config, self.run, self.display, self.stop = config, run, display, stop
+        self.config, self.run, self.display = config, run, display
         self.notes = list(notes)  # shown once everything fits together
-        _check_weights_exist(config)
         torch.manual_seed(config.seed)
         self.device = default_device()
 
@@ -232,7 +220,10 @@ class Trainer:
         """Trains from where the run stands to its end."""
         steps = self.sampler.steps_per_epoch
         metrics = None
-        with SummaryWriter(str(self.run / "tb"), purge_step=self.progress.step) as self.tensorboard:
+        with (
+            StopSignals() as self.stop,
+            SummaryWriter(str(self.run / "tb"), purge_step=self.progress.step) as self.tensorboard,
+        ):
             if self.progress.step >= self.last_step:
                 self.display.note(
                     f"{self.run} has its {self.last_step:,} steps: nothing left to train"
@@ -245,6 +236,7 @@ class Trainer:
                 self._finish_epoch(epoch, evaluation)
                 if self.stop.signum is not None and self.progress.step < self.last_step:
                     raise Interrupted(self.stop.signum)
+        self.display.note(f"saved in {self.run}; tag a sound with: fastat predict {self.run} FILE")
         self.source.close()
         if self.eval_source is not None:
             self.eval_source.close()
@@ -498,31 +490,3 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         except StopIteration:
             return
         yield batch, time.perf_counter() - started
-
-
-class StopSignals:
-    """Remembers the first SIGINT or SIGTERM; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _remember(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = signum
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def _check_weights_exist(config: TrainConfig) -> None:
-    if PROCEDURES[config.proc].pretrained and config.model not in IMAGENET_MODELS:
-        raise UserError(
-            f"{config.proc} starts from ImageNet weights, and none exist for {config.model} "
-            "(a dash in the paper's Table 2); use A2 or A4"
-        )

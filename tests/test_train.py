@@ -17,8 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from fastat.checkpoint import load_model
+from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
-from tests.conftest import QUIET, TINY_MODEL, TinySets, fastat, one_line
+from tests.conftest import (
+    QUIET,
+    TINY_MODEL,
+    TinySets,
+    fastat,
+    one_line,
+    write_tiny_audio,
+)
 
 A4 = ("train", "--proc", "A4", "--model", "cnn_trans", *TINY_MODEL)
 
@@ -108,6 +116,30 @@ def test_it_learns(tiny_sets: TinySets, tmp_path: Path) -> None:
     lines = metrics(tmp_path / "run")
     assert lines[-1]["train_loss"] < 0.7 * lines[0]["train_loss"]
     assert max(line["mAP"] for line in lines) > 0.9
+
+
+def test_dali_trains_as_the_packed_rows_do(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    """The same clips, partners and masks, from the original 16 kHz files: the same losses."""
+    out = tmp_path / "run"
+    fastat(*arguments(tiny_sets, out, "--source", "dali"))
+    for ours, packed in zip(metrics(out), metrics(whole_run), strict=True):
+        assert ours["train_loss"] == pytest.approx(packed["train_loss"], rel=0.02)
+        assert ours["eval_loss"] == pytest.approx(packed["eval_loss"], rel=0.1)
+
+
+def test_dali_names_the_files_that_are_gone(tiny_sets: TinySets, tmp_path: Path) -> None:
+    audio = write_tiny_audio(tmp_path / "audio", 12, seed=5)
+    pack(audio, tmp_path / "set", clip_seconds=1.0, workers=1)
+    next(audio.rglob("buzz-0.wav")).unlink()
+    args = (*A4, "--data", tmp_path / "set", "--out", tmp_path / "run", "--source", "dali")
+    done = fastat(*args, code=2)
+    assert "DALI cannot take 1 of 12 clips" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = fastat(*args, "--max-bad", 0.1, "--steps", 2)
+    assert "DALI cannot take 1 clips" in done.stderr and "buzz-0.wav" in done.stderr
 
 
 # ------------------------------------------------------------------------------------ resuming

@@ -35,7 +35,7 @@ class ConvBlock(nn.Module):
         if self.pool is not None:
             # The maximum commutes with ReLU, and the pooled map is the smaller one to rectify.
             x = F.max_pool2d(x, self.pool)
-        return F.relu(x)
+        return F.relu_(x)
 
 
 class TalNet(nn.Module):

@@ -181,6 +181,8 @@ def test_ast_data_file(tmp_path: Path) -> None:
         ("t.csv", "path,labels\na.wav,x,y\n", "line 2: expected 2 cells, got 3"),
         ("t.csv", 'path,labels\na.wav,"x\n', "line 2: not CSV"),
         ("t.csv", "# YTID\nid0, 0, 10, a\nid1, zero, 10, a\n", "line 3: expected YTID"),
+        ("t.csv", "id0, 0, 10, a\nid1, nan, inf, a\n", "line 2: expected YTID"),
+        ("t.csv", "a" * 200_000, "not CSV"),
         ("t.json", "{", "not JSON"),
         ("t.json", '{"clips": []}', 'no list "data"'),
         ("t.json", '{"data": [{"wav": 3}]}', "clip 1: expected"),

@@ -1,0 +1,37 @@
+"""dropout: ours and torch's, forward + backward, at CNN+Transformer's shapes (batch 16)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from fastat.environment import default_device, device_name
+from fastat_kernels.dropout import dropout
+
+DEVICE = default_device()
+IMPLS: dict[str, Callable[[Tensor, float], Tensor]] = {"ours": dropout, "torch": F.dropout}
+SHAPES = {"tokens": (16, 100, 1024), "attention weights": (16, 8, 100, 100)}
+P = 0.75
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dropout(benchmark: BenchmarkFixture, shape: str, impl: str) -> None:
+    benchmark.group = f"dropout, {shape}"
+    x = torch.randn(SHAPES[shape], device=DEVICE).bfloat16().requires_grad_()
+    dout = torch.randn_like(x)
+
+    def step() -> Tensor:
+        y = IMPLS[impl](x, P)
+        torch.autograd.grad(y, x, dout)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return y
+
+    share = (step() == 0).float().mean().item()
+    assert share == pytest.approx(P, abs=0.01)
+    benchmark.pedantic(step, rounds=30, warmup_rounds=3)
+    benchmark.extra_info.update(device=device_name(DEVICE), ms=1e3 * benchmark.stats.stats.median)
