@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.decode import BadAudio
 from fastat.environment import default_device
@@ -232,9 +233,7 @@ def clock(seconds: float) -> str:
     """A time in a file: 0:07, 12:30, 1:02:03; with tenths below ten seconds, if there are any."""
     if seconds < 9.95 and round(seconds, 1) % 1:
         return f"0:{seconds:04.1f}"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return display.clock(seconds)
 
 
 def sparkline(values: NDArray[np.float32], width: int = SPARKLINE_WIDTH) -> str:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,8 +172,8 @@ class Trainer:
         self.pending: deque[tuple[int, NDArray[np.int64], Tensor]] = deque()
         if resume and (run / "checkpoints" / "last").exists():
             self._restore()
-        self.total_steps = self.sampler.steps_per_epoch * config.epochs
-        self.last_step = min(self.total_steps, config.steps or self.total_steps)
+        total_steps = self.sampler.steps_per_epoch * config.epochs
+        self.last_step = min(total_steps, config.steps or total_steps)
         self._open_run_folder()
         size = sum(p.numel() for p in self.params)
         self.notes.append(
@@ -426,9 +426,7 @@ class Trainer:
             "epoch": epoch,
             "best_mAP": p.best_map,
         }
-        if not math.isfinite(p.best_map):
-            trained["best_mAP"] = None
-        meta = ModelMeta(**{**vars(self.meta), "trained": trained})
+        meta = replace(self.meta, trained=finite(trained))
         save_checkpoint(self.run / "checkpoints", p.step, self.raw_model, meta, trainer, best=best)
 
     def _restore(self) -> None:

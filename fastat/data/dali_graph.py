@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
+from fastat.data.shards import SAMPLE_RATE
 from fastat.features import FEATURES
 
-SAMPLE_RATE = 16_000
-INT16_SCALE = 32768.0
+INT16_STEPS = 32768.0
 ROUND_HALF_EVEN = 1.5 * 2.0**23
 """Added and subtracted, it rounds a float32 below 2^22 to the nearest integer, ties to even, as
 numpy's rint does. The mean of two int16 channels is a tie at every other sample."""
@@ -121,8 +121,8 @@ def log_mel_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:
         clip = {name: inputs[name] for name in names}
         partner = {name: inputs[f"partner_{name}"] for name in names}
         lam = inputs["lam"].gpu() if spec.gpu else inputs["lam"]
-        x = _centre(spec, _clip(spec, clip) * (1.0 / INT16_SCALE))
-        y = _centre(spec, _clip(spec, partner) * (1.0 / INT16_SCALE))
+        x = _centre(spec, _clip(spec, clip) * (1.0 / INT16_STEPS))
+        y = _centre(spec, _clip(spec, partner) * (1.0 / INT16_STEPS))
         # A clip keeps its own length. Unmixed: lam 1 and a silent partner, the same numbers.
         x = _centre(spec, lam * x + (1.0 - lam) * _cut(y, 0, clip["samples"]))
         spectrum = fn.spectrogram(
@@ -234,7 +234,7 @@ def _clip(spec: Spec, file: dict[str, DataNode]) -> DataNode:
     # Resamplers differ by a sample about where a file ends: the packed row's length holds.
     x = _cut(x, file["skip"], file["samples"])
     # Clamped before rounding, which needs small numbers: a float file may hold any.
-    x = math.clamp(x * INT16_SCALE, -INT16_SCALE, INT16_SCALE - 1.0)
+    x = math.clamp(x * INT16_STEPS, -INT16_STEPS, INT16_STEPS - 1.0)
     return (x + ROUND_HALF_EVEN) - ROUND_HALF_EVEN
 
 
