@@ -8,10 +8,11 @@ import math
 
 from torch import Tensor, nn
 
+from fastat.models.base import FrameModel
 from fastat.models.layers import EncoderLayer, PoolingHead, SinusoidalPositions, TalNet
 
 
-class CnnTransformer(nn.Module):
+class CnnTransformer(FrameModel):
     """[B, T, F] normalised features -> [B, K] logits, float32.
 
     Args:
@@ -21,7 +22,7 @@ class CnnTransformer(nn.Module):
         shared: one layer's weights for all applications (the paper), or a layer for each.
         num_heads: attention heads, each ``floor(embedding / num_heads)`` wide.
         dropout: on attention weights and on both halves' outputs; 0.75 in A4, 0.25 in A2.
-        pooling: "att", "max", "ave", "lin" or "exp".
+        pooling: "att", "max", "ave", "lin", "exp" or "sigatt".
         input_scale: factor on the spectrogram before positions are added;
             ``round(sqrt(num_mels))`` by the paper's text, 8 in the authors' code at any width.
     """
@@ -41,28 +42,23 @@ class CnnTransformer(nn.Module):
         input_scale: float | None = None,
     ) -> None:
         super().__init__()
-        if num_frames < 4:
-            raise ValueError(
-                f"cnn_trans pools time by 4: num_frames must be >= 4, got {num_frames}"
-            )
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1, got {num_layers}")
         self.input_scale = round(math.sqrt(num_mels)) if input_scale is None else input_scale
         if not math.isfinite(self.input_scale):
             raise ValueError(f"input_scale must be finite, got {input_scale}")
         self.positions = SinusoidalPositions(num_mels, max(num_frames, 2048))
-        self.talnet = TalNet(num_mels, embedding)
+        self.talnet = TalNet(num_mels, num_frames, embedding)
         self.num_layers = num_layers
         self.layers = nn.ModuleList(
             EncoderLayer(embedding, embedding, num_heads, dropout)
             for _ in range(1 if shared else num_layers)
         )
+        self.embedding_size = embedding
         self.head = PoolingHead(embedding, num_classes, pooling)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, F] float32 -> [B, K] float32 logits."""
-        x = self.talnet(self.positions(x * self.input_scale))  # [B, T / 4, D]
-        for i in range(self.num_layers):
-            x = self.layers[i % len(self.layers)](x)
-        logits: Tensor = self.head(x)
-        return logits
+    def frames(self, x: Tensor) -> Tensor:
+        """x: [B, T, F] float32 -> [B, T // 4, D]."""
+        x = self.talnet.image(self.positions(x * self.input_scale))
+        x = self.talnet.flatten(self.run(self.talnet.blocks, x))
+        return self.run((self.layers[i % len(self.layers)] for i in range(self.num_layers)), x)

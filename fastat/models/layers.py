@@ -15,7 +15,15 @@ from fastat_kernels.dropout import dropout
 PROB_EPS = 1e-7
 """Probabilities are kept in [PROB_EPS, 1 - PROB_EPS] before their logit is taken."""
 
-POOLINGS = ("att", "max", "ave", "lin", "exp")
+POOLINGS = ("att", "max", "ave", "lin", "exp", "sigatt")
+
+
+def one_channel_image(x: Tensor) -> Tensor:
+    """[B, H, W] -> [B, 1, H, W] in channels_last."""
+    # With one channel both layouts have the same strides up to the size-1 axis, so
+    # contiguous(channels_last) would be a no-op; the strides have to be spelled out.
+    B, H, W = x.shape
+    return torch.as_strided(x.contiguous(), (B, 1, H, W), (H * W, 1, W, 1))
 
 
 class ConvBlock(nn.Module):
@@ -49,8 +57,10 @@ class TalNet(nn.Module):
 
     POOLS = ((2, 2), (2, 2), (1, 2), (1, 2), (1, 2))
 
-    def __init__(self, num_mels: int, embedding: int) -> None:
+    def __init__(self, num_mels: int, num_frames: int, embedding: int) -> None:
         super().__init__()
+        if num_frames < 4:
+            raise ValueError(f"TALNet pools time by 4: num_frames must be >= 4, got {num_frames}")
         if num_mels % 32 or embedding < 1 or embedding % (num_mels // 2):
             raise ValueError(
                 "TALNet halves the mel axis five times: num_mels must be a multiple of 32 and "
@@ -65,14 +75,17 @@ class TalNet(nn.Module):
             channels = width
         self.blocks = nn.Sequential(*blocks)
 
+    def image(self, x: Tensor) -> Tensor:
+        """[B, T, F] -> what ``blocks`` take, [B, 1, T, F]."""
+        return one_channel_image(x)
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """What ``blocks`` give, [B, C, T', F'] -> [B, T', C * F']."""
+        return x.transpose(1, 2).flatten(2)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, F] -> [B, T // 4, embedding]."""
-        # With one channel both layouts have the same strides up to the size-1 axis, so
-        # contiguous(channels_last) would be a no-op; the strides have to be spelled out.
-        B, T, M = x.shape
-        x = torch.as_strided(x.contiguous(), (B, 1, T, M), (T * M, 1, M, 1))
-        x = self.blocks(x)  # [B, C, T', F']
-        return x.transpose(1, 2).flatten(2)
+        return self.flatten(self.blocks(self.image(x)))
 
 
 class SinusoidalPositions(nn.Module):
@@ -134,9 +147,10 @@ def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
 
     Args:
         prob: [B, T, K] logits of the frame probabilities.
-        att: [B, T, K] logits of the attention over time; only "att" reads it.
+        att: [B, T, K] logits of the attention over time; only "att" and "sigatt" read it.
         pooling: "att" weights frames by softmax over time of ``att``; "max", "ave"; "lin" weights
-            a frame by its own probability, "exp" by the exponential of it (Wang et al., 2019).
+            a frame by its own probability, "exp" by the exponential of it (Wang et al., 2019);
+            "sigatt" by the sigmoid of ``att`` (Gong et al., PSLA, 2021).
 
     Returns:
         [B, K] float32 logits, finite: probabilities are clamped before and after pooling, since
@@ -155,13 +169,17 @@ def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
             clip = (p * p).sum(1) / p.sum(1)
         case "exp":
             clip = (p * p.softmax(1)).sum(1)
+        case "sigatt":
+            assert att is not None
+            weights = att.float().sigmoid().clamp(PROB_EPS, 1 - PROB_EPS)
+            clip = (p * weights).sum(1) / weights.sum(1)
         case _:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     return clip.clamp(PROB_EPS, 1 - PROB_EPS).logit()
 
 
 class PoolingHead(nn.Module):
-    """Frame embeddings [B, T, D] -> clip logits [B, K], float32, outside autocast."""
+    """Frame embeddings [B, T, D] -> clip logits [B, K]; pooling in float32, also under autocast."""
 
     def __init__(self, width: int, num_classes: int, pooling: str) -> None:
         super().__init__()
@@ -169,7 +187,7 @@ class PoolingHead(nn.Module):
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.pooling = pooling
         self.fc_prob = nn.Linear(width, num_classes)
-        self.fc_att = nn.Linear(width, num_classes) if pooling == "att" else None
+        self.fc_att = nn.Linear(width, num_classes) if pooling in ("att", "sigatt") else None
         for fc in filter(None, (self.fc_prob, self.fc_att)):
             nn.init.xavier_uniform_(fc.weight)
             nn.init.zeros_(fc.bias)
@@ -177,5 +195,4 @@ class PoolingHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         prob = self.fc_prob(x)
         att = None if self.fc_att is None else self.fc_att(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return pool_frames(prob, att, self.pooling)
+        return pool_frames(prob, att, self.pooling)

@@ -54,7 +54,7 @@ def test_logits_for_any_length(frames: int) -> None:
 
 def test_stack_flattens_channel_major() -> None:
     """Token t holds the channels' mel bins one channel after the other: [C, F] flattened."""
-    stack = TalNet(64, 64).eval()
+    stack = TalNet(64, 16, 64).eval()
     x = torch.randn(2, 24, 64)
     y = x.unsqueeze(1)
     for block in stack.blocks:
@@ -66,7 +66,7 @@ def test_stack_flattens_channel_major() -> None:
 
 def test_every_map_of_the_stack_is_channels_last() -> None:
     """One copy to the other layout anywhere costs more than the layer it is in."""
-    stack = TalNet(64, 64).to(memory_format=torch.channels_last)
+    stack = TalNet(64, 16, 64).to(memory_format=torch.channels_last)
     layouts = []
     for block in stack.blocks:
         block.register_forward_hook(
@@ -77,7 +77,7 @@ def test_every_map_of_the_stack_is_channels_last() -> None:
 
 
 def test_pool_before_relu_equals_relu_before_pool() -> None:
-    stack = TalNet(64, 64)
+    stack = TalNet(64, 16, 64)
     x = torch.randn(2, 16, 64)
     want = x.unsqueeze(1)
     for block in stack.blocks:
@@ -128,7 +128,7 @@ def test_equals_the_paper_written_out() -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_is_finite_and_between_its_frames(pooling: str) -> None:
     prob, att = 60 * torch.randn(2, 3, 7, 11)  # saturates
-    att = att if pooling == "att" else None
+    att = att if pooling in ("att", "sigatt") else None
     logit = pool_frames(prob, att, pooling)
     assert torch.isfinite(logit).all()
     p = prob.sigmoid()
@@ -147,6 +147,7 @@ def test_pooling_against_its_definition(pooling: str) -> None:
         "ave": torch.ones_like(p),
         "lin": p,
         "exp": p.exp(),
+        "sigatt": 1 / (1 + (-att).exp()),
     }[pooling]
     want = (weights * p).sum(1) / weights.sum(1)
     torch.testing.assert_close(pool_frames(prob, att, pooling).sigmoid().double(), want)

@@ -1,0 +1,45 @@
+"""CRNN: the TALNet stack, then a bidirectional GRU.
+
+Source: Li et al., "AudioTagging Done Right" (2022), Table 2: 10.5M parameters, mAP 0.429 (A2),
+0.406 (A4); TALNet is Wang's (2019). 10,520,702 parameters at 64 mels, embedding 1024, 527 classes.
+"""
+
+from torch import Tensor, nn
+
+from fastat.models.base import FrameModel
+from fastat.models.layers import PoolingHead, TalNet
+
+
+class Crnn(FrameModel):
+    """[B, T, F] normalised features -> [B, K] logits, float32.
+
+    torch.compile breaks at the GRU, which is cuDNN's: two regions, before it and after it.
+
+    Args:
+        num_mels, num_frames, num_classes: the feature map and the classes.
+        embedding: width of a frame after the convolutions; a direction of the GRU has half of it.
+        pooling: "att", "max", "ave", "lin", "exp" or "sigatt".
+    """
+
+    def __init__(
+        self,
+        *,
+        num_mels: int,
+        num_frames: int,
+        num_classes: int,
+        embedding: int = 1024,
+        pooling: str = "att",
+    ) -> None:
+        super().__init__()
+        self.talnet = TalNet(num_mels, num_frames, embedding)
+        self.gru = nn.GRU(embedding, embedding // 2, batch_first=True, bidirectional=True)
+        for name, p in self.gru.named_parameters():
+            nn.init.orthogonal_(p) if name.startswith("weight") else nn.init.zeros_(p)
+        self.embedding_size = embedding
+        self.head = PoolingHead(embedding, num_classes, pooling)
+
+    def frames(self, x: Tensor) -> Tensor:
+        """x: [B, T, F] float32 -> [B, T // 4, D]."""
+        x = self.run(self.talnet.blocks, self.talnet.image(x))  # [B, C, T / 4, F']
+        x, _ = self.gru(self.talnet.flatten(x))
+        return x
