@@ -1,8 +1,8 @@
-"""Whole files, whatever their length: their samples, their log-mel, and ``fastat extract``."""
+"""Whole files, whatever their length: samples, log-mel, and ``fastat extract --feature``."""
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -118,23 +118,37 @@ def extract_files(files: list[Path], feature: str, out: Path) -> None:
     """
     if feature not in FEATURES:
         raise UserError(f"unknown feature {feature!r}{nearest(feature, FEATURES)}")
+    write_arrays(files, out, lambda _path, waveform: extract(waveform, FEATURES[feature]))
+
+
+def write_arrays(
+    files: list[Path],
+    out: Path,
+    compute: Callable[[Path, NDArray[np.int16]], NDArray[np.float32]],
+) -> None:
+    """What ``compute`` makes of each file's samples, [S], to ``out``/<stem>.npy.
+
+    Raises:
+        UserError: two files of one stem, or the only file does not exist.
+        Failure: some files could not be read (the others are written), or a write failed.
+    """
     names = output_names(files, "", ".npy")
     bad = BadFiles(files)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out takes a folder, {out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
     written = []
     many = len(files) > 1
     with progress("extracting", len(files), "files") if many else nullcontext() as advance:
         for path, name in zip(files, names, strict=True):
             try:
-                features = extract(read_waveform(path), FEATURES[feature])
+                array = compute(path, read_waveform(path))
             except BadAudio as error:
                 bad.add(path, error)
             else:
+                out.mkdir(parents=True, exist_ok=True)
                 with atomic_path(out / name) as temporary, temporary.open("wb") as file:
-                    np.save(file, features)
-                written.append(f"{out / name}  {len(features)} x {features.shape[1]}")
+                    np.save(file, array)
+                written.append(f"{out / name}  {len(array)} x {array.shape[1]}")
             if advance is not None:
                 advance()
     if written:

@@ -10,6 +10,7 @@ beside it.
 import json
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor
 
 from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
@@ -33,6 +34,7 @@ from fastat.errors import UserError
 from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
+from fastat.models.base import TaggingModel
 from fastat.progress import progress
 
 BATCH = 16
@@ -83,19 +85,60 @@ def _strongest(probabilities: NDArray[np.float32], top: int) -> list[int]:
     return order
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Where the windows over a waveform start and end, in samples: [W] each."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
 class Tagger:
     """A trained model, ready for waveforms of any length."""
 
     def __init__(self, run: Path) -> None:
         """Raises UserError where there is no checkpoint, Failure for a damaged one."""
         self.device = default_device()
-        self.model: nn.Module
+        self.model: TaggingModel
         self.meta: ModelMeta
         self.model, self.meta = load_model(run, self.device)
         self.frontend: Frontend = build_frontend(self.meta).to(self.device)
         self.sample_rate = FEATURES[self.meta.feature].sample_rate
 
+    def windows(self, waveform: NDArray[np.int16], hop_seconds: float | None) -> Windows:
+        """The windows over ``waveform``, ``hop_seconds`` apart, by default end to end."""
+        window = self.meta.clip_samples
+        hop = window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
+        starts = window_starts(len(waveform), window, hop)
+        return Windows(starts, np.minimum(starts + window, len(waveform)))
+
     @torch.inference_mode()
+    def over_windows(
+        self,
+        function: Callable[[Tensor], Tensor],  # [B, T, F] -> [B, ...]
+        waveform: NDArray[np.int16],  # [S]
+        windows: Windows,
+        title: str | None = None,
+    ) -> NDArray[np.float32]:
+        """[W, ...]: ``function`` of each window's features. A long file's progress has ``title``."""
+        num_samples = torch.from_numpy(windows.ends - windows.starts)
+        out = []
+        count = len(windows.starts)
+        show = title is not None and count >= LONG_FILE
+        with progress(title or "", count, "windows") if show else nullcontext() as advance:
+            for i in range(0, count, BATCH):
+                part = slice(i, i + BATCH)
+                starts, ends = windows.starts[part], windows.ends[part]
+                batch = torch.zeros((len(starts), self.meta.clip_samples), dtype=torch.int16)
+                for row, start, end in zip(batch, starts, ends, strict=True):
+                    row[: end - start] = torch.from_numpy(waveform[start:end])
+                features = self.frontend(batch.to(self.device), num_samples[part].to(self.device))
+                out.append(function(features).float().cpu())
+                if advance is not None:
+                    advance(len(batch))
+        values: NDArray[np.float32] = torch.cat(out).numpy()
+        return values
+
     def tag(
         self,
         path: Path,
@@ -104,31 +147,37 @@ class Tagger:
         hop_seconds: float | None = None,
         show_progress: bool = False,
     ) -> Prediction:
-        """Scores the windows of ``waveform``; ``hop_seconds`` apart, by default end to end."""
-        window = self.meta.clip_samples
-        hop = window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
-        starts = window_starts(len(waveform), window, hop)
-        ends = np.minimum(starts + window, len(waveform))
-        num_samples = torch.from_numpy(ends - starts)
-        logits = []
-        bar = progress(f"tagging {path.name}", len(starts), "windows")
-        with bar if show_progress and len(starts) >= LONG_FILE else nullcontext() as advance:
-            for i in range(0, len(starts), BATCH):
-                part = slice(i, i + BATCH)
-                batch = torch.zeros((len(starts[part]), window), dtype=torch.int16)
-                for row, start, end in zip(batch, starts[part], ends[part], strict=True):
-                    row[: end - start] = torch.from_numpy(waveform[start:end])
-                features = self.frontend(batch.to(self.device), num_samples[part].to(self.device))
-                logits.append(self.model(features).float().cpu())
-                if advance is not None:
-                    advance(len(batch))
+        """Scores the windows of ``waveform``."""
+        windows = self.windows(waveform, hop_seconds)
+        title = f"tagging {path.name}" if show_progress else None
         return Prediction(
             path=path,
             seconds=len(waveform) / self.sample_rate,
-            starts=starts / self.sample_rate,
-            ends=ends / self.sample_rate,
-            probabilities=torch.cat(logits).sigmoid().numpy(),
+            starts=windows.starts / self.sample_rate,
+            ends=windows.ends / self.sample_rate,
+            probabilities=self.over_windows(
+                lambda features: self.model(features).sigmoid(), waveform, windows, title
+            ),
         )
+
+    def embed(
+        self,
+        path: Path,
+        waveform: NDArray[np.int16],  # [S]
+        *,
+        hop_seconds: float | None = None,
+        show_progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """The model's embedding of each window of ``waveform``, [W, E]."""
+        title = f"embedding {path.name}" if show_progress else None
+        windows = self.windows(waveform, hop_seconds)
+        return self.over_windows(self.model.embed, waveform, windows, title)
+
+
+def check_hop(hop_seconds: float | None) -> None:
+    """Raises UserError for a --hop-seconds that is no distance."""
+    if hop_seconds is not None and not 0 < hop_seconds < math.inf:
+        raise UserError(f"--hop-seconds must be a positive number, got {hop_seconds}")
 
 
 def predict_files(
@@ -150,8 +199,7 @@ def predict_files(
     """
     if top < 1:
         raise UserError(f"--top must be at least 1, got {top}")
-    if hop_seconds is not None and not 0 < hop_seconds < math.inf:
-        raise UserError(f"--hop-seconds must be a positive number, got {hop_seconds}")
+    check_hop(hop_seconds)
     pictures = [None] * len(files) if plot is None else _pictures(files, plot)
     bad = BadFiles(files)
     tagger = Tagger(run)

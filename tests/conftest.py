@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,18 @@ def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> TinySets:
 
 TINY_MODEL = ("--set", "model.embedding=64", "--set", "model.num_heads=4")
 """Options that make cnn_trans small enough for a test."""
+
+
+SMALL_MODELS: dict[str, dict[str, Any]] = {
+    "ast": {"size": "tiny224", "num_layers": 1, "fstride": 16, "tstride": 8},
+    "transformer": {"num_layers": 2, "num_heads": 4, "width": 64},
+    "cnn_trans": {"embedding": 64, "num_heads": 4},
+    "conformer": {"num_layers": 2, "num_heads": 4, "width": 64, "hidden": 64},
+    "resnet50": {},
+    "resnet34": {},
+    "crnn": {"embedding": 64},
+}
+"""Options that make each model small enough for a test; the ResNets have none."""
 
 
 QUIET = {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}

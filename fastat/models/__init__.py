@@ -1,6 +1,7 @@
 """The models by name. Every model maps [B, T, F] float32 features to [B, K] float32 logits."""
 
 import inspect
+import typing
 from typing import Any
 
 from fastat.errors import UserError, nearest
@@ -52,11 +53,20 @@ def create_model(
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}{nearest(name, MODELS)}")
-    known = list(inspect.signature(MODELS[name]).parameters)
-    for option in options:
+    if min(num_mels, num_frames, num_classes) < 1:
+        raise UserError(
+            f"model {name}: num_mels, num_frames and num_classes must be >= 1, "
+            f"got {num_mels}, {num_frames} and {num_classes}"
+        )
+    known = inspect.signature(MODELS[name]).parameters
+    for option, value in options.items():
         if option not in known:
-            known.append("activation_checkpointing")
-            raise UserError(f"model {name} has no option {option!r}{nearest(option, known)}")
+            hint = nearest(option, [*known, "activation_checkpointing"])
+            raise UserError(f"model {name} has no option {option!r}{hint}")
+        kind = known[option].annotation
+        if not _is_a(value, kind):
+            kind_name = getattr(kind, "__name__", kind)
+            raise UserError(f"model {name}: {option} must be of type {kind_name}, got {value!r}")
     try:
         model = MODELS[name](
             num_mels=num_mels, num_frames=num_frames, num_classes=num_classes, **options
@@ -65,3 +75,9 @@ def create_model(
         raise UserError(f"model {name}: {error}") from error
     model.checkpointing = activation_checkpointing
     return model
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether ``value`` has the type of an option: a float may be an int, an int no bool."""
+    kinds = typing.get_args(kind) or (kind,)
+    return type(value) in kinds or (float in kinds and type(value) is int)

@@ -8,7 +8,6 @@ classes; the paper's 87.9M count two ImageNet heads that the model does not use.
 
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +56,8 @@ class Ast(TaggingModel):
         size: str = "base384",
         num_layers: int = 12,
     ) -> None:
+        import timm  # takes three seconds, which other models need not wait for
+
         super().__init__()
         if size not in TRUNKS:
             raise ValueError(f"size must be one of {', '.join(TRUNKS)}, got {size!r}")

@@ -8,7 +8,6 @@ the authors' code scrambles time and channels before pooling; that is not reprod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import timm
 from torch import Tensor, nn
 
 from fastat.models.base import FrameModel
@@ -29,6 +28,8 @@ class ResNet50(FrameModel):
     def __init__(
         self, *, num_mels: int, num_frames: int, num_classes: int, pooling: str = "sigatt"
     ) -> None:
+        import timm  # takes three seconds, which other models need not wait for
+
         super().__init__()
         if num_mels < 1 or num_frames < 1:
             raise ValueError(f"a feature needs mels and frames, got {num_mels} x {num_frames}")

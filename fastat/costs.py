@@ -1,0 +1,92 @@
+"""What a model costs: parameters and operations a clip, counted on the instantiated model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastat.features import FEATURES
+from fastat.models import MODELS, create_model
+from fastat.paper import TABLE_2, PaperModel
+from fastat.procedures import A1, A2, A3, A4, model_options
+
+NUM_CLASSES = 527
+"""AudioSet's."""
+
+CLIP_SAMPLES = 160_000
+"""Ten seconds at 16 kHz."""
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """A model at one feature."""
+
+    feature: str
+    procedures: tuple[str, str]
+    """With this feature: from ImageNet weights, from scratch."""
+    num_mels: int
+    num_frames: int
+    params: int
+    gflop: float
+    """Of one clip's forward pass; a multiplication and an addition are two operations."""
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A row of ``fastat models``."""
+
+    name: str
+    paper: PaperModel
+    costs: tuple[ModelCost, ...]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training may change."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def forward_gflop(model: nn.Module, num_frames: int, num_mels: int) -> float:
+    """GFLOP of one clip's forward pass, 2 x MAC of every product and convolution.
+
+    Args:
+        model: on any device; on "meta" nothing is computed. Left in evaluation mode.
+        num_frames, num_mels: of the clip.
+    """
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, num_frames, num_mels, device=device))
+    return float(counter.get_total_flops() / 1e9)
+
+
+def model_rows() -> list[ModelRow]:
+    """Every model at both features, as the procedures build it."""
+    rows = []
+    for name in MODELS:
+        costs = []
+        for pretrained, scratch in ((A3, A4), (A1, A2)):
+            feature = FEATURES[scratch.feature]
+            num_frames = feature.num_frames(CLIP_SAMPLES)
+            with torch.device("meta"):
+                model = create_model(
+                    name,
+                    num_mels=feature.num_mels,
+                    num_frames=num_frames,
+                    num_classes=NUM_CLASSES,
+                    **model_options(name, scratch),
+                )
+            gflop = forward_gflop(model, num_frames, feature.num_mels)
+            params = count_parameters(model)
+            costs.append(
+                ModelCost(
+                    feature.name,
+                    (pretrained.name, scratch.name),
+                    feature.num_mels,
+                    num_frames,
+                    params,
+                    gflop,
+                )
+            )
+        rows.append(ModelRow(name, TABLE_2[name], tuple(costs)))
+    return rows
