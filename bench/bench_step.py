@@ -28,9 +28,8 @@ from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.models.cnn_trans import CnnTransformer
 from fastat.models.layers import ConvBlock, EncoderLayer
-from fastat.optim import create_adam
-from fastat.procedures import A4, dropout_of
-from fastat.train import train_step
+from fastat.optim import create_adam, train_step
+from fastat.procedures import A4, model_options
 
 BATCH, CLASSES, ROUNDS = 16, 527, 9
 DEVICE = default_device()
@@ -162,7 +161,7 @@ class Step:
     def __init__(self, packed: PackedSet) -> None:
         torch.manual_seed(0)
         stats = packed.stats["logmel64"]
-        dropout = dropout_of("cnn_trans", A4)
+        dropout = model_options("cnn_trans", A4)["dropout"]
         meta = ModelMeta(
             model="cnn_trans", feature="logmel64", clip_seconds=10.0, num_mels=64, num_frames=400,
             mean=stats.mean, std=stats.std, classes=packed.classes, options={"dropout": dropout},

@@ -4,6 +4,7 @@ Imports no torch, so that a mistake on the command line is answered at once.
 """
 
 import json
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,7 +14,14 @@ from typing import Any
 from fastat.atomic import atomic_write_text
 from fastat.errors import Failure, UserError, nearest
 from fastat.features import FEATURES
-from fastat.procedures import PROCEDURES, Procedure, dropout_of, small_set_sizes
+from fastat.procedures import (
+    ATTENTION_MODELS,
+    Procedure,
+    changes,
+    model_options,
+    procedure_of,
+    small_set_sizes,
+)
 from fastat.schedule import SCHEDULES, warmup_length
 
 PRECISIONS = ("bf16", "fp32")
@@ -26,6 +34,8 @@ class TrainConfig:
     """Everything that decides a run; ``config.json``."""
 
     proc: str
+    preset: str = "paper"
+    """"paper": Table 1; "authors": the runs behind the paper's numbers."""
     model: str
     feature: str
     data: str
@@ -35,8 +45,18 @@ class TrainConfig:
     epochs: int
     batch: int
     """Global batch, in clips."""
+    accumulate: int = 1
+    """Micro-batches that a batch is computed in; one Adam step on their mean gradient."""
     lr: float
     """Maximum learning rate."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each Transformer layer to the one before it."""
+    freeze: list[str] = field(default_factory=list)
+    """Shell patterns of the names of parameters that are not trained."""
+    pretrained: bool = False
+    """Start from ImageNet weights."""
+    init: str | None = None
+    """Start from this checkpoint's weights."""
     steps: int | None = None
     """Ends the run after so many optimizer steps; schedule and warm-up stay as they are."""
     warmup_steps: int
@@ -71,7 +91,9 @@ class TrainConfig:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("source", self.source, SOURCES)
         _one_of("statistics", self.statistics, STATISTICS)
-        for name in ("epochs", "batch", "eval_batch", "steps", "checkpoint_every_steps"):
+        for name in (
+            "epochs", "batch", "accumulate", "eval_batch", "steps", "checkpoint_every_steps"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
@@ -91,6 +113,23 @@ class TrainConfig:
         for name in ("lr", "mixup_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise UserError(
+                f"batch must be a multiple of accumulate: got batch {self.batch}, "
+                f"accumulate {self.accumulate}"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        if self.layer_decay < 1 and self.model not in ATTENTION_MODELS:
+            raise UserError(
+                f"layer_decay is for models of Transformer layers ({', '.join(ATTENTION_MODELS)}), "
+                f"got {self.model}"
+            )
+        if self.pretrained and self.init is not None:
+            raise UserError(
+                "pretrained and init exclude each other: start from ImageNet weights, or from "
+                f"{self.init}"
+            )
 
     def save(self, path: Path) -> None:
         """Writes ``config.json``."""
@@ -123,29 +162,33 @@ def resolve(
     *,
     num_clips: int,
     clip_seconds: float,
+    initial_options: dict[str, Any] | None = None,
 ) -> tuple[TrainConfig, list[str]]:
     """The configuration for a training set of ``num_clips``, and what there is to say about it.
 
     Args:
-        overrides: TrainConfig fields that the user set (data among them); model options under
-            ``model_options`` are added to the procedure's.
+        overrides: TrainConfig fields that the user set (data among them).
+        initial_options: model options that the weights to start from need. They take precedence
+            over the procedure's, and the user's ``model_options`` over both.
 
     Raises:
-        UserError: an unknown procedure, or an impossible value.
+        UserError: an unknown procedure or preset, or an impossible value.
     """
-    if proc not in PROCEDURES:
-        raise UserError(f"unknown procedure {proc!r}; known: {', '.join(PROCEDURES)}")
-    p = PROCEDURES[proc]
-    notes: list[str] = []
     overrides = dict(overrides)
-    dropout = dropout_of(model, p)
-    options = ({"dropout": dropout} if dropout else {}) | overrides.pop("model_options", {})
+    p = procedure_of(proc, model, overrides.get("preset", "paper"))
+    notes: list[str] = []
+    if changed := changes(p):
+        values = ", ".join(f"{name} {_short(value)}" for name, value in changed.items())
+        notes.append(f"preset {p.preset}: {values}")
+    own_options = overrides.pop("model_options", {})
     config = TrainConfig(
         proc=proc,
         model=model,
-        model_options=options,
+        model_options=model_options(model, p) | (initial_options or {}) | own_options,
         **(_sized(p, overrides, num_clips, notes) | overrides),
     )
+    if config.accumulate > 1 and model in ATTENTION_MODELS:
+        notes.append("the paper reports that gradient accumulation >= 2 broke attention models")
     scaled_mask = round(p.time_mask * clip_seconds / 10)
     if "time_mask" not in overrides and scaled_mask != p.time_mask:
         config = replace(config, time_mask=scaled_mask)
@@ -171,10 +214,11 @@ def _sized(
     values: dict[str, Any] = {
         name: getattr(p, name)
         for name in (
-            "feature", "epochs", "batch", "lr", "warmup_steps", "balance",
-            "mixup", "mixup_alpha", "time_mask", "freq_mask",
+            "feature", "epochs", "batch", "lr", "warmup_steps", "balance", "mixup", "mixup_alpha",
+            "time_mask", "freq_mask", "beta1", "beta2", "weight_decay", "statistics",
         )
     }  # fmt: skip
+    values["pretrained"] = p.pretrained and overrides.get("init") is None
     small = small_set_sizes(p, num_clips)
     if small is not None:
         values |= asdict(small)
@@ -191,6 +235,25 @@ def _sized(
         values["lr"] = p.lr * batch / p.batch
         notes.append(f"LR {values['lr']:g}: {p.lr:g} scaled with the batch ({p.batch} -> {batch})")
     return values
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_stride(text: str) -> dict[str, int]:
+    """``FxT``, or one number for both axes, as AST's options.
+
+    Raises:
+        UserError: not of that form.
+    """
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", text):
+        raise UserError(
+            f"--stride takes FxT, the distance of patches in mel bins and frames, as 10x10, "
+            f"got {text!r}"
+        )
+    f, _, t = text.partition("x")
+    return {"fstride": int(f), "tstride": int(t or f)}
 
 
 # ---------------------------------------------------------------------------------- --set key=value
@@ -214,7 +277,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise UserError(f"--set takes no {key}: the feature and the classes decide it")
         if key.startswith("model."):
             overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _plain(text)
-        elif key in ("proc", "model"):
+        elif key in ("proc", "model", "freeze"):
             raise UserError(f"--set takes no {key}: say --{key} {text}")
         elif key in known:
             overrides[key] = _typed(key, text, hints[key])

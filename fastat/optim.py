@@ -1,22 +1,28 @@
-"""Fused Adam: NVIDIA apex's where it is importable on CUDA, torch's otherwise."""
+"""Fused Adam, NVIDIA apex's where it is importable on CUDA, torch's otherwise; and one step."""
 
 import importlib
 import importlib.machinery
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def create_adam(
-    params: Iterable[nn.Parameter],
+    params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
     device: torch.device,
 ) -> tuple[torch.optim.Optimizer, str]:
-    """Adam (L2 weight decay, as in the paper's code), and a line that says whose it is."""
+    """Adam (L2 weight decay, as in the paper's code), and a line that says whose it is.
+
+    ``params`` may be parameters or groups of them.
+    """
     if device.type == "cuda":
         fused_adam, why = _apex_fused_adam()
         if fused_adam is not None:
@@ -75,3 +81,39 @@ def guarded_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
         optimizer.step()
     elif not found_inf.item():
         optimizer.step()
+
+
+def train_step(
+    model: nn.Module,
+    params: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    target: Tensor,
+    precision: AbstractContextManager[object],
+    accumulate: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward, backward and Adam, without waiting for the device.
+
+    Args:
+        features: [B, T, F] float32.
+        target: [B, K] float32, in 0..1.
+        precision: the context that the model runs in.
+        accumulate: micro-batches, of equal size, that the batch is computed in; the gradient is
+            that of the whole batch, but BatchNorm sees one micro-batch at a time.
+
+    Returns:
+        loss, gradient norm, and 1 where either is not finite and the step was not taken: scalars
+        on the device.
+    """
+    size = len(features) // accumulate
+    loss = torch.zeros((), device=features.device)
+    for x, y in zip(features.split(size), target.split(size), strict=True):
+        with precision:
+            logits = model(x)
+        part = F.binary_cross_entropy_with_logits(logits.float(), y) / accumulate
+        part.backward()
+        loss += part.detach()
+    found_inf, norm = finite_flag(loss, params)
+    guarded_step(optimizer, found_inf)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, found_inf

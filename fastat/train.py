@@ -1,24 +1,19 @@
 """The trainer: read it from top to bottom."""
 
-import json
-import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fastat.atomic import atomic_write_text
 from fastat.checkpoint import (
     ModelMeta,
     build_frontend,
@@ -32,41 +27,24 @@ from fastat.data.loader import Batch, PackedSource, Source
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.display import Display, Status
-from fastat.environment import (
-    default_device,
-    device_name,
-    environment,
-    numerics,
-    peak_memory_gib,
-)
+from fastat.environment import default_device, device_name, peak_memory_gib
 from fastat.errors import Failure, UserError
-from fastat.evaluate import (
-    Evaluation,
-    autocast,
-    evaluate,
-    match_classes,
-    save_predictions,
-)
+from fastat.evaluate import Evaluation, autocast, evaluate, match_classes, save_predictions
 from fastat.features import FEATURES
+from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.metrics import TaggingMetrics, finite
-from fastat.optim import create_adam, finite_flag, guarded_step
+from fastat.optim import create_adam, train_step
+from fastat.run_folder import (
+    Progress,
+    append_metrics,
+    open_run_folder,
+    restore_trainer_state,
+    trainer_state,
+)
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
 
-
-@dataclass
-class Progress:
-    """Where a run is; saved with every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    best_map: float = -math.inf
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    """Over the steps done of the current epoch."""
-    train_seconds: float = 0.0
-    """Of the current epoch: training alone."""
-    wait_seconds: float = 0.0
-    """Of the current epoch: waiting for data."""
+LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
 
 
 def train(
@@ -83,7 +61,11 @@ def train(
         try:
             return Trainer(config, run, notes, display, resume=resume).run_epochs()
         except torch.OutOfMemoryError as error:
-            raise Failure(f"the GPU's memory is full: a smaller --batch? ({error})") from error
+            raise Failure(f"the GPU's memory is full: {LESS_MEMORY} ({error})") from error
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            raise Failure(f"memory is full: {LESS_MEMORY} ({error})") from error
 
 
 class Trainer:
@@ -154,13 +136,19 @@ class Trainer:
         )
 
         # ---- model
-        self.raw_model = self.meta.create().to(self.device).to(memory_format=torch.channels_last)
-        self.model = self.raw_model
+        self.raw_model = self.meta.create()
+        resuming = resume and (run / "checkpoints" / "last").exists()
+        if not resuming:
+            self.notes += self._start_weights()
+        self.raw_model.to(self.device).to(memory_format=torch.channels_last)
+        if note := freeze(self.raw_model, config.freeze):
+            self.notes.append(note)
+        self.model: nn.Module = self.raw_model
         if config.compile:
             self.model = cast(nn.Module, torch.compile(self.raw_model))
-        self.params = list(self.raw_model.parameters())
+        self.params = [p for p in self.raw_model.parameters() if p.requires_grad]
         self.optimizer, whose = create_adam(
-            self.params,
+            parameter_groups(self.raw_model, config.layer_decay),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
@@ -169,13 +157,15 @@ class Trainer:
 
         # ---- where it stands
         self.progress = Progress()
-        self.pending: deque[tuple[int, NDArray[np.int64], Tensor]] = deque()
-        if resume and (run / "checkpoints" / "last").exists():
+        self.pending: deque[tuple[int, Tensor]] = deque()
+        if resuming:
             self._restore()
         total_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(total_steps, config.steps or total_steps)
-        self._open_run_folder()
-        size = sum(p.numel() for p in self.params)
+        unfinished = self.progress.step < self.last_step
+        whole_epochs = self.progress.step // self.sampler.steps_per_epoch
+        open_run_folder(run, config, self.device, whole_epochs if unfinished else None)
+        size = sum(p.numel() for p in self.raw_model.parameters())
         self.notes.append(
             f"{config.model}: {size:,} parameters, {config.proc}, {feature.name} "
             f"{feature.num_mels} x {num_frames}, {config.precision} on {device_name(self.device)}, "
@@ -215,6 +205,16 @@ class Trainer:
             )
         return source, source.usable
 
+    def _start_weights(self) -> list[str]:
+        """Loads the weights that the run starts from, if any; returns notes on them."""
+        if self.config.init is None and not self.config.pretrained:
+            return []
+        from fastat.initial import load_imagenet, load_initial  # only needed here
+
+        if self.config.init is not None:
+            return load_initial(self.raw_model, self.meta, Path(self.config.init))
+        return load_imagenet(self.raw_model, self.meta)
+
     # ------------------------------------------------------------------ epochs
     def run_epochs(self) -> TaggingMetrics | None:
         """Trains from where the run stands to its end."""
@@ -247,20 +247,14 @@ class Trainer:
         c, p = self.config, self.progress
         steps = self.sampler.steps_per_epoch
         end = min((epoch + 1) * steps, self.last_step)
-        self.model.train()
+        train_mode(self.model)
         plans = (self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end))
         for batch, waited in timed(self.source.batches(plans)):
             started = time.perf_counter()
             features = batch.features(self.frontend)
-            lr = c.lr * lr_factor(
-                p.step,
-                schedule=c.schedule,
-                warmup_steps=c.warmup_steps,
-                steps_per_epoch=steps,
-                epochs=c.epochs,
-            )
+            lr = self._lr(p.step)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             loss, norm, found_inf = train_step(
                 self.model,
                 self.params,
@@ -268,43 +262,49 @@ class Trainer:
                 features,
                 batch.target,
                 autocast(self.device, c.precision),
+                c.accumulate,
             )
             p.loss_sum += loss
+            self.pending.append((p.step, found_inf))
             p.step += 1
-            self._look_for_nonfinite(p.step, batch.rows, found_inf)
+            self._look_for_nonfinite()
 
             p.wait_seconds += waited
             p.train_seconds += waited + time.perf_counter() - started
             if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
                 self._report(epoch, loss, norm, lr)
             if self.stop.signum is not None and p.step < end:
-                self._look_for_nonfinite(flush=True)
+                self._look_for_nonfinite(wait=True)
                 self._save(best=False)
                 raise Interrupted(self.stop.signum)
             if c.checkpoint_every_steps and p.step % c.checkpoint_every_steps == 0 and p.step < end:
-                self._look_for_nonfinite(flush=True)
+                self._look_for_nonfinite(wait=True)
                 self._save(best=False)
-        self._look_for_nonfinite(flush=True)
+        self._look_for_nonfinite(wait=True)
 
-    def _look_for_nonfinite(
-        self,
-        step: int = 0,
-        rows: NDArray[np.int64] | None = None,
-        found_inf: Tensor | None = None,
-        *,
-        flush: bool = False,
-    ) -> None:
+    def _lr(self, step: int) -> float:
+        """The learning rate of the head; layers below may have less of it."""
+        return self.config.lr * lr_factor(
+            step,
+            schedule=self.config.schedule,
+            warmup_steps=self.config.warmup_steps,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+            epochs=self.config.epochs,
+        )
+
+    def _look_for_nonfinite(self, *, wait: bool = False) -> None:
         """Reads the flags of steps surely over: a step back on a GPU, at once on a CPU."""
-        if rows is not None and found_inf is not None:
-            self.pending.append((step, rows, found_inf))
-        keep = 1 if self.device.type == "cuda" and not flush else 0
+        keep = 1 if self.device.type == "cuda" and not wait else 0
         while len(self.pending) > keep:
-            step, rows, flag = self.pending.popleft()
+            step, flag = self.pending.popleft()
             if flag.item():
-                names = ", ".join(self.train_set.names(rows))
+                plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
+                clips = ", ".join(self.train_set.names(plan.rows))
+                partners = ", ".join(self.train_set.names(plan.partners))
+                mixed = f"; mixed in: {partners}" if partners else ""
                 raise Failure(
-                    f"the loss or a gradient is not finite at step {step}; "
-                    f"that step was not taken. Its clips: {names}"
+                    f"the loss or a gradient is not finite at step {step + 1}; "
+                    f"that step was not taken. Its clips: {clips}{mixed}"
                 )
 
     def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
@@ -351,7 +351,7 @@ class Trainer:
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": p.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._lr(p.step - 1),
             "train_loss": p.loss_sum.item() / done,
             "clips_per_s": done * c.batch / p.train_seconds,
             "data_wait_fraction": p.wait_seconds / p.train_seconds,
@@ -381,8 +381,7 @@ class Trainer:
                 self.tensorboard.add_scalar(f"epoch/{name}", value, epoch + 1)
         if done == steps:  # an epoch that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(finite(line)) + "\n")
+        append_metrics(self.run, line)
         if evaluation is not None and best:
             assert self.eval_set is not None and self.match is not None
             classes = [self.meta.classes[k] for k in self.match.model_columns]
@@ -390,44 +389,18 @@ class Trainer:
         self._save(best=best)
         self.display.note(text + ("  *" if best else ""))
 
-    # -------------------------------------------------------------- the run folder
-    def _open_run_folder(self) -> None:
-        """config.json and env.json; drops the metrics of epochs that are trained again."""
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self.config.save(self.run / "config.json")
-            atomic_write_text(
-                self.run / "env.json", json.dumps(environment(self.device), indent=1) + "\n"
-            )
-            metrics = self.run / "metrics.jsonl"
-            if metrics.exists() and self.progress.step < self.last_step:
-                whole = self.progress.step // self.sampler.steps_per_epoch
-                # A full disk or a power cut may have left part of a line.
-                lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
-                kept = [x for x in lines if json.loads(x)["epoch"] <= whole]
-                atomic_write_text(metrics, "".join(x + "\n" for x in kept))
-        except OSError as error:
-            raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
-
+    # -------------------------------------------------------------- checkpoints
     def _save(self, *, best: bool) -> None:
         p = self.progress
-        trainer = {
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(p),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-            "data": self.train_set.fingerprint,
-            "numerics": numerics(self.device),
-        }
-        epoch = p.step / self.sampler.steps_per_epoch
         trained = {
             "procedure": self.config.proc,
             "step": p.step,
-            "epoch": epoch,
+            "epoch": p.step / self.sampler.steps_per_epoch,
             "best_mAP": p.best_map,
         }
         meta = replace(self.meta, trained=finite(trained))
-        save_checkpoint(self.run / "checkpoints", p.step, self.raw_model, meta, trainer, best=best)
+        state = trainer_state(self.optimizer, p, self.train_set.fingerprint, self.device)
+        save_checkpoint(self.run / "checkpoints", p.step, self.raw_model, meta, state, best=best)
 
     def _restore(self) -> None:
         checkpoint = find_checkpoint(self.run, prefer="last")
@@ -435,48 +408,8 @@ class Trainer:
         if state["data"] != self.train_set.fingerprint:
             raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
         load_weights(self.raw_model, checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
-        self.progress.loss_sum = self.progress.loss_sum.to(self.device)
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
-        self.notes.append(f"resuming {self.run} at step {self.progress.step:,}")
-        if (now := numerics(self.device)) != state["numerics"]:
-            self.notes.append(
-                f"numerics changed from {state['numerics']} to {now}: "
-                "the run goes on, not bit for bit as it would have"
-            )
-
-
-# ------------------------------------------------------------------------------------- parts
-def train_step(
-    model: nn.Module,
-    params: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    features: Tensor,
-    target: Tensor,
-    precision: AbstractContextManager[object],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward, backward and Adam, without waiting for the device.
-
-    Args:
-        features: [B, T, F] float32.
-        target: [B, K] float32, in 0..1.
-        precision: the context that the model runs in.
-
-    Returns:
-        loss, gradient norm, and 1 where either is not finite and the step was not taken: scalars
-        on the device.
-    """
-    with precision:
-        logits = model(features)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), target)
-    loss.backward()
-    found_inf, norm = finite_flag(loss.detach(), params)
-    guarded_step(optimizer, found_inf)
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm, found_inf
+        self.progress, notes = restore_trainer_state(state, self.optimizer, self.device)
+        self.notes += [f"resuming {self.run} at step {self.progress.step:,}", *notes]
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

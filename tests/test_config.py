@@ -1,5 +1,6 @@
 """Procedures, the rule for small sets, overrides and what may change on resume."""
 
+import json
 import math
 import subprocess
 import sys
@@ -8,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from fastat.config import MAY_CHANGE_ON_RESUME, TrainConfig, parse_settings, resolve, resumed
+from fastat.config import (
+    MAY_CHANGE_ON_RESUME,
+    TrainConfig,
+    parse_settings,
+    parse_stride,
+    resolve,
+    resumed,
+)
 from fastat.errors import Failure, UserError
 from fastat.procedures import (
     MIN_BATCH,
@@ -16,10 +24,17 @@ from fastat.procedures import (
     PROCEDURES,
     SMALL_SET_STEPS,
     Sizes,
+    changes,
+    model_options,
+    procedure_of,
     small_set_sizes,
 )
+from tests.conftest import fastat, one_line
 
 AUDIOSET = 1_998_999
+
+
+MODELS = ("ast", "transformer", "cnn_trans", "conformer", "resnet50", "resnet34", "crnn")
 
 
 def resolved(
@@ -29,9 +44,12 @@ def resolved(
     clips: int = AUDIOSET,
     seconds: float = 10.0,
     model: str = "cnn_trans",
+    initial: dict[str, Any] | None = None,
 ) -> tuple[TrainConfig, list[str]]:
     given = {"data": "packed/train"} | (overrides or {})
-    return resolve(proc, model, given, num_clips=clips, clip_seconds=seconds)
+    return resolve(
+        proc, model, given, num_clips=clips, clip_seconds=seconds, initial_options=initial
+    )
 
 
 # ----------------------------------------------------------------------------------- procedures
@@ -82,11 +100,117 @@ def test_on_audioset_a_procedure_is_taken_as_it_is(proc: str) -> None:
     assert config.schedule == "step"
 
 
-def test_dropout_of_the_authors_scripts_where_the_procedure_has_it() -> None:
-    options = {proc: resolved(proc)[0].model_options for proc in PROCEDURES}
-    assert options == {"A1": {}, "A2": {"dropout": 0.25}, "A3": {}, "A4": {"dropout": 0.75}}
+def test_what_a_procedure_asks_of_a_model() -> None:
+    nothing: dict[str, dict[str, Any]] = {proc: {} for proc in PROCEDURES}
+    tenth = {"A1": {}, "A2": {"dropout": 0.1}, "A3": {}, "A4": {"dropout": 0.1}}
+    ten, eight = {"fstride": 10, "tstride": 10}, {"fstride": 8, "tstride": 8}
+    want = dict.fromkeys(MODELS, nothing) | {
+        "cnn_trans": {"A1": {}, "A2": {"dropout": 0.25}, "A3": {}, "A4": {"dropout": 0.75}},
+        "conformer": tenth,
+        "transformer": tenth,
+        "ast": {"A1": ten, "A2": ten, "A3": eight, "A4": eight},
+    }
+    for model in MODELS:
+        assert {n: model_options(model, p) for n, p in PROCEDURES.items()} == want[model]
+        assert {n: resolved(n, model=model)[0].model_options for n in PROCEDURES} == want[model]
+
+
+def test_the_users_model_options_come_before_the_weights_and_those_before_the_procedures() -> None:
     own, _ = resolved("A4", {"model_options": {"dropout": 0.1, "embedding": 64}})
     assert own.model_options == {"dropout": 0.1, "embedding": 64}
+    weights = {"fstride": 10, "tstride": 10, "size": "tiny224"}
+    given = {"init": "/weights", "model_options": {"tstride": 6}}
+    config, _ = resolved("A4", given, model="ast", initial=weights)
+    assert config.model_options == {"fstride": 10, "tstride": 6, "size": "tiny224"}
+
+
+# -------------------------------------------------------------------------------------- presets
+AUTHORS_ADAM = {"beta1": 0.95, "weight_decay": 5e-7, "statistics": "authors"}
+RESNET_128 = {"freq_mask": 48, "mixup": 0.5}  # a time mask of 192 is Table 1's
+
+
+@pytest.mark.parametrize(
+    ("model", "proc", "run"),
+    [
+        ("crnn", "A2", {"batch": 100}),
+        ("crnn", "A4", {"batch": 400, "lr": 1.6e-3}),
+        ("resnet50", "A1", {"batch": 188, "lr": 1.6e-4} | RESNET_128),
+        ("resnet50", "A2", {"batch": 128, "lr": 1e-4} | RESNET_128),
+        ("resnet50", "A3", {"batch": 188, "lr": 1.6e-4}),
+        ("resnet34", "A4", {"batch": 512, "lr": 4.8e-4}),
+        ("ast", "A3", {"mixup": 0.5}),
+        ("ast", "A1", {}),
+        ("cnn_trans", "A4", {"time_mask": 60}),
+        ("cnn_trans", "A2", {}),
+        ("conformer", "A4", {}),
+    ],
+)
+def test_the_authors_runs(model: str, proc: str, run: dict[str, Any]) -> None:
+    assert changes(procedure_of(proc, model, "authors")) == AUTHORS_ADAM | run
+    config, notes = resolved(proc, {"preset": "authors"}, model=model)
+    assert config.preset == "authors"
+    assert {name: getattr(config, name) for name in AUTHORS_ADAM | run} == AUTHORS_ADAM | run
+    assert config.beta2 == 0.999
+    if not run:
+        assert (config.lr, config.batch) == (PROCEDURES[proc].lr, PROCEDURES[proc].batch)
+    (note,) = notes  # and none on an LR scaled with the batch
+    assert note.startswith("preset authors: ") and "beta1 0.95" in note
+    assert config.model_options.get("input_scale") == (8.0 if model == "cnn_trans" else None)
+
+
+def test_a_preset_is_where_overrides_start_from() -> None:
+    given = {"preset": "authors", "batch": 200, "beta1": 0.9}
+    config, notes = resolved("A4", given, model="crnn")
+    assert (config.batch, config.lr, config.beta1) == (200, 8e-4, 0.9)
+    assert "LR 0.0008: 0.0016 scaled with the batch (400 -> 200)" in notes
+    assert resolved("A4", {"preset": "paper"}) == resolved("A4")
+    with pytest.raises(UserError, match="preset must be one of paper, authors, got 'theirs'"):
+        resolved("A4", {"preset": "theirs"})
+
+
+def test_the_authors_runs_are_shown() -> None:
+    document = json.loads(fastat("procs", "--preset", "authors", "--json").stdout)
+    assert document.keys() == {*PROCEDURES, "authors"}
+    assert document["authors"]["runs"]["crnn"]["A4"] == {"batch": 400, "lr": 1.6e-3}
+    table = fastat("procs", "--preset", "authors").stdout
+    assert all(text in table for text in ("batch 400, lr 0.0016", "time mask 60", "input scale 8"))
+    assert "must be one of" in one_line(fastat("procs", "--preset", "mine", code=2))
+
+
+# ------------------------------------------------------------------------- weights to start from
+def test_imagenet_weights_are_the_procedures_unless_told() -> None:
+    for proc, p in PROCEDURES.items():
+        assert resolved(proc, model="ast")[0].pretrained == p.pretrained
+        for said in (True, False):
+            assert resolved(proc, {"pretrained": said}, model="ast")[0].pretrained == said
+        config, _ = resolved(proc, {"init": "/weights"}, model="ast")
+        assert (config.pretrained, config.init) == (False, "/weights")
+    assert not resolved("A1", {"init": "/weights", "pretrained": False})[0].pretrained
+    with pytest.raises(UserError, match="pretrained and init exclude each other"):
+        resolved("A4", {"init": "/weights", "pretrained": True}, model="ast")
+
+
+@pytest.mark.parametrize(
+    ("text", "strides"), [("10x12", (10, 12)), ("8", (8, 8)), ("16x1", (16, 1))]
+)
+def test_stride(text: str, strides: tuple[int, int]) -> None:
+    assert parse_stride(text) == {"fstride": strides[0], "tstride": strides[1]}
+
+
+@pytest.mark.parametrize("text", ["", "x", "10x", "x10", "0", "10x0", "-8", "8X8", "8x8x8", "8.0"])
+def test_stride_that_is_wrong(text: str) -> None:
+    with pytest.raises(UserError, match="--stride takes FxT.*10x10"):
+        parse_stride(text)
+
+
+# --------------------------------------------------------------------------------- accumulation
+def test_accumulation_warns_where_the_paper_does() -> None:
+    for model in MODELS:
+        config, notes = resolved(overrides={"accumulate": 2}, model=model)
+        assert config.accumulate == 2 and config.batch == 448
+        warned = any("gradient accumulation >= 2 broke attention models" in n for n in notes)
+        assert warned == (model in ("ast", "transformer", "cnn_trans", "conformer"))
+        assert not resolved(overrides={"accumulate": 1}, model=model)[1]
 
 
 # ----------------------------------------------------------------------------------- small sets
@@ -190,7 +314,18 @@ def test_the_time_mask_follows_the_clips_length() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"schedule": "cosine"}, "schedule must be one of step, step2, constant, got 'cosine'"),
+        (
+            {"schedule": "cosine"},
+            "schedule must be one of step, step2, constant, cyclic, got 'cosine'",
+        ),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        (
+            {"accumulate": 3},
+            "batch must be a multiple of accumulate: got batch 448, accumulate 3",
+        ),
+        ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got 0"),
+        ({"layer_decay": 1.1}, r"layer_decay must be in \(0, 1\]"),
+        ({"layer_decay": math.nan}, r"layer_decay must be in \(0, 1\]"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"source": "mp3"}, "source must be one of"),
         ({"statistics": "mine"}, "statistics must be one of"),
@@ -217,6 +352,13 @@ def test_impossible_values(overrides: dict[str, Any], message: str) -> None:
         resolved(overrides=overrides)
 
 
+@pytest.mark.parametrize("model", ["crnn", "resnet50", "resnet34"])
+def test_layer_decay_is_for_transformers(model: str) -> None:
+    with pytest.raises(UserError, match=f"ast, transformer, cnn_trans, conformer.*got {model}"):
+        resolved(overrides={"layer_decay": 0.9}, model=model)
+    assert resolved(overrides={"layer_decay": 1.0}, model=model)[0].layer_decay == 1
+
+
 def test_unknown_procedure() -> None:
     with pytest.raises(UserError, match="unknown procedure 'A5'"):
         resolved("A5")
@@ -234,9 +376,20 @@ def test_config_round_trip_and_damage(tmp_path: Path) -> None:
             TrainConfig.load(path)
 
 
+def test_a_configuration_from_before_these_fields_existed(tmp_path: Path) -> None:
+    config, _ = resolved()
+    path = tmp_path / "config.json"
+    config.save(path)
+    new = {"preset", "accumulate", "layer_decay", "freeze", "pretrained", "init"}
+    document = json.loads(path.read_text())
+    assert new <= document.keys()
+    path.write_text(json.dumps({k: v for k, v in document.items() if k not in new}))
+    assert TrainConfig.load(path) == config
+
+
 def test_no_torch_is_imported() -> None:
     """A mistake on the command line is answered at once."""
-    code = "import sys, fastat.cli, fastat.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastat.cli, fastat.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -284,6 +437,7 @@ def test_settings_are_typed() -> None:
         ("balance=0", "--set balance takes bool, got '0'"),
         ("proc=A2", "--proc"),
         ("model=crnn", "--model"),
+        ("freeze=head.*", "say --freeze head"),
     ],
 )
 def test_settings_that_are_wrong(setting: str, message: str) -> None:
@@ -323,6 +477,12 @@ def test_what_may_change_on_resume() -> None:
         ("precision", "fp32"),
         ("warmup_steps", 5),
         ("model_options", {"embedding": 128}),
+        ("accumulate", 2),
+        ("freeze", ["head.*"]),
+        ("layer_decay", 0.5),
+        ("init", "/other"),
+        ("pretrained", True),
+        ("preset", "authors"),
     ],
 )
 def test_what_may_not_change_on_resume(key: str, value: object) -> None:

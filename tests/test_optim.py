@@ -1,8 +1,9 @@
-"""Which Adam is taken, with what, and that a step that is not finite leaves everything alone."""
+"""Which Adam is taken, with what; a step that is not finite; a step computed in parts."""
 
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastat.optim import create_adam, finite_flag, guarded_step
+from fastat.optim import create_adam, finite_flag, guarded_step, train_step
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BETAS = (0.9, 0.999)
@@ -78,6 +79,17 @@ def test_nvidia_apex_on_cuda(stub_apex: None) -> None:
     # L2 weight decay (adam_w_mode off), as in torch's Adam and in the paper's code.
     assert optimizer.given == (1e-3, BETAS, 1e-8, False, 0.01, False)
     assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_groups_reach_both(stub_apex: None) -> None:
+    first, second = parameters()
+    groups = [{"params": [first], "lr_scale": 0.5}, {"params": [second], "lr_scale": 1.0}]
+    for device in (CPU, CUDA):
+        optimizer, _ = create_adam(
+            ({**g} for g in groups), lr=1.0, betas=BETAS, weight_decay=0.0, device=device
+        )
+        assert [g["lr_scale"] for g in optimizer.param_groups] == [0.5, 1.0]
+        assert [g["params"] for g in optimizer.param_groups] == [[first], [second]]
 
 
 def test_a_generator_of_parameters_reaches_apex(stub_apex: None) -> None:
@@ -205,3 +217,83 @@ def test_apex_is_not_called_for_a_flagged_step(stub_apex: None) -> None:
     set_gradients(params, 0)
     guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
     assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_flag_holds_for_every_group(bad: bool) -> None:
+    params = parameters()
+    groups = [{"params": [p]} for p in params]
+    optimizer, _ = create_adam(groups, lr=1e-3, betas=BETAS, weight_decay=0.0, device=CPU)
+    before = [p.detach().clone() for p in params]
+    set_gradients(params, 0, float("nan") if bad else None)
+    guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
+    assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [bad, bad]
+
+
+# ------------------------------------------------------------------------------------- in parts
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.GELU(), nn.Linear(7, 3)).double()
+
+
+class KeepsGradients(torch.optim.SGD):
+    """Keeps a copy of what it is stepped with."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen = [p.grad.clone() for g in self.param_groups for p in g["params"]]
+        self.steps = getattr(self, "steps", 0) + 1
+
+
+def step_in_parts(
+    accumulate: int, features: Tensor, target: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """One step: the gradients it was taken with, and what train_step returns."""
+    model = network()
+    params = list(model.parameters())
+    optimizer = KeepsGradients(params, lr=0.0)
+    loss, norm, flag = train_step(
+        model, params, optimizer, features, target, nullcontext(), accumulate
+    )
+    assert optimizer.steps == 1
+    assert all(p.grad is None for p in params)
+    return optimizer.seen, loss, norm, flag
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 6, 12])
+def test_accumulated_gradients_are_the_whole_batchs(accumulate: int) -> None:
+    """Without BatchNorm; the loss, in float32, and the gradient's norm too."""
+    features, target = torch.randn(12, 5).double(), torch.rand(12, 3)
+    whole = step_in_parts(1, features, target)
+    parts = step_in_parts(accumulate, features, target)
+    for mine, theirs in zip(parts[0], whole[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(parts[1:], whole[1:])
+    assert parts[3].item() == 0
+
+
+@pytest.mark.parametrize("row", [0, 5, 11])
+def test_a_bad_part_flags_the_whole_step(row: int) -> None:
+    features, target = torch.randn(12, 5).double(), torch.rand(12, 3)
+    features[row] = float("nan")
+    model = network()
+    params = list(model.parameters())
+    before = [p.detach().clone() for p in params]
+    optimizer, _ = adam(params, CPU)
+    loss, _, flag = train_step(model, params, optimizer, features, target, nullcontext(), 3)
+    assert flag.item() == 1 and not loss.isfinite()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_the_model_sees_one_part_at_a_time() -> None:
+    sizes = []
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    model = Watched(5, 3)
+    params = list(model.parameters())
+    optimizer, _ = adam(params, CPU)
+    train_step(model, params, optimizer, torch.randn(12, 5), torch.rand(12, 3), nullcontext(), 4)
+    assert sizes == [3, 3, 3, 3]

@@ -76,6 +76,34 @@ def test_warm_up_takes_at_most_a_tenth_of_the_run(total: int, length: int) -> No
     assert warmup_length(1000, total) == length
 
 
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 100])
+def test_cyclic_is_the_triangle_of_two_epochs(steps_per_epoch: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CyclicLR(
+        optimizer,
+        base_lr=0.1,
+        max_lr=1.0,
+        step_size_up=steps_per_epoch,
+        mode="triangular",
+        cycle_momentum=False,
+    )
+    rates = []
+    for step in range(25 * steps_per_epoch):
+        rates.append(
+            lr_factor(
+                step,
+                schedule="cyclic",
+                warmup_steps=0,
+                steps_per_epoch=steps_per_epoch,
+                epochs=25,
+            )
+        )
+        assert rates[-1] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12), step
+        optimizer.step()
+        theirs.step()
+    assert rates[0] == pytest.approx(0.1) and rates[steps_per_epoch] == pytest.approx(1.0)
+
+
 def test_unknown_schedule() -> None:
-    with pytest.raises(ValueError, match="step, step2, constant"):
+    with pytest.raises(ValueError, match="step, step2, constant, cyclic"):
         lr_factor(0, schedule="cosine", warmup_steps=0, steps_per_epoch=1, epochs=10)

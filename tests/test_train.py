@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from fastat.checkpoint import load_model
+from fastat import train as training
+from fastat.checkpoint import ModelMeta, load_model
+from fastat.config import resolve
 from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
+from fastat.display import Display
+from fastat.errors import Failure, UserError
+from fastat.features import FEATURES
+from fastat.optim import train_step
+from fastat.schedule import lr_factor
+from fastat.train import Trainer
 from tests.conftest import (
     QUIET,
     TINY_MODEL,
@@ -349,6 +359,8 @@ def test_a_damaged_row_stops_the_run(tiny_sets: TinySets, tmp_path: Path) -> Non
         (("--model", "cnn_tran"), "did you mean 'cnn_trans'"),
         (("--proc", "A5"), "unknown procedure"),
         (("--proc", "A1"), "none exist for cnn_trans"),
+        (("--stride", "8x8"), "--stride is for ast"),
+        (("--freeze", "trunk.*"), "--freeze 'trunk.*' matches none of the model's"),
         (("--epoch", 3), "--epochs"),
     ],
 )
@@ -381,11 +393,224 @@ def test_an_unwritable_run_folder(tiny_sets: TinySets, tmp_path: Path) -> None:
 
 def test_switches_reach_the_configuration(tiny_sets: TinySets, tmp_path: Path) -> None:
     off = ("--no-balance", "--no-mixup", "--no-specaug", "--no-normalize", "--steps", 1)
+    tuned = ("--freeze", "talnet.*", "--freeze", "*norm1*", "--layer-decay", 0.9)
+    other = ("--accumulate", 2, "--preset", "authors", "--schedule", "cyclic", *tuned)
     out = tmp_path / "run"
-    done = fastat(*A4, "--data", tiny_sets.train, "--out", out, "--batch", 4, *off)
+    done = fastat(*A4, "--data", tiny_sets.train, "--out", out, "--batch", 4, *off, *other)
     assert "training without scoring" in done.stderr
     config = json.loads((out / "config.json").read_text())
     got = {k: config[k] for k in ("balance", "mixup", "time_mask", "freq_mask", "normalize")}
     want = {"balance": False, "mixup": 0.0, "time_mask": 0, "freq_mask": 0, "normalize": False}
     assert got == want
+    assert config["freeze"] == ["talnet.*", "*norm1*"]
+    assert (config["layer_decay"], config["accumulate"]) == (0.9, 2)
+    got = {k: config[k] for k in ("preset", "schedule", "beta1")}
+    assert got == {"preset": "authors", "schedule": "cyclic", "beta1": 0.95}
     assert "mAP" not in metrics(out)[0]
+
+
+def test_stride_is_asts(tiny_sets: TinySets, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ("--set", "model.size=tiny224", "--set", "model.num_layers=1", "--batch", 4)
+    run = ("--proc", "A4", "--model", "ast", "--data", tiny_sets.train, "--out", out, *small)
+    fastat("train", *run, "--stride", "16x12", "--steps", 1)
+    options = json.loads((out / "config.json").read_text())["model_options"]
+    assert options == {"fstride": 16, "tstride": 12, "size": "tiny224", "num_layers": 1}
+    assert load_model(out)[1].options == options
+
+
+def test_a_run_starts_from_another_runs_weights(
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    """Its size comes with them, also where the procedure would ask for ImageNet's."""
+    out, old = tmp_path / "run", tmp_path / "old"
+    shutil.copytree(whole_run, old, symlinks=True)
+    run = ("train", "--proc", "A3", "--model", "cnn_trans", "--data", tiny_sets.train)
+    still = ("--lr", 1e-12, "--freeze", "talnet.*", "--batch", 8, "--steps", 1)
+    fastat(*run, "--out", out, "--init", old, *still)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["init"], config["pretrained"]) == (str(old), False)
+    ours, theirs = load_model(out)[0].state_dict(), load_model(old)[0].state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], rtol=0, atol=1e-9, msg=name)
+    shutil.rmtree(old)
+    fastat("train", "--resume", "--out", out, "--set", "steps=2")
+    assert metrics(out)[-1]["step"] == 2
+
+
+# --------------------------------------------------------------------------- in this process
+def trainer(sets: TinySets, run: Path, *, resume: bool = False, **overrides: Any) -> Trainer:
+    """A tiny run of two epochs of four steps, not yet started."""
+    given = {
+        "data": str(sets.train),
+        "eval": str(sets.eval),
+        "epochs": 2,
+        "batch": 8,
+        "model_options": {"embedding": 64, "num_heads": 4},
+    }
+    config, notes = resolve("A4", "cnn_trans", given | overrides, num_clips=36, clip_seconds=1.0)
+    return Trainer(config, run, notes, Display(), resume=resume)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def test_frozen_parameters_stay_and_resuming_knows_them(
+    tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    """With layers at rates of their own and batches in parts, stopped in mid-epoch."""
+    more: dict[str, Any] = {
+        "freeze": ["talnet.*", "*norm1*"],
+        "layer_decay": 0.5,
+        "accumulate": 2,
+        "lr": 1e-2,
+    }
+    whole = trainer(tiny_sets, tmp_path / "whole", **more)
+    before = weights_of(whole.raw_model)
+    whole.run_epochs()
+    for name, x in weights_of(whole.raw_model).items():
+        kept = name.startswith("talnet.") or "norm1" in name  # BatchNorm's statistics too
+        assert torch.equal(x, before[name]) == kept, name
+
+    run = tmp_path / "run"
+    trainer(tiny_sets, run, steps=6, **more).run_epochs()
+    trainer(tiny_sets, run, resume=True, **more).run_epochs()
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_notes_say_what_is_trained(tiny_sets: TinySets, tmp_path: Path) -> None:
+    notes = trainer(tiny_sets, tmp_path / "run", freeze=["talnet.*"], accumulate=2).notes
+    assert any("parameters are trained, the others frozen" in note for note in notes)
+    assert any("broke attention models" in note for note in notes)
+
+
+@pytest.mark.parametrize("patterns", [["nothing.*"], ["*"]])
+def test_what_cannot_be_frozen_leaves_no_run_folder(
+    tiny_sets: TinySets, tmp_path: Path, patterns: list[str]
+) -> None:
+    with pytest.raises(UserError, match="--freeze"):
+        trainer(tiny_sets, tmp_path / "run", freeze=patterns)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layer_decay_scales_every_steps_rate(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """Warm-up and halvings act on every group alike; the rate on record is the head's."""
+    run = trainer(tiny_sets, tmp_path / "run", layer_decay=0.5, epochs=3)
+    run.run_epochs()
+    lines = metrics(tmp_path / "run")
+    for line in lines:
+        factor = lr_factor(
+            line["step"] - 1, schedule="step", warmup_steps=1, steps_per_epoch=4, epochs=3
+        )
+        assert line["lr"] == pytest.approx(4e-4 * factor)
+    rates = [group["lr"] / lines[-1]["lr"] for group in run.optimizer.param_groups]
+    assert sorted(rates) == [0.25, 0.5, 1.0]
+
+
+def test_a_checkpoint_from_before_groups_had_rates_of_their_own(
+    tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    trainer(tiny_sets, tmp_path / "whole").run_epochs()
+    run = tmp_path / "run"
+    trainer(tiny_sets, run, steps=4).run_epochs()
+    path = run / "checkpoints" / "last" / "trainer.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        del group["lr_scale"]
+    torch.save(state, path)
+    trainer(tiny_sets, run, resume=True).run_epochs()
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_batch_is_computed_in_the_parts_asked_for(tiny_sets: TinySets, tmp_path: Path) -> None:
+    run = trainer(tiny_sets, tmp_path / "run", accumulate=4, steps=2, eval=None)
+    sizes = []
+    run.raw_model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    run.run_epochs()
+    assert sizes == [2] * 8
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_weights_to_start_from_are_loaded_once(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool
+) -> None:
+    loaded = []
+    stub = types.ModuleType("fastat.initial")
+
+    def load_initial(model: nn.Module, meta: ModelMeta, path: Path) -> list[str]:
+        loaded.append((meta.model, path))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(0.01)
+        return ["head made anew"]
+
+    stub.load_initial = load_initial  # type: ignore[attr-defined]
+    stub.load_imagenet = lambda model, meta: load_initial(model, meta, Path("imagenet"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastat.initial", stub)
+    more: dict[str, Any] = {"pretrained": True} if pretrained else {"init": str(tmp_path / "old")}
+    run = trainer(tiny_sets, tmp_path / "run", steps=1, **more)
+    assert loaded == [("cnn_trans", Path("imagenet") if pretrained else tmp_path / "old")]
+    assert "head made anew" in run.notes
+    assert all((p == 0.01).all() for p in run.raw_model.parameters())
+    run.run_epochs()
+
+    monkeypatch.setitem(sys.modules, "fastat.initial", None)  # its source need not exist any more
+    again = trainer(tiny_sets, tmp_path / "run", resume=True, **more)
+    assert again.progress.step == 1
+    assert weights_of(again.raw_model).keys() == weights_of(run.raw_model).keys()
+    for name, x in weights_of(again.raw_model).items():
+        assert torch.equal(x, run.raw_model.state_dict()[name]), name
+
+
+def test_no_weights_are_asked_for_without_need(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastat.initial", None)
+    trainer(tiny_sets, tmp_path / "run")
+
+
+def test_the_authors_statistics_reach_the_model(tiny_sets: TinySets, tmp_path: Path) -> None:
+    meta = trainer(tiny_sets, tmp_path / "run", preset="authors").meta
+    feature = FEATURES["logmel64"]
+    assert (meta.mean, meta.std) == (feature.mean, feature.std)
+    assert meta.options["input_scale"] == 8
+
+
+def test_a_step_that_is_not_finite_names_its_clips_and_partners(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tiny_sets, tmp_path / "run", mixup=1.0)
+    taken = []
+
+    def bad_at_6(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, norm, flag = train_step(*args)
+        taken.append(flag)
+        return loss, norm, flag + (len(taken) == 6)
+
+    monkeypatch.setattr(training, "train_step", bad_at_6)
+    with pytest.raises(Failure, match="not finite at step 6;") as error:
+        run.run_epochs()
+    plan = run.sampler.plan(1, 1)
+    clips = ", ".join(run.train_set.names(plan.rows))
+    partners = ", ".join(run.train_set.names(plan.partners))
+    assert len(plan.partners) == 8
+    assert str(error.value).endswith(f"Its clips: {clips}; mixed in: {partners}")
+
+
+def test_full_memory_is_one_line(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = trainer(tiny_sets, tmp_path / "made").config
+    monkeypatch.setattr(training, "train_step", lambda *_: torch.empty(1 << 55))
+    with pytest.raises(Failure, match="memory is full: a smaller --batch"):
+        training.train(config, tmp_path / "run", [], resume=False)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        training.train(config, tmp_path / "other", [], resume=False)

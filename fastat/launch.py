@@ -1,0 +1,113 @@
+"""From the options of ``fastat train`` to a run's configuration.
+
+Mistakes are found in the order of what finding them costs; torch is imported after the cheap ones.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fastat.config import TrainConfig, resolve, resumed
+from fastat.errors import UserError, nearest
+from fastat.procedures import PROCEDURES
+
+PATHS = ("data", "eval", "init")
+"""Options that are paths; a run keeps them absolute."""
+
+
+def configure(
+    proc: str | None,
+    model: str | None,
+    overrides: dict[str, Any],
+    out: Path | None,
+    *,
+    resume: bool,
+) -> tuple[TrainConfig, Path, list[str]]:
+    """The configuration of a run to start or to go on with, its folder, and notes on it.
+
+    Raises:
+        UserError: options that are impossible, or that do not fit the run in ``out``.
+    """
+    paths = {k: overrides[k] for k in PATHS if overrides.get(k) is not None}
+    overrides = overrides | {k: str(Path(path).resolve()) for k, path in paths.items()}
+    if resume and out is None:
+        raise UserError("--resume needs --out, the run folder to go on in")
+    if out is not None and (out / "config.json").exists():
+        if not resume:
+            raise UserError(
+                f"{out} already holds a run: --resume goes on with it, another --out starts anew"
+            )
+        return resumed(TrainConfig.load(out / "config.json"), proc, model, overrides), out, []
+    if proc is None or model is None:
+        raise UserError("a new run needs --proc (A1, A2, A3, A4) and --model")
+    _check_early(proc, model, overrides)
+    initial: dict[str, Any] = {}
+    if overrides.get("init") is not None:
+        from fastat.initial import initial_options
+
+        initial = initial_options(Path(overrides["init"]), model)
+    if "data" not in overrides:
+        if "eval" in overrides:
+            raise UserError("--eval without --data: say which set to train on")
+        train_set, eval_set = practice_sets()
+        overrides |= {"data": str(train_set.resolve()), "eval": str(eval_set.resolve())}
+    out = out or Path("runs") / f"{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    import torch
+
+    from fastat.data.shards import SAMPLE_RATE, PackedSet
+
+    packed = PackedSet.open(overrides["data"])
+    overrides.setdefault("compile", torch.cuda.is_available())
+    config, notes = resolve(
+        proc,
+        model,
+        overrides,
+        num_clips=packed.num_clips,
+        clip_seconds=packed.clip_samples / SAMPLE_RATE,
+        initial_options=initial,
+    )
+    packed.close()
+    return config, out, notes
+
+
+def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
+    """Before any data is made or opened: the procedure, the model and the values exist."""
+    if proc not in PROCEDURES:
+        raise UserError(f"unknown procedure {proc!r}{nearest(proc, PROCEDURES)}")
+    from fastat.models import IMAGENET_MODELS, MODELS
+
+    if model not in MODELS:
+        raise UserError(f"unknown model {model!r}{nearest(model, MODELS)}")
+    given = {"data": ""} | overrides
+    # The size of the set may decide the batch: whether --accumulate divides it, is seen later.
+    given.setdefault("batch", max(1, given.get("accumulate", 1)))
+    config, _ = resolve(proc, model, given, num_clips=1_000_000, clip_seconds=10.0)
+    if config.pretrained and model not in IMAGENET_MODELS:
+        raise UserError(
+            f"{'--pretrained' if 'pretrained' in overrides else proc} starts from ImageNet "
+            f"weights, and none exist for {model} (a dash in the paper's Table 2): A2 or A4, "
+            "--no-pretrained, or --init CHECKPOINT train it"
+        )
+
+
+# ------------------------------------------------------------------------------ the practice set
+def cache_folder() -> Path:
+    """Where the practice set is kept: FASTAT_CACHE, else the user's cache folder."""
+    if folder := os.environ.get("FASTAT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
+
+
+def practice_sets() -> tuple[Path, Path]:
+    """The practice set, made and packed in the cache folder unless it is there: (train, eval)."""
+    from fastat.data.demo import DEMO_VERSION, make_demo
+    from fastat.data.pack import pack as pack_set
+
+    folder = cache_folder() / f"practice-{DEMO_VERSION}"
+    raw, train, evaluation = folder / "made", folder / "train", folder / "eval"
+    make_demo(raw)
+    for table, out in (("train_segments.csv", train), ("eval_segments.csv", evaluation)):
+        pack_set(raw / table, out, audio=raw / "audio", labels=raw / "class_labels_indices.csv")
+    return train, evaluation

@@ -1,0 +1,118 @@
+"""From the options of ``fastat train`` to a configuration, and what is refused before any work."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastat.launch
+from fastat.config import TrainConfig
+from fastat.data.shards import PackedSet
+from fastat.errors import UserError
+from fastat.launch import configure
+from tests.conftest import TinySets
+
+
+@pytest.fixture(autouse=True)
+def no_practice_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it is the work that a mistake must not wait for."""
+    monkeypatch.setattr(fastat.launch, "practice_sets", lambda: pytest.fail("set was made"))
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
+    """A stand-in for fastat.initial; what its initial_options was asked."""
+    asked = []
+    stub = types.ModuleType("fastat.initial")
+
+    def initial_options(path: Path, model: str) -> dict[str, Any]:
+        asked.append((path, model))
+        return {"embedding": 96, "num_heads": 3}
+
+    stub.initial_options = initial_options  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastat.initial", stub)
+    return asked
+
+
+def configured(
+    sets: TinySets, proc: str = "A4", model: str = "cnn_trans", **overrides: Any
+) -> TrainConfig:
+    given = {"data": sets.train} | overrides
+    config, _, _ = configure(proc, model, given, Path("run"), resume=False)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("proc", "model", "overrides", "message"),
+    [
+        ("A5", "ast", {}, "unknown procedure 'A5'"),
+        ("A4", "cnntrans", {}, "did you mean 'cnn_trans'"),
+        ("A4", "ast", {"preset": "author"}, "preset must be one of"),
+        ("A4", "ast", {"accumulate": 0}, "accumulate must be at least 1"),
+        ("A4", "ast", {"accumulate": 3, "batch": 8}, "batch must be a multiple of accumulate"),
+        ("A4", "crnn", {"layer_decay": 0.5}, "layer_decay is for models of Transformer layers"),
+        ("A4", "ast", {"pretrained": True, "init": "x"}, "exclude each other"),
+        ("A1", "cnn_trans", {}, "A1 starts from ImageNet weights, and none exist for cnn_trans"),
+        ("A3", "crnn", {}, "dash in the paper's Table 2.*--no-pretrained, or --init"),
+        ("A2", "conformer", {"pretrained": True}, "--pretrained starts from ImageNet weights, and"),
+    ],
+)
+def test_mistakes_wait_for_no_data(
+    proc: str, model: str, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        configure(proc, model, overrides, None, resume=False)
+
+
+def test_every_way_out_of_missing_imagenet_weights(
+    tiny_sets: TinySets, weights: list[tuple[Path, str]]
+) -> None:
+    assert not configured(tiny_sets, "A1", pretrained=False).pretrained
+    assert not configured(tiny_sets, "A1", init="weights").pretrained
+    assert configured(tiny_sets, "A1", "ast").pretrained
+    assert configured(tiny_sets, "A4", "resnet34", pretrained=True).pretrained
+
+
+def test_what_the_weights_need_is_asked_of_them(
+    tiny_sets: TinySets, weights: list[tuple[Path, str]]
+) -> None:
+    mine = {"num_heads": 4}
+    config = configured(tiny_sets, init="some/run", model_options=mine)
+    assert weights == [(Path("some/run").resolve(), "cnn_trans")]
+    assert config.model_options == {"dropout": 0.75, "embedding": 96, "num_heads": 4}
+    configured(tiny_sets)
+    assert len(weights) == 1
+
+
+def test_paths_are_kept_absolute(
+    tiny_sets: TinySets,
+    weights: list[tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Whether they come from an option (a path) or from --set (text)."""
+    monkeypatch.chdir(tiny_sets.train.parent)
+    given = {"data": "train", "eval": Path("eval"), "init": "run"}
+    config, _, _ = configure("A4", "cnn_trans", given, Path("run"), resume=False)
+    root = tiny_sets.train.parent.resolve()
+    got = (config.data, config.eval, config.init)
+    assert got == (str(root / "train"), str(root / "eval"), str(root / "run"))
+    config.save(tmp_path / "config.json")
+    again, out, notes = configure(None, None, given, tmp_path, resume=True)
+    assert (again, out, notes) == (config, tmp_path, [])
+
+
+def test_accumulation_must_divide_the_batch_that_the_set_gets(
+    tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3,200 clips give a batch of 16, which 8 divides; it does not divide A1's 20."""
+    config = configured(tiny_sets, accumulate=4)
+    assert (config.batch, config.accumulate) == (4, 4)
+    with pytest.raises(UserError, match="got batch 4, accumulate 8"):
+        configured(tiny_sets, accumulate=8)
+    packed = types.SimpleNamespace(num_clips=3200, clip_samples=16_000, close=lambda: None)
+    monkeypatch.setattr(PackedSet, "open", lambda path: packed)
+    config = configured(tiny_sets, "A1", "resnet50", accumulate=8)
+    assert (config.batch, config.accumulate) == (16, 8)
