@@ -20,6 +20,7 @@ from fastat.procedures import (
     changes,
     model_options,
     procedure_of,
+    small_set_lr,
     small_set_sizes,
 )
 from fastat.schedule import SCHEDULES, warmup_length
@@ -185,7 +186,7 @@ def resolve(
         proc=proc,
         model=model,
         model_options=model_options(model, p) | (initial_options or {}) | own_options,
-        **(_sized(p, overrides, num_clips, notes) | overrides),
+        **(_sized(p, model, overrides, num_clips, notes) | overrides),
     )
     if config.accumulate > 1 and model in ATTENTION_MODELS:
         notes.append("the paper reports that gradient accumulation >= 2 broke attention models")
@@ -208,7 +209,7 @@ def resolve(
 
 
 def _sized(
-    p: Procedure, overrides: dict[str, Any], num_clips: int, notes: list[str]
+    p: Procedure, model: str, overrides: dict[str, Any], num_clips: int, notes: list[str]
 ) -> dict[str, Any]:
     """The procedure's fields, with batch, epochs and LR as the set's size wants them."""
     values: dict[str, Any] = {
@@ -222,14 +223,20 @@ def _sized(
     small = small_set_sizes(p, num_clips)
     if small is not None:
         values |= asdict(small)
-        kept = {name: values[name] for name in ("batch", "epochs") if name not in overrides}
+        from_scratch = overrides.get("init") is None and not overrides.get(
+            "pretrained", p.pretrained
+        )
+        batch = overrides.get("batch", small.batch)
+        values["lr"] = small_set_lr(p, model, batch, from_scratch=from_scratch)
+        kept = {name: values[name] for name in ("batch", "epochs", "lr") if name not in overrides}
         changed = [
-            f"{k} {v} instead of {getattr(p, k)}" for k, v in kept.items() if v != getattr(p, k)
+            f"{'LR' if k == 'lr' else k} {_short(v)} instead of {_short(getattr(p, k))}"
+            for k, v in kept.items()
+            if v != getattr(p, k)
         ]
         if changed:
-            notes.append(
-                f"a small set ({num_clips:,} clips): {', '.join(changed)}; LR stays {p.lr:g}"
-            )
+            stays = f"; LR stays {p.lr:g}" if values["lr"] == p.lr and "lr" in kept else ""
+            notes.append(f"a small set ({num_clips:,} clips): {', '.join(changed)}{stays}")
     elif overrides.get("batch", p.batch) != p.batch and "lr" not in overrides:
         batch = overrides["batch"]
         values["lr"] = p.lr * batch / p.batch

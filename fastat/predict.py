@@ -120,7 +120,7 @@ class Tagger:
         windows: Windows,
         title: str | None = None,
     ) -> NDArray[np.float32]:
-        """[W, ...]: ``function`` of each window's features. A long file's progress has ``title``."""
+        """[W, ...]: ``function`` of each window's features; ``title`` heads a long file's progress."""
         num_samples = torch.from_numpy(windows.ends - windows.starts)
         out = []
         count = len(windows.starts)

@@ -191,6 +191,9 @@ SMALL_SET_STEPS = 2000
 MIN_BATCH = 4
 MIN_STEPS = 640
 
+NORMALISED_BY_LAYER = ("ast", "transformer", "conformer")
+"""Models without BatchNorm, which small batches at a full learning rate do not train."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -205,8 +208,6 @@ def small_set_sizes(procedure: Procedure, num_clips: int) -> Sizes | None:
 
     The batch becomes the largest power of two that gives SMALL_SET_STEPS steps in the procedure's
     epochs, but at least MIN_BATCH; the epochs grow until there are MIN_STEPS steps.
-    The learning rate stays the procedure's maximum: scaled down linearly with the batch, a small
-    set would hardly be trained at all.
 
     Raises:
         UserError: the set has no clip.
@@ -219,3 +220,15 @@ def small_set_sizes(procedure: Procedure, num_clips: int) -> Sizes | None:
     batch = min(1 << (largest.bit_length() - 1), num_clips)
     epochs = math.ceil(MIN_STEPS / (num_clips // batch))
     return Sizes(batch, max(procedure.epochs, epochs))
+
+
+def small_set_lr(procedure: Procedure, model: str, batch: int, *, from_scratch: bool) -> float:
+    """The maximum learning rate for a small set.
+
+    It stays the procedure's: scaled down linearly with the batch, a small set would hardly be
+    trained at all. Models without BatchNorm that start from scratch diverge or stand still at it;
+    theirs falls with the root of the batch, which keeps the noise of Adam's steps alike.
+    """
+    if from_scratch and model in NORMALISED_BY_LAYER and batch < procedure.batch:
+        return procedure.lr * (batch / procedure.batch) ** 0.5
+    return procedure.lr

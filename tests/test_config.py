@@ -274,6 +274,26 @@ def test_a_small_set_says_what_changed_and_keeps_the_rate() -> None:
     assert config.epochs == 26
 
 
+@pytest.mark.parametrize("model", ["ast", "transformer", "conformer"])
+def test_transformers_from_scratch_take_a_small_set_slowly(model: str) -> None:
+    config, notes = resolved("A4", clips=600, model=model)
+    assert config.lr == pytest.approx(4e-4 * math.sqrt(4 / 448))
+    assert "batch 4 instead of 448, LR 3.77964e-05 instead of 0.0004" in notes[0]
+    assert resolved("A4", {"batch": 16}, clips=600, model=model)[0].lr == pytest.approx(
+        4e-4 * math.sqrt(16 / 448)
+    )
+    assert resolved("A4", {"lr": 1e-3}, clips=600, model=model)[0].lr == 1e-3
+    assert resolved("A4", clips=AUDIOSET, model=model)[0].lr == 4e-4
+
+
+def test_fine_tuning_a_small_set_keeps_the_rate() -> None:
+    assert resolved("A3", clips=600, model="ast")[0].lr == 1e-5
+    assert resolved("A4", {"init": "/run"}, clips=600, model="ast")[0].lr == 4e-4
+    assert resolved("A4", {"pretrained": True}, clips=600, model="ast")[0].lr == 4e-4
+    scratch = resolved("A3", {"pretrained": False}, clips=600, model="ast")[0]
+    assert scratch.lr == pytest.approx(1e-5 * math.sqrt(4 / 80))
+
+
 def test_small_set_sizes_can_be_overridden() -> None:
     config, notes = resolved(overrides={"batch": 16, "epochs": 3, "lr": 1e-3}, clips=100)
     assert (config.batch, config.epochs, config.lr) == (16, 3, 1e-3)
