@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastat.atomic import atomic_path, fsync
 from fastat.data.shards import ClassInfo
@@ -23,6 +23,7 @@ from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.models import create_model
+from fastat.models.base import TaggingModel
 
 FORMAT = "fastat-checkpoint"
 VERSION = 1
@@ -53,7 +54,7 @@ class ModelMeta:
         """Length of a clip."""
         return round(self.clip_seconds * FEATURES[self.feature].sample_rate)
 
-    def create(self) -> nn.Module:
+    def create(self) -> TaggingModel:
         """The model, with fresh weights."""
         return create_model(
             self.model,
@@ -97,11 +98,7 @@ def save_checkpoint(
             if target.exists():  # of a run that was killed before it pointed here
                 shutil.rmtree(target)
             with atomic_path(target) as temporary:
-                temporary.mkdir()
-                state = {k: v.contiguous() for k, v in model.state_dict().items()}
-                save_file(state, temporary / "model.safetensors")
-                document = {"format": FORMAT, "version": VERSION, **asdict(meta)}
-                (temporary / "model.json").write_text(json.dumps(document, indent=1))
+                _write_model(temporary, model.state_dict(), meta)
                 torch.save(trainer, temporary / "trainer.pt")
         # last comes last: killed in between, the run takes this epoch again, and finds both.
         for name in ("best", "last") if best else ("last",):
@@ -112,6 +109,27 @@ def save_checkpoint(
     for old in folder.glob("step-*"):
         if os.path.realpath(old) not in linked:
             shutil.rmtree(old)
+
+
+def save_weights(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
+    """Writes the folder ``path``: a checkpoint to predict with or to start from, not to resume.
+
+    Raises:
+        Failure: the disk is full or the folder cannot be written; nothing is left of it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            _write_model(temporary, state, meta)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"cannot write checkpoint {path}: {error}") from error
+
+
+def _write_model(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
+    folder.mkdir()
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    document = {"format": FORMAT, "version": VERSION, **asdict(meta)}
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
 
 
 def _point(link: Path, target: Path) -> None:
@@ -130,17 +148,25 @@ def find_checkpoint(path: Path | str, prefer: str = "best") -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    other = {"best": "last", "last": "best"}[prefer]
-    for candidate in (path, path / "checkpoints" / prefer, path / "checkpoints" / other):
-        if (candidate / "model.json").is_file():
-            return candidate
+    if (found := checkpoint_in(path, prefer)) is not None:
+        return found
     if path.is_file() and path.suffix in (".pt", ".pth", ".pkl", ".ckpt", ".bin"):
         raise UserError(
             f"{path} is a pickle, which can run code when loaded: refused; "
-            "expected a run folder, or a checkpoint folder with model.safetensors"
+            "expected a run folder or a checkpoint, which fastat convert makes of it"
         )
     what = "is not" if path.exists() else "does not exist: expected"
     raise UserError(f"{path} {what} a run folder or a checkpoint (no model.json in it)")
+
+
+def checkpoint_in(path: Path, prefer: str = "best") -> Path | None:
+    """The same, also by its weights' file; None when there is none of ours."""
+    other = {"best": "last", "last": "best"}[prefer]
+    folder = path.parent if path.name == "model.safetensors" else path
+    for candidate in (folder, path / "checkpoints" / prefer, path / "checkpoints" / other):
+        if (candidate / "model.json").is_file():
+            return candidate
+    return None
 
 
 def load_meta(checkpoint: Path) -> ModelMeta:
@@ -168,14 +194,30 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         Failure: the file is missing, damaged or of another shape.
     """
-    path = checkpoint / "model.safetensors"
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        model.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        path = checkpoint / "model.safetensors"
         raise Failure(f"{path} does not fit its model.json: {error}") from error
 
 
-def load_model(path: Path | str, device: str | torch.device = "cpu") -> tuple[nn.Module, ModelMeta]:
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint folder.
+
+    Raises:
+        Failure: the file is missing or damaged.
+    """
+    path = checkpoint / "model.safetensors"
+    try:
+        state: dict[str, Tensor] = load_file(path)
+        return state
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{path} is damaged: {error}") from error
+
+
+def load_model(
+    path: Path | str, device: str | torch.device = "cpu"
+) -> tuple[TaggingModel, ModelMeta]:
     """A run folder or checkpoint -> (model in evaluation mode, what goes with it).
 
     Raises:

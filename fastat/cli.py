@@ -1,14 +1,13 @@
 """The commands. A user's mistake is one line, exit code 2; a failure one line, exit code 1."""
 
 import json
-import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -52,13 +51,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     print(f"fastat: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def cache_folder() -> Path:
-    """Where the practice set is kept: FASTAT_CACHE, else the user's cache folder."""
-    if folder := os.environ.get("FASTAT_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
 
 
 # ------------------------------------------------------------------------------------- data
@@ -155,24 +147,11 @@ def pack(
         print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
 
 
-def practice_sets() -> tuple[Path, Path]:
-    """The practice set, made and packed in the cache folder unless it is there: (train, eval)."""
-    from fastat.data.demo import DEMO_VERSION, make_demo
-    from fastat.data.pack import pack as pack_set
-
-    folder = cache_folder() / f"practice-{DEMO_VERSION}"
-    raw, train, evaluation = folder / "made", folder / "train", folder / "eval"
-    make_demo(raw)
-    for table, out in (("train_segments.csv", train), ("eval_segments.csv", evaluation)):
-        pack_set(raw / table, out, audio=raw / "audio", labels=raw / "class_labels_indices.csv")
-    return train, evaluation
-
-
 # ------------------------------------------------------------------------------------- training
 @app.command()
 def train(
     proc: Annotated[str | None, typer.Option(help="A1, A2, A3 or A4.")] = None,
-    model: Annotated[str | None, typer.Option(help="cnn_trans.")] = None,
+    model: Annotated[str | None, typer.Option(help="As `fastat models` lists them.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Packed training set; without it, the practice set.")
     ] = None,
@@ -184,8 +163,15 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Maximum learning rate.")] = None,
     steps: Annotated[int | None, typer.Option(help="End after so many steps in all.")] = None,
+    stride: Annotated[
+        str | None, typer.Option(help="ast: distance of patches, FxT in mel bins and frames.")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="packed or dali.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="step, step2 or constant.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper (Table 1) or authors (the runs behind its numbers)."),
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="step, step2, constant or cyclic.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32.")] = None,
     no_balance: Annotated[
         bool, typer.Option("--no-balance", help="Draw every clip alike.")
@@ -195,6 +181,30 @@ def train(
     no_normalize: Annotated[
         bool, typer.Option("--no-normalize", help="Leave features as they are.")
     ] = False,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained/--no-pretrained",
+            help="Start from ImageNet weights; default: the procedure's.",
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this run's or checkpoint's weights instead.")
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Do not train parameters of this name, as 'layers.0.*'; repeatable."),
+    ] = None,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(help="Transformers: factor on the rate from a layer to the one before it."),
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time."
+        ),
+    ] = None,
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),
@@ -218,9 +228,12 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --eval packed/eval --out runs/a`
 
+    `fastat train --proc A4 --model cnn_trans --init runs/a --freeze 'talnet.*' --data packed/mine`
+
     `fastat train --resume --out runs/a`
     """
-    from fastat.config import TrainConfig, parse_settings, resolve, resumed
+    from fastat.config import parse_settings, parse_stride
+    from fastat.launch import configure
 
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -228,52 +241,31 @@ def train(
         "lr": lr,
         "steps": steps,
         "source": source,
+        "preset": preset,
+        "pretrained": pretrained,
+        "init": init,
+        "freeze": freeze,
+        "layer_decay": layer_decay,
+        "accumulate": accumulate,
         "schedule": schedule,
         "precision": precision,
         "compile": compile_,
         "max_bad": max_bad,
         "seed": seed,
-        "data": None if data is None else str(data.resolve()),
-        "eval": None if eval_ is None else str(eval_.resolve()),
+        "data": data,
+        "eval": eval_,
     }
     overrides = {k: v for k, v in given.items() if v is not None}
     overrides |= {"balance": False} if no_balance else {}
     overrides |= {"mixup": 0.0} if no_mixup else {}
     overrides |= {"time_mask": 0, "freq_mask": 0} if no_specaug else {}
     overrides |= {"normalize": False} if no_normalize else {}
-    overrides |= parse_settings(set_ or [])
-
-    if resume and out is None:
-        raise UserError("--resume needs --out, the run folder to go on in")
-    if out is not None and (out / "config.json").exists():
-        if not resume:
-            raise UserError(
-                f"{out} already holds a run: --resume goes on with it, another --out starts anew"
-            )
-        config = resumed(TrainConfig.load(out / "config.json"), proc, model, overrides)
-        notes: list[str] = []
-    else:
-        if proc is None or model is None:
-            raise UserError("a new run needs --proc (A1, A2, A3, A4) and --model")
-        _check_early(proc, model, overrides)
-        if "data" not in overrides:
-            if "eval" in overrides:
-                raise UserError("--eval without --data: say which set to train on")
-            train_set, eval_set = practice_sets()
-            overrides |= {"data": str(train_set.resolve()), "eval": str(eval_set.resolve())}
-        out = out or Path("runs") / f"{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-        import torch
-
-        from fastat.data.shards import SAMPLE_RATE, PackedSet
-
-        packed = PackedSet.open(overrides["data"])
-        clip_seconds = packed.clip_samples / SAMPLE_RATE
-        overrides.setdefault("compile", torch.cuda.is_available())
-        config, notes = resolve(
-            proc, model, overrides, num_clips=packed.num_clips, clip_seconds=clip_seconds
-        )
-        packed.close()
+    settings = parse_settings(set_ or [])
+    if stride is not None:
+        if model not in (None, "ast"):
+            raise UserError(f"--stride is for ast, got --model {model}")
+        settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
+    config, out, notes = configure(proc, model, overrides | settings, out, resume=resume)
 
     from fastat.signals import Interrupted
     from fastat.train import train as run_training
@@ -286,25 +278,6 @@ def train(
             file=sys.stderr,
         )
         raise typer.Exit(stop.exit_code) from stop
-
-
-def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
-    """Before any data is made or opened: the procedure, the model and the values exist."""
-    from fastat.config import resolve
-    from fastat.errors import nearest
-    from fastat.models import IMAGENET_MODELS, MODELS
-    from fastat.procedures import PROCEDURES
-
-    if proc not in PROCEDURES:
-        raise UserError(f"unknown procedure {proc!r}{nearest(proc, PROCEDURES)}")
-    if model not in MODELS:
-        raise UserError(f"unknown model {model!r}{nearest(model, MODELS)}")
-    if PROCEDURES[proc].pretrained and model not in IMAGENET_MODELS:
-        raise UserError(
-            f"{proc} starts from ImageNet weights, and none exist for {model} "
-            "(a dash in the paper's Table 2); use A2 or A4"
-        )
-    resolve(proc, model, {"data": ""} | overrides, num_clips=1_000_000, clip_seconds=10.0)
 
 
 @app.command("eval")
@@ -362,41 +335,181 @@ def predict(
 @app.command()
 def extract(
     files: Annotated[list[Path], typer.Argument(help="Audio files.")],
-    feature: Annotated[str, typer.Option(help="logmel64 or fbank128.")],
     out: Annotated[Path, typer.Option(help="Folder for the .npy files.")],
+    feature: Annotated[str | None, typer.Option(help="logmel64 or fbank128.")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option(help="Run folder or checkpoint whose embeddings to write.")
+    ] = None,
+    hop_seconds: Annotated[
+        float | None, typer.Option(help="Between the embeddings' windows; default: a window.")
+    ] = None,
 ) -> None:
-    """Write features of audio files as .npy, [T, F] float32, before normalisation.
+    """Write features or embeddings of audio files as .npy, float32.
 
-    Example: `fastat extract street.wav --feature logmel64 --out features`
+    Features are [T, F], before normalisation. An embedding is the vector before the classifier;
+    a file gets one for each window of the length that the model was trained on, [W, E].
+
+    Examples:
+
+    `fastat extract street.wav --feature logmel64 --out features`
+
+    `fastat extract street.wav --embedding runs/mine --out embeddings`
     """
-    from fastat.extract import extract_files
+    if (feature is None) == (embedding is None):
+        raise UserError("extract takes --feature NAME or --embedding RUN, one of the two")
+    if feature is not None:
+        if hop_seconds is not None:
+            raise UserError("--hop-seconds goes with --embedding; features have a hop of their own")
+        from fastat.extract import extract_files
 
-    extract_files(files, feature, out)
+        extract_files(files, feature, out)
+    elif embedding is not None:
+        from fastat.embed import embed_files
+
+        embed_files(files, embedding, out, hop_seconds)
 
 
 @app.command()
-def procs(json_: Json = False) -> None:
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Run, checkpoint, Hugging Face folder, .pth, .bin or .safetensors."),
+    ],
+    destination: Annotated[Path, typer.Argument(help="Folder (or timm trunk) to write.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="Class list (index, mid, display_name) or a packed set.")
+    ] = None,
+    feature: Annotated[
+        str | None, typer.Option(help="logmel64 or fbank128, where the weights fit both.")
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(min=0.1, max=3600, help="Of the source's clips; default: 10.")
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="ast or authors, for an AST whose names both use.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="model.KEY=value that no weight can say.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Convert other people's weights to a checkpoint, or a checkpoint to theirs.
+
+    From: Hugging Face AST, AST's .pth, and the .pth of the paper's authors (TALNet,
+    TransformerEncoder, ResNetAttention, ASTModel). To: a Hugging Face AST folder; of a ResNet,
+    timm's trunk. timm's DeiT and ResNet files are trunks: see `fastat train --init`.
+
+    Examples:
+
+    `fastat convert ast-finetuned-audioset-10-10-0.4593/ ast`
+
+    `fastat convert audioset_10_10_0.4593.pth ast --labels class_labels_indices.csv`
+
+    `fastat convert runs/mine mine-hugging-face`
+    """
+    from fastat.weights.convert import convert as convert_checkpoint
+    from fastat.weights.convert import print_summary
+
+    summary = convert_checkpoint(
+        source,
+        destination,
+        labels=labels,
+        feature=feature,
+        clip_seconds=clip_seconds,
+        statistics=statistics,
+        settings=set_,
+    )
+    print_summary(summary, as_json=json_)
+
+
+@app.command()
+def models(json_: Json = False) -> None:
+    """Show the models: parameters and operations a clip, beside the paper's Table 2.
+
+    Example: `fastat models --json`
+    """
+    from fastat.costs import NUM_CLASSES, model_rows
+
+    rows = model_rows()
+    if json_:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table(
+        title='Models of "AudioTagging Done Right", Table 2',
+        caption=f"{NUM_CLASSES} classes; GFLOP: 2 x MAC of a clip's forward pass; mAP: the paper's",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("model")
+    table.add_column("feature")
+    for head in ("parameters", "paper", "GFLOP", "ImageNet\nmAP", "scratch\nmAP"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        million = "-" if row.paper.million_params is None else f"{row.paper.million_params} M"
+        for i, cost in enumerate(row.costs):
+            table.add_row(
+                "" if i else row.name,
+                f"{cost.num_mels} x {cost.num_frames}",
+                f"{cost.params:,}",
+                "" if i else million,
+                f"{cost.gflop:.2f}",
+                *(
+                    f"{row.paper.mAP[proc]:.3f} {proc}" if proc in row.paper.mAP else "-"
+                    for proc in cost.procedures
+                ),
+            )
+    Console().print(table)
+
+
+@app.command()
+def procs(
+    preset: Annotated[
+        str, typer.Option(help="authors: also what the runs behind the paper's numbers changed.")
+    ] = "paper",
+    json_: Json = False,
+) -> None:
     """Show the four procedures of the paper's Table 1.
 
     Example: `fastat procs --json`
     """
-    from fastat.procedures import PROCEDURES
+    from fastat.procedures import AUTHORS, AUTHORS_OPTIONS, AUTHORS_RUNS, PRESETS, PROCEDURES
 
+    if preset not in PRESETS:
+        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if json_:
-        print(json.dumps({name: asdict(p) for name, p in PROCEDURES.items()}))
+        document: dict[str, Any] = {name: asdict(p) for name, p in PROCEDURES.items()}
+        if preset == "authors":
+            document["authors"] = {
+                "all": AUTHORS,
+                "model_options": AUTHORS_OPTIONS,
+                "runs": AUTHORS_RUNS,
+            }
+        print(json.dumps(document))
         return
     table = Table(title='Procedures of "AudioTagging Done Right", Table 1')
     table.add_column("")
     for name in PROCEDURES:
         table.add_column(name, justify="right")
     for key in asdict(next(iter(PROCEDURES.values()))):
-        if key != "name":
+        if key not in ("name", "preset"):
             cells = [getattr(p, key) for p in PROCEDURES.values()]
             shown = [
                 {True: "yes", False: "no"}[c] if isinstance(c, bool) else str(c) for c in cells
             ]
             table.add_row(key.replace("_", " "), *shown)
     Console().print(table)
+    if preset == "authors":
+        changed = Table("model", "procedure", "changed", title="--preset authors")
+        changed.add_row("all", "all", _values(AUTHORS))
+        for model, options in AUTHORS_OPTIONS.items():
+            changed.add_row(model, "all", _values(options))
+        for model, runs in AUTHORS_RUNS.items():
+            for name, values in runs.items():
+                changed.add_row(model, name, _values(values))
+        Console().print(changed)
+
+
+def _values(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def configure(
     _check_early(proc, model, overrides)
     initial: dict[str, Any] = {}
     if overrides.get("init") is not None:
-        from fastat.initial import initial_options
+        from fastat.weights.initial import initial_options
 
         initial = initial_options(Path(overrides["init"]), model)
     if "data" not in overrides:

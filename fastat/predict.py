@@ -120,7 +120,7 @@ class Tagger:
         windows: Windows,
         title: str | None = None,
     ) -> NDArray[np.float32]:
-        """[W, ...]: ``function`` of each window's features; ``title`` heads a long file's progress."""
+        """[W, ...]: ``function`` of each window's features, with progress over a long file."""
         num_samples = torch.from_numpy(windows.ends - windows.starts)
         out = []
         count = len(windows.starts)

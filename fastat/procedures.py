@@ -230,5 +230,5 @@ def small_set_lr(procedure: Procedure, model: str, batch: int, *, from_scratch: 
     theirs falls with the root of the batch, which keeps the noise of Adam's steps alike.
     """
     if from_scratch and model in NORMALISED_BY_LAYER and batch < procedure.batch:
-        return procedure.lr * (batch / procedure.batch) ** 0.5
+        return procedure.lr * math.sqrt(batch / procedure.batch)
     return procedure.lr

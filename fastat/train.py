@@ -209,7 +209,7 @@ class Trainer:
         """Loads the weights that the run starts from, if any; returns notes on them."""
         if self.config.init is None and not self.config.pretrained:
             return []
-        from fastat.initial import load_imagenet, load_initial  # only needed here
+        from fastat.weights.initial import load_imagenet, load_initial  # only needed here
 
         if self.config.init is not None:
             return load_initial(self.raw_model, self.meta, Path(self.config.init))

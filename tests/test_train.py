@@ -538,7 +538,7 @@ def test_weights_to_start_from_are_loaded_once(
     tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool
 ) -> None:
     loaded = []
-    stub = types.ModuleType("fastat.initial")
+    stub = types.ModuleType("fastat.weights.initial")
 
     def load_initial(model: nn.Module, meta: ModelMeta, path: Path) -> list[str]:
         loaded.append((meta.model, path))
@@ -549,7 +549,7 @@ def test_weights_to_start_from_are_loaded_once(
 
     stub.load_initial = load_initial  # type: ignore[attr-defined]
     stub.load_imagenet = lambda model, meta: load_initial(model, meta, Path("imagenet"))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastat.initial", stub)
+    monkeypatch.setitem(sys.modules, "fastat.weights.initial", stub)
     more: dict[str, Any] = {"pretrained": True} if pretrained else {"init": str(tmp_path / "old")}
     run = trainer(tiny_sets, tmp_path / "run", steps=1, **more)
     assert loaded == [("cnn_trans", Path("imagenet") if pretrained else tmp_path / "old")]
@@ -557,7 +557,8 @@ def test_weights_to_start_from_are_loaded_once(
     assert all((p == 0.01).all() for p in run.raw_model.parameters())
     run.run_epochs()
 
-    monkeypatch.setitem(sys.modules, "fastat.initial", None)  # its source need not exist any more
+    # its source need not exist any more
+    monkeypatch.setitem(sys.modules, "fastat.weights.initial", None)
     again = trainer(tiny_sets, tmp_path / "run", resume=True, **more)
     assert again.progress.step == 1
     assert weights_of(again.raw_model).keys() == weights_of(run.raw_model).keys()
@@ -568,7 +569,7 @@ def test_weights_to_start_from_are_loaded_once(
 def test_no_weights_are_asked_for_without_need(
     tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "fastat.initial", None)
+    monkeypatch.setitem(sys.modules, "fastat.weights.initial", None)
     trainer(tiny_sets, tmp_path / "run")
 
 

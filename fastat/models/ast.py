@@ -64,8 +64,8 @@ class Ast(TaggingModel):
         if not 1 <= num_layers <= 12:
             raise ValueError(f"num_layers must be in 1..12, got {num_layers}")
         for name, stride in (("fstride", fstride), ("tstride", tstride)):
-            if type(stride) is not int or not 1 <= stride <= PATCH:
-                raise ValueError(f"{name} must be an integer in 1..{PATCH}, got {stride!r}")
+            if not 1 <= stride <= PATCH:
+                raise ValueError(f"{name} must be in 1..{PATCH}, got {stride}")
         if num_mels < PATCH or num_frames < PATCH:
             raise ValueError(
                 f"a patch is {PATCH} x {PATCH}: the feature is smaller, "

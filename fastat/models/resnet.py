@@ -31,8 +31,6 @@ class ResNet50(FrameModel):
         import timm  # takes three seconds, which other models need not wait for
 
         super().__init__()
-        if num_mels < 1 or num_frames < 1:
-            raise ValueError(f"a feature needs mels and frames, got {num_mels} x {num_frames}")
         # torchvision's initialisation, as the authors': no zeros in the last BatchNorm of a block.
         self.trunk = timm.create_model(
             self.TRUNK, in_chans=1, num_classes=0, global_pool="", zero_init_last=False
@@ -46,7 +44,8 @@ class ResNet50(FrameModel):
         return x.mean(2).transpose(1, 2)
 
     def _blocks(self) -> Iterator[nn.Module]:
-        yield from (self.trunk.conv1, self.trunk.bn1, self.trunk.act1, self.trunk.maxpool)
+        # One block: its ReLU works in place, on a map that a block of its own would have to keep.
+        yield nn.Sequential(self.trunk.conv1, self.trunk.bn1, self.trunk.act1, self.trunk.maxpool)
         for stage in (self.trunk.layer1, self.trunk.layer2, self.trunk.layer3, self.trunk.layer4):
             yield from stage
 

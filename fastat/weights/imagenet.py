@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its client's
 from safetensors import SafetensorError
 from torch import Tensor
 

@@ -1,0 +1,207 @@
+"""The weights that a run starts from: a checkpoint of ours or another project's, or ImageNet's."""
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastat.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights
+from fastat.data.shards import ClassInfo
+from fastat.errors import UserError
+from fastat.models import MODELS
+from fastat.models.ast import NUM_SPECIAL, Ast, adapt_positions
+from fastat.weights.describe import describe
+from fastat.weights.foreign import Foreign, classes_of, read_foreign
+from fastat.weights.imagenet import imagenet_state, trunk_name
+from fastat.weights.translate import fit, translate
+
+OWN_CHOICE = ("dropout", "activation_checkpointing")
+"""Options that the weights leave to the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Weights under our names, and what is known of them."""
+
+    source: str
+    layout: str
+    model: str
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+    num_tensors: int
+    """Of theirs, the dropped ones included."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Their name -> why."""
+    theirs: Callable[[str], str] = str
+    """Our name -> theirs."""
+    classes: tuple[ClassInfo, ...] | None = None
+    grid: tuple[int, int] | None = None
+    """AST's patches along the mel and the time axis."""
+    trunk: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def initial_options(path: Path, model: str) -> dict[str, Any]:
+    """The model options that a checkpoint's weights need; for an ImageNet trunk at most its size.
+
+    Raises:
+        UserError: no checkpoint there, in no known layout, or of another model.
+        Failure: a damaged one.
+    """
+    start = _open(path)
+    _check_model(start, model)
+    return start.options
+
+
+def load_initial(model: nn.Module, meta: ModelMeta, path: Path) -> list[str]:
+    """Loads a checkpoint's weights into a fresh model; returns what there is to say about it.
+
+    The head is taken with the same list of classes, else it keeps its fresh weights. AST's
+    positions are adapted to another grid.
+
+    Args:
+        model: the model that ``meta`` describes.
+
+    Raises:
+        UserError: no checkpoint there, in no known layout, of another model, or of other shapes.
+        Failure: a damaged one.
+    """
+    return _load(model, meta, _open(path))
+
+
+def load_imagenet(model: nn.Module, meta: ModelMeta) -> list[str]:
+    """The same from ImageNet's weights, which timm has in its cache or gets from the hub.
+
+    Raises:
+        UserError: there are none for this model.
+        Failure: they cannot be had.
+    """
+    source = f"timm's {trunk_name(meta.model, meta.options)}"
+    translated = translate(imagenet_state(meta.model, meta.options), source)
+    return _load(model, meta, _from_foreign(Foreign(source=source, translated=translated)))
+
+
+def _open(path: Path) -> Start:
+    checkpoint = checkpoint_in(path)
+    return _from_foreign(read_foreign(path)) if checkpoint is None else _from_ours(checkpoint)
+
+
+def _from_ours(checkpoint: Path) -> Start:
+    meta = load_meta(checkpoint)
+    with torch.device("meta"):
+        model = meta.create()
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(MODELS[meta.model]).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    options = {k: v for k, v in (defaults | meta.options).items() if k not in OWN_CHOICE}
+    if "input_scale" in options:  # its default depends on the feature
+        options["input_scale"] = model.input_scale
+    state = read_weights(checkpoint)
+    return Start(
+        source=str(checkpoint),
+        layout="checkpoint",
+        model=meta.model,
+        options=options,
+        state=state,
+        num_tensors=len(state),
+        classes=meta.classes,
+        grid=model.grid if isinstance(model, Ast) else None,
+    )
+
+
+def _from_foreign(foreign: Foreign) -> Start:
+    described = describe(foreign)
+    translated = foreign.translated
+    return Start(
+        source=foreign.source,
+        layout=translated.layout.title,
+        model=translated.model,
+        options=described.options,
+        state=translated.state,
+        num_tensors=translated.num_tensors,
+        dropped=translated.dropped,
+        theirs=translated.layout.theirs,
+        classes=classes_of(foreign),
+        grid=described.grid,
+        trunk=translated.layout.trunk,
+        notes=translated.notes + described.notes,
+    )
+
+
+def _check_model(start: Start, model: str) -> None:
+    if start.model != model:
+        raise UserError(f"{start.source} is of model {start.model}, the run is of {model}")
+
+
+def _load(model: nn.Module, meta: ModelMeta, start: Start) -> list[str]:
+    _check_model(start, meta.model)
+    own = model.state_dict()
+    state, dropped, notes = dict(start.state), dict(start.dropped), list(start.notes)
+    anew: list[str] = []
+    if start.trunk:
+        for name in [n for n in state if _is_deeper(n, own)]:
+            del state[name]
+            dropped[start.theirs(name)] = "layers beyond the model's"
+        anew = [n for n in own if n.startswith("head")]
+    elif not _same_classes(start.classes, meta.classes):
+        for name in [n for n in state if n.startswith("head.")]:
+            del state[name]
+            dropped[start.theirs(name)] = "of other classes"
+        anew = [n for n in own if n.startswith("head.")]
+        theirs = "no class list" if start.classes is None else f"{len(start.classes)} classes"
+        notes.append(
+            f"the head is made anew: {start.source} has {theirs}, not this set's "
+            f"{len(meta.classes)}"
+        )
+    state |= {name: own[name] for name in anew}
+    if isinstance(model, Ast) and start.grid is not None and start.grid != model.grid:
+        state["pos_embed"] = _positions(start, model.grid)
+        notes.append(f"positions of {_by(start.grid)} patches adapted to {_by(model.grid)}")
+    model.load_state_dict(fit(state, model, start.source, start.theirs))
+    reasons = Counter(dropped.values())
+    account = [
+        f"{start.num_tensors - len(dropped)} tensors loaded",
+        *(f"{count} dropped ({why})" for why, count in reasons.items()),
+        *([f"{len(anew)} made anew ({', '.join(anew)})"] if anew else []),
+    ]
+    return [*notes, f"{start.source} ({start.layout}): {', '.join(account)}"]
+
+
+def _positions(start: Start, grid: tuple[int, int]) -> Tensor:
+    """The source's positional embeddings for another grid of patches."""
+    positions = start.state.get("pos_embed")
+    assert start.grid is not None
+    if positions is None or positions.ndim != 3:
+        raise UserError(f"{start.source}: lacks positions [1, tokens, width]")
+    if positions.shape[1] != NUM_SPECIAL + math.prod(start.grid):
+        raise UserError(
+            f"{start.source}: expected positions of {_by(start.grid)} patches, "
+            f"got {positions.shape[1] - NUM_SPECIAL}"
+        )
+    return adapt_positions(positions, start.grid, grid)
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"
+
+
+def _is_deeper(name: str, own: dict[str, Tensor]) -> bool:
+    """A layer of the trunk's that the model does not have at all."""
+    first, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return first == "layers" and not any(n.startswith(f"layers.{number}.") for n in own)
+
+
+def _same_classes(theirs: tuple[ClassInfo, ...] | None, ours: tuple[ClassInfo, ...]) -> bool:
+    """By id, in order. Hugging Face's ids are names."""
+    if theirs is None or len(theirs) != len(ours):
+        return False
+    return all(a.id == b.id or a.id == a.name == b.name for a, b in zip(theirs, ours, strict=True))

@@ -1,0 +1,181 @@
+"""Foreign state dicts under our names and back, with every tensor accounted for."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastat.errors import UserError
+from fastat.weights.layouts import LAYOUTS, QKV, Drop, Layout, Rule, renamed, sum_rgb
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translated:
+    """A checkpoint of theirs under our names."""
+
+    layout: Layout
+    model: str
+    state: dict[str, Tensor]
+    num_tensors: int
+    """Of theirs, the dropped ones included."""
+    dropped: dict[str, str]
+    """Their name -> why."""
+    notes: list[str] = field(default_factory=list)
+
+
+def translate(state: dict[str, Tensor], source: str) -> Translated:
+    """A foreign state dict under our names, in float32.
+
+    Args:
+        source: where it comes from, for messages.
+
+    Raises:
+        UserError: it fits no layout (says the nearest and what differs), or a tensor that is to be
+            dropped is not what it should be.
+    """
+    state = _unwrapped(state, source)
+    layout = nearest_layout(state, source)
+    ours: dict[str, Tensor] = {}
+    parts: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+    dropped: dict[str, str] = {}
+    notes: list[str] = []
+    for name, tensor in state.items():
+        found = layout.place(name)
+        assert found is not None  # or nearest_layout had complained
+        what, target = found
+        if isinstance(what, Drop):
+            _check_dropped(what, name, target, state, source)
+            dropped[name] = what.why
+        elif target in ours or what.part in parts.get(target, {}):
+            raise UserError(f"{source}: it is there under two names: {layout.theirs(target)}")
+        elif what.part is not None:
+            parts[target][what.part] = tensor
+        else:
+            ours[target] = tensor if what.change is None else what.change(tensor)
+            if what.change is sum_rgb and ours[target].shape != tensor.shape:
+                notes.append(f"{name}: the kernels of red, green and blue are summed")
+    for target, found_parts in parts.items():
+        shapes = [tuple(part.shape) for part in found_parts.values()]
+        if len(shapes) < QKV or len(set(shapes)) > 1 or () in shapes:
+            raise UserError(
+                f"{source}: expected {layout.theirs(target)}, all of one shape, "
+                f"got {len(shapes)} of {QKV}: {shapes}"
+            )
+        ours[target] = torch.cat([found_parts[i] for i in range(QKV)])
+    model = layout.model
+    if model == "resnet":
+        model = "resnet50" if "trunk.layer1.0.conv3.weight" in ours else "resnet34"
+    return Translated(
+        layout=layout,
+        model=model,
+        state=ours,
+        num_tensors=len(state),
+        dropped=dropped,
+        notes=notes,
+    )
+
+
+def _unwrapped(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """In float32, without wrappers' prefixes."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for wrapper in WRAPPERS:
+            name = name.removeprefix(wrapper)
+        if name in plain:
+            raise UserError(f"{source}: {name} is there with and without {' or '.join(WRAPPERS)}")
+        plain[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return plain
+
+
+def nearest_layout(state: dict[str, Tensor], source: str) -> Layout:
+    """The layout of a state dict, told from its names.
+
+    Raises:
+        UserError: none fits; says which is nearest, what it would have and what it would not.
+    """
+    known = {layout.title: {n for n in state if layout.place(n)} for layout in LAYOUTS}
+    layout = max(LAYOUTS, key=lambda layout: len(known[layout.title]))
+    if not known[layout.title]:
+        raise UserError(
+            f"{source} fits no known layout ({len(state)} tensors, {_few(list(state))}); "
+            f"known: {', '.join(known)}"
+        )
+    foreign = [name for name in state if name not in known[layout.title]]
+    lacking = [name for name in layout.marks if name not in state]
+    if foreign or lacking:
+        has = f"has {_few(foreign)}, which it does not know" if foreign else ""
+        lacks = f"lacks {_few(lacking)}" if lacking else ""
+        raise UserError(
+            f"{source} fits no known layout: the nearest is {layout.title}, but this "
+            f"{' and '.join(filter(None, (lacks, has)))}"
+        )
+    return layout
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _check_dropped(drop: Drop, name: str, twin: str, state: dict[str, Tensor], source: str) -> None:
+    if drop.copy_of is not None:
+        if twin not in state:
+            raise UserError(f"{source}: tensor {name} is there, but not {twin}, of which it copies")
+        if not torch.equal(state[name], state[twin]):
+            raise UserError(f"{source}: {name} should equal {twin}, but differs")
+    if drop.check is not None and (wrong := drop.check(state[name])):
+        raise UserError(f"{source}: {name} {wrong}")
+
+
+def to_theirs(state: dict[str, Tensor], rules: tuple[Rule, ...]) -> dict[str, Tensor]:
+    """Our tensors under their names; those without one are left out."""
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for rule in rules:
+            target = renamed(name, rule.ours, rule.theirs)
+            if target is not None:
+                piece = tensor if rule.part is None else tensor.chunk(QKV)[rule.part]
+                theirs[target] = piece.contiguous()
+    return theirs
+
+
+def fit(
+    state: dict[str, Tensor],
+    model: nn.Module,
+    source: str,
+    theirs: Callable[[str], str] = str,
+) -> dict[str, Tensor]:
+    """``state``, complete and in the model's order; a BatchNorm's batches may be uncounted.
+
+    Args:
+        model: may be on the meta device.
+        theirs: our name -> the source's, for messages.
+
+    Raises:
+        UserError: a tensor is missing, has no place in the model or another shape; names it.
+    """
+    own = model.state_dict()
+    if foreign := [theirs(name) for name in state if name not in own]:
+        raise UserError(f"{source}: the model has no place for {_few(foreign)}")
+    fitting: dict[str, Tensor] = {}
+    missing = []
+    for name, fresh in own.items():
+        if name in state:
+            if state[name].shape != fresh.shape:
+                raise UserError(
+                    f"{source}: expected {theirs(name)} of shape {tuple(fresh.shape)}, "
+                    f"got {tuple(state[name].shape)}"
+                )
+            fitting[name] = state[name]
+        elif name.endswith("num_batches_tracked"):
+            fitting[name] = torch.zeros_like(fresh, device="cpu")
+        else:
+            missing.append(theirs(name))
+    if missing:
+        raise UserError(f"{source}: lacks {_few(missing)}")
+    return fitting
