@@ -23,16 +23,16 @@ def no_practice_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def weights(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
-    """A stand-in for fastat.initial; what its initial_options was asked."""
+    """A stand-in for fastat.weights.initial; what its initial_options was asked."""
     asked = []
-    stub = types.ModuleType("fastat.initial")
+    stub = types.ModuleType("fastat.weights.initial")
 
     def initial_options(path: Path, model: str) -> dict[str, Any]:
         asked.append((path, model))
         return {"embedding": 96, "num_heads": 3}
 
     stub.initial_options = initial_options  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastat.initial", stub)
+    monkeypatch.setitem(sys.modules, "fastat.weights.initial", stub)
     return asked
 
 
