@@ -28,18 +28,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def put(cache: Path, name: str) -> dict[str, torch.Tensor]:
-    """Random weights of a timm model in a hub cache, as the hub's client lays it out."""
+def put(cache: Path, name: str, *, fresh: bool = False) -> dict[str, torch.Tensor]:
+    """Weights of a timm model in a hub cache, as the hub's client lays it out.
+
+    Args:
+        fresh: as initialised, so that they train; else random in every tensor.
+    """
     folder = cache / f"models--timm--{name}"
     snapshot = folder / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("a" * 40)
     model = timm.create_model(name.split(".")[0])
-    state = {
-        k: torch.randn_like(v) if v.is_floating_point() else v + 7
-        for k, v in model.state_dict().items()
-    }
+    state = model.state_dict()
+    if not fresh:
+        state = {
+            k: torch.randn_like(v) if v.is_floating_point() else v + 7 for k, v in state.items()
+        }
     save_file(state, snapshot / "model.safetensors")
     return state
 
