@@ -5,6 +5,7 @@ atomically, so either always names a whole checkpoint. Nothing read here can run
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -48,6 +49,19 @@ class ModelMeta:
     normalize: bool = True
     trained: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: procedure, epoch, step, mAP."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_seconds", "mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, float | int):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value) or (value <= 0 and name != "mean"):
+                raise ValueError(f"{name} must be finite and positive, got {value}")
+        for name in ("num_mels", "num_frames"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
+        if not isinstance(self.model, str) or not isinstance(self.options, dict):
+            raise TypeError(f"expected a model and its options, got {self.model}, {self.options}")
 
     @property
     def clip_samples(self) -> int:

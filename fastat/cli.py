@@ -438,8 +438,9 @@ def models(json_: Json = False) -> None:
         title='Models of "AudioTagging Done Right", Table 2',
         caption=f"{NUM_CLASSES} classes; GFLOP: 2 x MAC of a clip's forward pass; mAP: the paper's",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     table.add_column("feature")
     for head in ("parameters", "paper", "GFLOP", "ImageNet\nmAP", "scratch\nmAP"):
         table.add_column(head, justify="right")

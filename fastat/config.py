@@ -182,10 +182,18 @@ def resolve(
         values = ", ".join(f"{name} {_short(value)}" for name, value in changed.items())
         notes.append(f"preset {p.preset}: {values}")
     own_options = overrides.pop("model_options", {})
+    proc_options = model_options(model, p)
+    proc_or_initial = proc_options | (initial_options or {})
+    for name in sorted(proc_options.keys() - own_options.keys()):
+        if proc_or_initial[name] != proc_options[name]:
+            notes.append(
+                f"{name} {proc_or_initial[name]} of the weights to start from, "
+                f"not {proc}'s {proc_options[name]}"
+            )
     config = TrainConfig(
         proc=proc,
         model=model,
-        model_options=model_options(model, p) | (initial_options or {}) | own_options,
+        model_options=proc_or_initial | own_options,
         **(_sized(p, model, overrides, num_clips, notes) | overrides),
     )
     if config.accumulate > 1 and model in ATTENTION_MODELS:

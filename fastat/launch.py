@@ -10,6 +10,7 @@ from typing import Any
 
 from fastat.config import TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
+from fastat.features import FEATURES
 from fastat.procedures import PROCEDURES
 
 PATHS = ("data", "eval", "init")
@@ -30,7 +31,8 @@ def configure(
         UserError: options that are impossible, or that do not fit the run in ``out``.
     """
     paths = {k: overrides[k] for k in PATHS if overrides.get(k) is not None}
-    overrides = overrides | {k: str(Path(path).resolve()) for k, path in paths.items()}
+    # A link stays one: "best" of a run that goes on is another folder tomorrow.
+    overrides = overrides | {k: os.path.abspath(path) for k, path in paths.items()}
     if resume and out is None:
         raise UserError("--resume needs --out, the run folder to go on in")
     if out is not None and (out / "config.json").exists():
@@ -90,6 +92,20 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
             f"weights, and none exist for {model} (a dash in the paper's Table 2): A2 or A4, "
             "--no-pretrained, or --init CHECKPOINT train it"
         )
+    if "data" not in overrides:  # the practice set, whose sizes are known before it is made
+        import torch
+
+        from fastat.models import create_model
+
+        feature = FEATURES[config.feature]
+        with torch.device("meta"):
+            create_model(
+                model,
+                num_mels=feature.num_mels,
+                num_frames=feature.num_frames(10 * feature.sample_rate),
+                num_classes=1,
+                **config.model_options,
+            )
 
 
 # ------------------------------------------------------------------------------ the practice set

@@ -153,7 +153,6 @@ AUTHORS_RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "crnn": {"A2": {"batch": 100}, "A4": {"batch": 400, "lr": 1.6e-3}},
 }
 """What the runs behind the paper's numbers changed, from the authors' experiment folders."""
-AUTHORS_RUNS["resnet34"] = AUTHORS_RUNS["resnet50"]
 
 
 def procedure_of(name: str, model: str, preset: str = "paper") -> Procedure:

@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, nothing that carries code does."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -122,8 +123,26 @@ def test_weights_that_are_a_pickle_are_not_read(run: Path, tmp_path: Path) -> No
         lambda text: json.dumps({**json.loads(text), "version": 99}),
         lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "mean"}),
         lambda text: json.dumps({**json.loads(text), "classes": [[1]]}),
+        lambda text: json.dumps({**json.loads(text), "num_mels": "x"}),
+        lambda text: json.dumps({**json.loads(text), "options": None}),
+        lambda text: json.dumps({**json.loads(text), "model": [1]}),
+        lambda text: json.dumps({**json.loads(text), "mean": "x"}),
+        lambda text: json.dumps({**json.loads(text), "std": 0}),
+        lambda text: json.dumps({**json.loads(text), "clip_seconds": math.nan}),
     ],
-    ids=["cut", "a list", "newer", "a key is gone", "bad classes"],
+    ids=[
+        "cut",
+        "a list",
+        "newer",
+        "a key is gone",
+        "bad classes",
+        "bad mels",
+        "no options",
+        "bad model",
+        "bad mean",
+        "no spread",
+        "no length",
+    ],  # fmt: skip
 )
 def test_damaged_meta_is_a_failure(run: Path, damage: object) -> None:
     path = run / "checkpoints" / "last" / "model.json"

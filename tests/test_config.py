@@ -137,7 +137,6 @@ RESNET_128 = {"freq_mask": 48, "mixup": 0.5}  # a time mask of 192 is Table 1's
         ("resnet50", "A1", {"batch": 188, "lr": 1.6e-4} | RESNET_128),
         ("resnet50", "A2", {"batch": 128, "lr": 1e-4} | RESNET_128),
         ("resnet50", "A3", {"batch": 188, "lr": 1.6e-4}),
-        ("resnet34", "A4", {"batch": 512, "lr": 4.8e-4}),
         ("ast", "A3", {"mixup": 0.5}),
         ("ast", "A1", {}),
         ("cnn_trans", "A4", {"time_mask": 60}),

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastat.costs import count_parameters, forward_gflop
 from fastat.models import list_models
-from tests.conftest import fastat
+from tests.conftest import QUIET, fastat
 
 GFLOP = {
     "ast": (63.1, 261),
@@ -42,10 +42,12 @@ def test_models_as_json() -> None:
     assert set(rows["crnn"]["paper"]["mAP"]) == {"A2", "A4"}, "a dash is no number"
 
 
-def test_models_as_a_table() -> None:
+def test_models_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUIET, "COLUMNS", "80")
     text = fastat("models").stdout
     for want in ("12,097,662", "12.1 M", "8.96", "0.411 A4", "transformer"):
         assert want in text
+    assert "…" not in text
 
 
 def test_counts_of_a_layer() -> None:

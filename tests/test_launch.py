@@ -66,6 +66,29 @@ def test_mistakes_wait_for_no_data(
         configure(proc, model, overrides, None, resume=False)
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("ast", {"fstride": 100, "tstride": 100}, "fstride must be in 1..16, got 100"),
+        ("crnn", {"pooling": "median"}, "pooling must be one of"),
+        ("crnn", {"activation_checkpointing": "no"}, "activation_checkpointing must be of type"),
+    ],
+)
+def test_a_model_that_cannot_be_is_told_before_the_practice_set_is_made(
+    model: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        configure("A4", model, {"model_options": options}, None, resume=False)
+
+
+def test_a_link_to_start_from_stays_a_link(
+    tiny_sets: TinySets, weights: list[tuple[Path, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "best").symlink_to("step-1")
+    assert configured(tiny_sets, init=tmp_path / "best").init == str(tmp_path / "best")
+
+
 def test_every_way_out_of_missing_imagenet_weights(
     tiny_sets: TinySets, weights: list[tuple[Path, str]]
 ) -> None:
@@ -80,7 +103,7 @@ def test_what_the_weights_need_is_asked_of_them(
 ) -> None:
     mine = {"num_heads": 4}
     config = configured(tiny_sets, init="some/run", model_options=mine)
-    assert weights == [(Path("some/run").resolve(), "cnn_trans")]
+    assert weights == [(Path("some/run").absolute(), "cnn_trans")]
     assert config.model_options == {"dropout": 0.75, "embedding": 96, "num_heads": 4}
     configured(tiny_sets)
     assert len(weights) == 1

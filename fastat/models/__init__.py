@@ -58,12 +58,15 @@ def create_model(
             f"model {name}: num_mels, num_frames and num_classes must be >= 1, "
             f"got {num_mels}, {num_frames} and {num_classes}"
         )
-    known = inspect.signature(MODELS[name]).parameters
-    for option, value in options.items():
+    parameters = inspect.signature(MODELS[name]).parameters
+    known = {key: p.annotation for key, p in parameters.items()} | {
+        "activation_checkpointing": bool
+    }
+    given = options | {"activation_checkpointing": activation_checkpointing}
+    for option, value in given.items():
         if option not in known:
-            hint = nearest(option, [*known, "activation_checkpointing"])
-            raise UserError(f"model {name} has no option {option!r}{hint}")
-        kind = known[option].annotation
+            raise UserError(f"model {name} has no option {option!r}{nearest(option, known)}")
+        kind = known[option]
         if not _is_a(value, kind):
             kind_name = getattr(kind, "__name__", kind)
             raise UserError(f"model {name}: {option} must be of type {kind_name}, got {value!r}")

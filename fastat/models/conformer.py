@@ -144,6 +144,8 @@ class Conformer(TaggingModel):
     def embed(self, x: Tensor) -> Tensor:
         """[B, T, F] -> [B, E] float32: the mean over time."""
         B, T, M = x.shape
+        if T < STACKED_FRAMES:
+            raise ValueError(f"expected at least {STACKED_FRAMES} frames, got {T}")
         num_tokens = T // STACKED_FRAMES
         x = x[:, : num_tokens * STACKED_FRAMES].reshape(B, num_tokens, STACKED_FRAMES * M)
         return self.run(self.layers, self.stem(x)).float().mean(1)

@@ -88,24 +88,29 @@ class TalNet(nn.Module):
         return self.flatten(self.blocks(self.image(x)))
 
 
+def sinusoids(length: int, width: int) -> Tensor:
+    """[T, D]: sine in even columns, cosine in odd ones, wavelengths from 2 pi to 10000 * 2 pi."""
+    position = torch.arange(length).unsqueeze(1)  # [T, 1]
+    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    table = torch.zeros(length, width)
+    table[:, 0::2] = torch.sin(position * rate)
+    table[:, 1::2] = torch.cos(position * rate)[:, : width // 2]
+    return table
+
+
 class SinusoidalPositions(nn.Module):
-    """Fixed sine and cosine positions (Vaswani et al., 2017), computed for the length at hand."""
+    """Adds fixed sine and cosine positions (Vaswani et al., 2017), for any number of frames."""
 
     def __init__(self, width: int, max_len: int) -> None:
         super().__init__()
-        position = torch.arange(max_len).unsqueeze(1)  # [T, 1]
-        rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-        table = torch.zeros(max_len, width)
-        table[:, 0::2] = torch.sin(position * rate)
-        table[:, 1::2] = torch.cos(position * rate)[:, : width // 2]
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("table", sinusoids(max_len, width), persistent=False)
         self.table: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, D] -> x + positions, same shape."""
-        if x.shape[1] > len(self.table):
-            raise ValueError(f"at most {len(self.table)} frames have a position, got {x.shape[1]}")
-        return x + self.table[: x.shape[1]]
+        _, T, D = x.shape
+        table = self.table if T <= len(self.table) else sinusoids(T, D).to(x.device)
+        return x + table[:T]
 
 
 class EncoderLayer(nn.Module):

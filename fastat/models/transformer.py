@@ -61,6 +61,8 @@ class Transformer(FrameModel):
 
     def frames(self, x: Tensor) -> Tensor:
         """x: [B, T, F] float32 -> [B, T // 4, D]."""
+        if x.shape[1] < POOLED_FRAMES:
+            raise ValueError(f"expected at least {POOLED_FRAMES} frames, got {x.shape[1]}")
         x = self.positions(self.proj_norm(self.proj(x)) * self.scale)
         x = self.run(self.layers, x)  # [B, T, D]
         num_pooled = x.shape[1] // POOLED_FRAMES

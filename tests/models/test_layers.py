@@ -72,12 +72,12 @@ def test_positions_are_sines_and_cosines(width: int) -> None:
     torch.testing.assert_close(SinusoidalPositions(width, 500)(x), want, rtol=0, atol=1e-4)
 
 
-def test_positions_end_somewhere() -> None:
-    with pytest.raises(ValueError, match="at most 40 frames have a position, got 41"):
-        SinusoidalPositions(8, 40)(torch.zeros(1, 41, 8))
+def test_positions_go_on_beyond_the_table() -> None:
+    positions = SinusoidalPositions(6, 10)
+    x = torch.zeros(1, 25, 6)
+    torch.testing.assert_close(positions(x), SinusoidalPositions(6, 25)(x))
 
 
-# ---------------------------------------------------------------------------------------- pooling
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_is_finite_and_between_its_frames(pooling: str) -> None:
     prob, att = 60 * torch.randn(2, 3, 7, 11)  # saturates

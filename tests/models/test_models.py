@@ -265,6 +265,12 @@ def test_checkpointing_changes_nothing_but_memory(name: str, autocast: bool) -> 
 
 
 # ------------------------------------------------------------------------------------- bad options
+@pytest.mark.parametrize("name", ["transformer", "conformer", "ast"])
+def test_a_clip_of_too_few_frames(name: str) -> None:
+    with pytest.raises(ValueError, match="frames"):
+        small(name).eval()(torch.randn(1, 3, 64))
+
+
 ONE_OF_THE_POOLINGS = "pooling must be one of att, max, ave, lin, exp, sigatt, got 'median'"
 
 
