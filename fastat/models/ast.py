@@ -6,6 +6,7 @@ Right" (2022), Table 2: mAP 0.430 (A1), 0.274 (A2), 0.410 (A3), 0.268 (A4), and 
 classes; the paper's 87.9M count two ImageNet heads that the model does not use.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Ast(TaggingModel):
         fstride, tstride: distance of patches along the mel and the time axis, 1 to 16.
         size: "base384" (the paper), "base224", "small224" or "tiny224".
         num_layers: of the trunk's twelve.
+        norm_eps: of every LayerNorm; None: 1e-6 in the trunk, as timm, and 1e-5 in the head, as the
+            original AST.
     """
 
     cls_token: nn.Parameter
@@ -55,6 +58,7 @@ class Ast(TaggingModel):
         tstride: int = 10,
         size: str = "base384",
         num_layers: int = 12,
+        norm_eps: float | None = None,
     ) -> None:
         import timm  # takes three seconds, which other models need not wait for
 
@@ -66,13 +70,10 @@ class Ast(TaggingModel):
         for name, stride in (("fstride", fstride), ("tstride", tstride)):
             if not 1 <= stride <= PATCH:
                 raise ValueError(f"{name} must be in 1..{PATCH}, got {stride}")
-        if num_mels < PATCH or num_frames < PATCH:
-            raise ValueError(
-                f"a patch is {PATCH} x {PATCH}: the feature is smaller, "
-                f"{num_mels} mels x {num_frames} frames"
-            )
+        if norm_eps is not None and not 0 <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be finite and >= 0, got {norm_eps}")
         self.strides = (fstride, tstride)
-        self.grid = self.grid_of(num_mels, num_frames)
+        self.grid = patch_grid(num_mels, num_frames, fstride, tstride)
         trunk: Any = timm.create_model(TRUNKS[size], num_classes=0, depth=num_layers)
         width: int = trunk.embed_dim
         self.patch_embed = nn.Conv2d(1, width, PATCH, stride=self.strides)
@@ -88,17 +89,20 @@ class Ast(TaggingModel):
         for weight in (self.pos_embed, self.patch_embed.weight, self.head.weight):
             nn.init.trunc_normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-
-    def grid_of(self, num_mels: int, num_frames: int) -> tuple[int, int]:
-        """Patches along the mel and the time axis."""
-        f, t = self.strides
-        return (num_mels - PATCH) // f + 1, (num_frames - PATCH) // t + 1
+        if norm_eps is not None:
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = norm_eps
 
     def embed(self, x: Tensor) -> Tensor:
-        """[B, T, F] -> [B, E] float32: the mean of both special tokens, normalised."""
+        """[B, T, F] -> [B, E] float32: the mean of both special tokens, normalised.
+
+        Raises:
+            ValueError: the map is smaller than a patch.
+        """
         B, T, M = x.shape
         pos: Tensor = self.pos_embed
-        if (grid := self.grid_of(M, T)) != self.grid:
+        if (grid := patch_grid(M, T, *self.strides)) != self.grid:
             pos = adapt_positions(pos, self.grid, grid)
         x = self.patch_embed(one_channel_image(x.transpose(1, 2)))  # [B, D, f, t]
         special = torch.cat([self.cls_token, self.dist_token], 1).expand(B, -1, -1)
@@ -111,6 +115,20 @@ class Ast(TaggingModel):
         """x: [B, T, F] float32 -> [B, K] float32 logits."""
         logits: Tensor = self.head(self.embed(x))
         return logits.float()
+
+
+def patch_grid(num_mels: int, num_frames: int, fstride: int, tstride: int) -> tuple[int, int]:
+    """Patches along the mel and the time axis.
+
+    Raises:
+        ValueError: the feature map is smaller than a patch.
+    """
+    if num_mels < PATCH or num_frames < PATCH:
+        raise ValueError(
+            f"a patch is {PATCH} x {PATCH}: the feature is smaller, "
+            f"{num_mels} mels x {num_frames} frames"
+        )
+    return (num_mels - PATCH) // fstride + 1, (num_frames - PATCH) // tstride + 1
 
 
 def adapt_positions(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -5,7 +5,6 @@ was loaded, dropped and assumed is in the summary.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from fastat.weights.foreign import (
     PREPROCESSOR,
     Foreign,
     classes_of,
+    flag,
     label_names,
+    number,
     own_entry,
     read_foreign,
 )
@@ -45,23 +46,20 @@ class Summary:
     destination: str
     layout: str
     """Of the source, or of the destination when the source is ours."""
-    model: str
-    options: dict[str, Any]
-    feature: str
-    num_mels: int
-    num_frames: int
-    clip_seconds: float
-    mean: float
-    std: float
-    remove_mean: bool
-    num_classes: int
+    meta: ModelMeta
     loaded: int
     """Tensors of the source, counted in its own names."""
-    dropped: dict[str, str]
+    dropped: dict[str, str] = field(default_factory=dict)
     """Tensor of the source -> why."""
-    missing: list[str]
+    missing: list[str] = field(default_factory=list)
     """Tensors that the source may lack, and did."""
     notes: list[str] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        """Flat, for --json: the model's fields too, of its classes the number."""
+        own, model = asdict(self), asdict(self.meta)
+        del own["meta"], model["trained"]
+        return own | model | {"num_classes": len(model.pop("classes"))}
 
 
 def convert(
@@ -123,11 +121,11 @@ def _export(source: Path, checkpoint: Path, destination: Path) -> Summary:
     else:
         layout = HF_AST
         notes = save_hugging_face(destination, state, meta)
-    return _summary(
-        str(source),
-        destination,
-        layout.title,
-        meta,
+    return Summary(
+        source=str(source),
+        destination=str(destination),
+        layout=layout.title,
+        meta=meta,
         loaded=len(state) - len(dropped),
         dropped=dropped,
         notes=notes,
@@ -172,11 +170,11 @@ def _import(
         model = meta.create()
     state = fit(translated.state, model, source, layout.theirs)
     save_weights(destination, state, meta)
-    return _summary(
-        source,
-        destination,
-        layout.title,
-        meta,
+    return Summary(
+        source=source,
+        destination=str(destination),
+        layout=layout.title,
+        meta=meta,
         loaded=translated.num_tensors - len(translated.dropped),
         dropped=translated.dropped,
         missing=[layout.theirs(name) for name in state if name not in translated.state],
@@ -224,63 +222,37 @@ def _statistics(foreign: Foreign, feature: str, choice: str | None) -> dict[str,
     spec = FEATURES[feature]
     values: dict[str, Any] = {"mean": spec.mean, "std": spec.std, "remove_mean": True}
     like_ast = foreign.translated.layout in (AST, HF_AST) and feature == AST_FEATURE
-    if choice == "ast" or (choice is None and like_ast):
+    if choice is None and (kept := own_entry(foreign.config)):
+        where = f"{foreign.source}/{CONFIG}"
+        values = {name: number(kept, name, where) for name in ("mean", "std")}
+        values |= {name: flag(kept, name, where, True) for name in ("remove_mean", "normalize")}
+    elif choice == "ast" or (choice is None and like_ast):
         values = {"mean": AST_MEAN, "std": AST_STD, "remove_mean": False}
-        if choice is None and foreign.preprocessor is not None:
-            found = values | foreign.preprocessor  # transformers' defaults are AST's values
-            values |= {name: _number(foreign, name, found) for name in ("mean", "std")}
-            values["normalize"] = bool(found.get("do_normalize", True))
-    elif choice is None and (kept := own_entry(foreign.config)):
-        values = {"mean": _number(foreign, "mean", kept), "std": _number(foreign, "std", kept)}
-        values |= {name: bool(kept.get(name, True)) for name in ("remove_mean", "normalize")}
+    if choice is None and foreign.preprocessor is not None:
+        where = f"{foreign.source}/{PREPROCESSOR}"
+        # Where it leaves one out, transformers' default: AST's values.
+        for name, default in (("mean", AST_MEAN), ("std", AST_STD)):
+            values[name] = number(foreign.preprocessor, name, where, default)
+        values["normalize"] = flag(foreign.preprocessor, "do_normalize", where, True)
     if not values["std"] > 0:
-        raise UserError(f"{foreign.source}/{PREPROCESSOR}: std must be > 0, got {values['std']}")
+        raise UserError(f"{foreign.source}: std must be > 0, got {values['std']:g}")
     return values
 
 
-def _number(foreign: Foreign, name: str, document: dict[str, Any]) -> float:
-    value = document.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{foreign.source}: expected a number as {name}, got {value!r}")
-    return float(value)
-
-
 # ------------------------------------------------------------------------------------------ summary
-def _summary(
-    source: str, destination: Path, layout: str, meta: ModelMeta, *, loaded: int, **more: Any
-) -> Summary:
-    return Summary(
-        source=source,
-        destination=str(destination),
-        layout=layout,
-        model=meta.model,
-        options=meta.options,
-        feature=meta.feature,
-        num_mels=meta.num_mels,
-        num_frames=meta.num_frames,
-        clip_seconds=meta.clip_seconds,
-        mean=meta.mean,
-        std=meta.std,
-        remove_mean=meta.remove_mean,
-        num_classes=len(meta.classes),
-        loaded=loaded,
-        **{"dropped": {}, "missing": []} | more,
-    )
-
-
 def print_summary(summary: Summary, *, as_json: bool) -> None:
     """The summary on standard output."""
-    s = summary
+    s, m = summary, summary.meta
     if as_json:
-        print(json.dumps(asdict(s)))
+        print(json.dumps(s.document()))
         return
-    options = ", ".join(f"{k} {v}" for k, v in s.options.items())
-    removed = "each clip's mean removed first" if s.remove_mean else "no clip's mean removed"
+    options = ", ".join(f"{k} {v}" for k, v in m.options.items())
+    removed = "each clip's mean removed first" if m.remove_mean else "no clip's mean removed"
     print(f"{s.source} -> {s.destination}")
     print(f"layout      {s.layout}")
-    print(f"model       {s.model}{f' ({options})' if options else ''}, {s.num_classes} classes")
-    print(f"feature     {s.feature}, {s.num_mels} x {s.num_frames}, clips of {s.clip_seconds:g} s")
-    print(f"statistics  mean {s.mean:.8g}, std {s.std:.8g}, {removed}")
+    print(f"model       {m.model}{f' ({options})' if options else ''}, {len(m.classes)} classes")
+    print(f"feature     {m.feature}, {m.num_mels} x {m.num_frames}, clips of {m.clip_seconds:g} s")
+    print(f"statistics  mean {m.mean:.8g}, std {m.std:.8g}, {removed}")
     print(f"loaded      {s.loaded} tensors")
     for what, names in _grouped(s.dropped).items():
         print(f"dropped     {len(names)}, {what}: {_ends(names)}")

@@ -10,15 +10,34 @@ from typing import Any
 
 from fastat.errors import UserError
 from fastat.features import FEATURES
-from fastat.models.ast import NUM_SPECIAL, PATCH
+from fastat.models.ast import NUM_SPECIAL, PATCH, patch_grid
 from fastat.procedures import AUTHORS_OPTIONS
-from fastat.weights.foreign import CONFIG, HEAD_WIDTH, HF_MODEL, Foreign, own_entry
+from fastat.weights.foreign import (
+    CONFIG,
+    HEAD_WIDTH,
+    HF_MODEL,
+    PREPROCESSOR,
+    Foreign,
+    number,
+    own_entry,
+)
+from fastat.weights.layouts import HF_AST
 
 CLIP_SECONDS = 10.0
 AST_SIZES = {192: "tiny224", 384: "small224", 768: "base384"}
 """Our size by width; base224 has base384's shapes."""
 AST_STRIDES = range(4, 17)
 """Strides that are tried where only the number of patches is known."""
+
+HF_NORM_EPS = 1e-12
+"""transformers' default of layer_norm_eps, of every LayerNorm."""
+OUR_NORM_EPS = 1e-6
+"""What we write as layer_norm_eps for an AST of ours without norm_eps."""
+MAX_NORM_EPS = 0.1
+MAX_FRAMES = 2**20
+"""Three hours of fbank128."""
+EXTRACTOR, EXTRACTOR_FEATURE = "ASTFeatureExtractor", "fbank128"
+"""transformers' one for AST, and what it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +68,8 @@ def describe(
     settings = settings or {}
     if feature is not None and feature not in FEATURES:
         raise UserError(f"feature must be one of {', '.join(FEATURES)}, got {feature!r}")
+    if clip_seconds is not None and not 0 < clip_seconds < math.inf:
+        raise UserError(f"clip-seconds must be finite and > 0, got {clip_seconds}")
     model = foreign.translated.model
     if model == "ast":
         return _describe_ast(foreign, feature, settings, clip_seconds)
@@ -118,11 +139,6 @@ def _feature_of(num_mels: int, given: str | None, source: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- AST
-def patch_grid(num_mels: int, num_frames: int, fstride: int, tstride: int) -> tuple[int, int]:
-    """AST's patches along the mel and the time axis."""
-    return (num_mels - PATCH) // fstride + 1, (num_frames - PATCH) // tstride + 1
-
-
 def _describe_ast(
     foreign: Foreign, feature: str | None, settings: dict[str, Any], clip_seconds: float | None
 ) -> Described:
@@ -141,15 +157,18 @@ def _describe_ast(
         return Described(
             options=options | settings, feature=None, num_frames=None, grid=(side, side)
         )
+    notes = []
     if foreign.config is not None:
-        feature, num_frames, strides = _from_config(foreign, feature, width)
-        clip_seconds = _clip_seconds(foreign, feature, num_frames, clip_seconds)
-        options |= strides | settings
+        feature, num_frames, found = _from_config(foreign, feature, width)
     else:
         clip_seconds = clip_seconds or CLIP_SECONDS
-        feature, strides = _search(foreign.source, num_patches, feature, settings, clip_seconds)
+        feature, found = _search(foreign.source, num_patches, feature, settings, clip_seconds)
         num_frames = _frames(feature, clip_seconds)
-        options |= strides | settings
+        if foreign.translated.layout is HF_AST:
+            found["norm_eps"] = HF_NORM_EPS
+            notes.append(f"no {CONFIG}: layer_norm_eps is taken to be {HF_NORM_EPS:g}")
+    options |= found | settings
+    _check_strides(options)
     grid = patch_grid(
         FEATURES[feature].num_mels, num_frames, options["fstride"], options["tstride"]
     )
@@ -159,13 +178,25 @@ def _describe_ast(
             f"{options['fstride']}x{options['tstride']} has {math.prod(grid)} patches, "
             f"its positions are of {num_patches}"
         )
+    if foreign.config is not None:  # now that its max_length is known to be a possible one
+        clip_seconds = _clip_seconds(foreign, feature, num_frames, clip_seconds)
+        _check_preprocessor(foreign, feature, num_frames)
+    assert clip_seconds is not None
     return Described(
         options=options,
         feature=feature,
         num_frames=num_frames,
         clip_seconds=clip_seconds,
         grid=grid,
+        notes=notes,
     )
+
+
+def _check_strides(options: dict[str, Any]) -> None:
+    for name in ("fstride", "tstride"):
+        value = options.get(name, 1)
+        if type(value) is not int or not 1 <= value <= PATCH:
+            raise UserError(f"--set model.{name} takes an integer in 1..{PATCH}, got {value!r}")
 
 
 def _search(
@@ -174,13 +205,15 @@ def _search(
     feature: str | None,
     settings: dict[str, Any],
     clip_seconds: float,
-) -> tuple[str, dict[str, int]]:
+) -> tuple[str, dict[str, Any]]:
     """The feature and the strides that give so many patches."""
 
     def candidates() -> Iterator[tuple[str, int, int]]:
         given = [settings.get(name) for name in ("fstride", "tstride")]
         for name in FEATURES if feature is None else (feature,):
             frames = _frames(name, clip_seconds)
+            if frames < PATCH:
+                continue
             for f in AST_STRIDES if given[0] is None else (given[0],):
                 for t in AST_STRIDES if given[1] is None else (given[1],):
                     if (f == t or given != [None, None]) and math.prod(
@@ -188,10 +221,7 @@ def _search(
                     ) == num_patches:
                         yield name, f, t
 
-    for name in ("fstride", "tstride"):
-        value = settings.get(name, 1)
-        if type(value) is not int or not 1 <= value <= PATCH:
-            raise UserError(f"--set model.{name} takes an integer in 1..{PATCH}, got {value!r}")
+    _check_strides(settings)
     found = list(candidates())
     if len(found) != 1:
         what = ", ".join(f"{name} {f}x{t}" for name, f, t in found) or "no feature and stride"
@@ -205,8 +235,8 @@ def _search(
 
 def _from_config(
     foreign: Foreign, feature: str | None, width: int
-) -> tuple[str, int, dict[str, int]]:
-    """Feature, frames and strides by a Hugging Face config.json."""
+) -> tuple[str, int, dict[str, Any]]:
+    """Feature, frames and options by a Hugging Face config.json."""
     config, source = foreign.config, f"{foreign.source}/{CONFIG}"
     assert config is not None
     expected = {
@@ -226,18 +256,52 @@ def _from_config(
         numbers[key] = config.get(key, default)  # transformers' own default where it is left out
         if type(numbers[key]) is not int or numbers[key] < 1:
             raise UserError(f"{source}: expected a whole number as {key}, got {numbers[key]!r}")
-    strides = {"fstride": numbers["frequency_stride"], "tstride": numbers["time_stride"]}
-    if max(strides.values()) > PATCH:
-        raise UserError(f"{source}: expected strides in 1..{PATCH}, got {strides}")
+    options: dict[str, Any] = {
+        "fstride": numbers["frequency_stride"], "tstride": numbers["time_stride"]
+    }  # fmt: skip
+    if max(options.values()) > PATCH:
+        raise UserError(f"{source}: expected strides in 1..{PATCH}, got {options}")
+    if not PATCH <= numbers["max_length"] <= MAX_FRAMES:
+        raise UserError(
+            f"{source}: expected max_length in {PATCH}..{MAX_FRAMES}, got {numbers['max_length']}"
+        )
+    norm_eps = number(config, "layer_norm_eps", source, HF_NORM_EPS)
+    if not 0 <= norm_eps < MAX_NORM_EPS:
+        raise UserError(
+            f"{source}: expected layer_norm_eps in 0..{MAX_NORM_EPS} (exclusive), got {norm_eps:g}"
+        )
+    own = own_entry(config)
+    if norm_eps != OUR_NORM_EPS or own.get("norm_eps", norm_eps) is not None:
+        options["norm_eps"] = norm_eps
     feature = _feature_of(numbers["num_mel_bins"], feature, foreign.source)
-    return feature, numbers["max_length"], strides
+    return feature, numbers["max_length"], options
+
+
+def _check_preprocessor(foreign: Foreign, feature: str, num_frames: int) -> None:
+    """It computes this feature."""
+    if foreign.preprocessor is None:
+        return
+    expected = {
+        "feature_extractor_type": EXTRACTOR,
+        "sampling_rate": FEATURES[feature].sample_rate,
+        "num_mel_bins": FEATURES[feature].num_mels,
+        "max_length": num_frames,
+    }
+    source = f"{foreign.source}/{PREPROCESSOR}"
+    for key, value in expected.items():
+        if (got := foreign.preprocessor.get(key, value)) != value:
+            raise UserError(f"{source}: expected {key} {value!r}, got {got!r}")
+    if feature != EXTRACTOR_FEATURE:
+        raise UserError(f"{source}: {EXTRACTOR} computes no {feature}, only {EXTRACTOR_FEATURE}")
 
 
 def _clip_seconds(foreign: Foreign, feature: str, num_frames: int, given: float | None) -> float:
     """The user's, ours, or the longest in whole seconds where possible, with so many frames."""
-    kept = own_entry(foreign.config).get("clip_seconds")
-    if given is None and isinstance(kept, float):
-        given = kept
+    own, source = own_entry(foreign.config), f"{foreign.source}/{CONFIG}"
+    if given is None and "clip_seconds" in own:
+        given = number(own, "clip_seconds", source)
+        if given <= 0:
+            raise UserError(f"{source}: expected clip_seconds > 0, got {given:g}")
     spec = FEATURES[feature]
     exact = num_frames * spec.hop_samples / spec.sample_rate
     whole = range(math.floor(exact), 0, -1)
@@ -245,4 +309,4 @@ def _clip_seconds(foreign: Foreign, feature: str, num_frames: int, given: float 
         if _frames(feature, seconds) == num_frames:
             return float(seconds)
     clip = "no clip" if given is None else f"no clip of {given:g} s"
-    raise UserError(f"{foreign.source}/{CONFIG}: {clip} has max_length {num_frames} of {feature}")
+    raise UserError(f"{source}: {clip} has max_length {num_frames} of {feature}")

@@ -13,13 +13,12 @@ from fastat.checkpoint import ModelMeta
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.models.ast import PATCH
+from fastat.weights.describe import EXTRACTOR, EXTRACTOR_FEATURE, OUR_NORM_EPS
 from fastat.weights.foreign import CONFIG, HEAD_WIDTH, HF_MODEL, HF_WEIGHTS, OURS, PREPROCESSOR
 from fastat.weights.layouts import HF_RULES, RESNET_TRUNK
 from fastat.weights.translate import to_theirs
 
 TRUNK_SUFFIX = ".safetensors"
-EXTRACTOR_FEATURE = "fbank128"
-"""The one feature that ASTFeatureExtractor computes."""
 
 
 def save_hugging_face(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -> list[str]:
@@ -45,6 +44,11 @@ def save_hugging_face(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -
         )
     if len({c.name for c in meta.classes}) < len(meta.classes):
         notes.append("two classes share a name: id2label holds ids")
+    if meta.options.get("norm_eps") is None:
+        notes.append(
+            f"transformers has one epsilon for every LayerNorm: {OUR_NORM_EPS:g} also in the head, "
+            "where it is 1e-5 here"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder) as temporary:
@@ -62,6 +66,7 @@ def save_hugging_face(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -
 def _config(state: dict[str, Tensor], meta: ModelMeta) -> dict[str, Any]:
     width = state["head_norm.weight"].numel()
     names = [c.name for c in meta.classes]
+    norm_eps = meta.options.get("norm_eps")
     labels = names if len(set(names)) == len(names) else [c.id for c in meta.classes]
     return {
         "architectures": ["ASTForAudioClassification"],
@@ -73,7 +78,7 @@ def _config(state: dict[str, Tensor], meta: ModelMeta) -> dict[str, Any]:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": OUR_NORM_EPS if norm_eps is None else norm_eps,
         "patch_size": PATCH,
         "qkv_bias": True,
         "frequency_stride": meta.options.get("fstride", 10),
@@ -90,6 +95,7 @@ def _config(state: dict[str, Tensor], meta: ModelMeta) -> dict[str, Any]:
             "std": meta.std,
             "remove_mean": meta.remove_mean,
             "normalize": meta.normalize,
+            "norm_eps": norm_eps,
             "classes": meta.classes,
         },
     }
@@ -97,7 +103,7 @@ def _config(state: dict[str, Tensor], meta: ModelMeta) -> dict[str, Any]:
 
 def _preprocessor(meta: ModelMeta) -> dict[str, Any]:
     return {
-        "feature_extractor_type": "ASTFeatureExtractor",
+        "feature_extractor_type": EXTRACTOR,
         "feature_size": 1,
         "sampling_rate": FEATURES[meta.feature].sample_rate,
         "num_mel_bins": meta.num_mels,

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,19 @@ def label_names(foreign: Foreign) -> list[str] | None:
     """The class names of a Hugging Face config.json; None when it has none.
 
     Raises:
-        UserError: numbers left out.
+        UserError: numbers left out, or a name that is no string.
     """
     labels = None if foreign.config is None else foreign.config.get("id2label")
     if not labels:
         return None
     if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
         raise UserError(f"{foreign.source}/{CONFIG}: expected id2label with the keys 0, 1, ...")
-    names = [str(labels[str(i)]) for i in range(len(labels))]
+    names = [labels[str(i)] for i in range(len(labels))]
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise UserError(
+                f"{foreign.source}/{CONFIG}: expected a name as id2label {i}, got {name!r}"
+            )
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):  # transformers' own filling
         return None
     return names
@@ -153,10 +159,38 @@ def classes_of(foreign: Foreign) -> tuple[ClassInfo, ...] | None:
             f"{foreign.source}/{CONFIG}: class {twice!r} is there twice: --labels gives ids"
         )
     kept = own_entry(foreign.config).get("classes")
-    if isinstance(kept, list) and all(isinstance(c, list) and len(c) == 2 for c in kept):
+    if isinstance(kept, list) and all(
+        isinstance(c, list) and [type(part) for part in c] == [str, str] for c in kept
+    ):
         if names in ([c[1] for c in kept], [c[0] for c in kept]):  # no head fine-tuned since
-            return tuple(ClassInfo(str(c[0]), str(c[1])) for c in kept)
+            return tuple(ClassInfo(*c) for c in kept)
     return tuple(ClassInfo(name, name) for name in names)
+
+
+def number(document: dict[str, Any], name: str, source: str, default: float | None = None) -> float:
+    """A finite number of a JSON document.
+
+    Raises:
+        UserError: it is none, or is missing and has no default.
+    """
+    value: Any = document.get(name, default)
+    # Not math.isfinite, which a whole number of 400 digits overflows.
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (plain and abs(value) <= sys.float_info.max):
+        raise UserError(f"{source}: expected a finite number as {name}, got {value!r}")
+    return float(value)
+
+
+def flag(document: dict[str, Any], name: str, source: str, default: bool) -> bool:
+    """True or false in a JSON document.
+
+    Raises:
+        UserError: it is neither.
+    """
+    value = document.get(name, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{source}: expected true or false as {name}, got {value!r}")
+    return value
 
 
 def own_entry(config: dict[str, Any] | None) -> dict[str, Any]:
@@ -168,7 +202,7 @@ def own_entry(config: dict[str, Any] | None) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON: {error}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(document).__name__}")

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Start:
     """Their name -> why."""
     theirs: Callable[[str], str] = str
     """Our name -> theirs."""
+    feature: str | None = None
+    """That it was trained on; None: not known, or images."""
     classes: tuple[ClassInfo, ...] | None = None
     grid: tuple[int, int] | None = None
     """AST's patches along the mel and the time axis."""
@@ -62,8 +64,9 @@ def initial_options(path: Path, model: str) -> dict[str, Any]:
 def load_initial(model: nn.Module, meta: ModelMeta, path: Path) -> list[str]:
     """Loads a checkpoint's weights into a fresh model; returns what there is to say about it.
 
-    The head is taken with the same list of classes, else it keeps its fresh weights. AST's
-    positions are adapted to another grid.
+    The head is taken with the same set of classes, its rows in the order of the run's; else it
+    keeps its fresh weights. AST's positions are adapted to another grid. Features are normalised
+    with the run's own statistics, not the source's.
 
     Args:
         model: the model that ``meta`` describes.
@@ -112,6 +115,7 @@ def _from_ours(checkpoint: Path) -> Start:
         options=options,
         state=state,
         num_tensors=len(state),
+        feature=meta.feature,
         classes=meta.classes,
         grid=model.grid if isinstance(model, Ast) else None,
     )
@@ -129,6 +133,7 @@ def _from_foreign(foreign: Foreign) -> Start:
         num_tensors=translated.num_tensors,
         dropped=translated.dropped,
         theirs=translated.layout.theirs,
+        feature=described.feature,
         classes=classes_of(foreign),
         grid=described.grid,
         trunk=translated.layout.trunk,
@@ -151,16 +156,22 @@ def _load(model: nn.Module, meta: ModelMeta, start: Start) -> list[str]:
             del state[name]
             dropped[start.theirs(name)] = "layers beyond the model's"
         anew = [n for n in own if n.startswith("head")]
-    elif not _same_classes(start.classes, meta.classes):
+    elif (rows := _rows(start.classes or (), meta.classes)) is not None:
+        if rows != sorted(rows):
+            state |= {n: _ordered(t, rows) for n, t in state.items() if n.startswith("head.")}
+            notes.append("the head's rows are put into the order of this set's classes")
+    else:
         for name in [n for n in state if n.startswith("head.")]:
             del state[name]
             dropped[start.theirs(name)] = "of other classes"
         anew = [n for n in own if n.startswith("head.")]
-        theirs = "no class list" if start.classes is None else f"{len(start.classes)} classes"
-        notes.append(
-            f"the head is made anew: {start.source} has {theirs}, not this set's "
-            f"{len(meta.classes)}"
-        )
+        theirs = "no class list"
+        if start.classes is not None:
+            shared = len(_matches(start.classes, meta.classes))
+            theirs = f"{len(start.classes)} classes, {shared} of this set's {len(meta.classes)}"
+        notes.append(f"the head is made anew: {start.source} has {theirs}")
+    if start.feature not in (None, meta.feature):
+        notes.append(f"trained on {start.feature}, this run takes {meta.feature}")
     state |= {name: own[name] for name in anew}
     if isinstance(model, Ast) and start.grid is not None and start.grid != model.grid:
         state["pos_embed"] = _positions(start, model.grid)
@@ -200,8 +211,20 @@ def _is_deeper(name: str, own: dict[str, Tensor]) -> bool:
     return first == "layers" and not any(n.startswith(f"layers.{number}.") for n in own)
 
 
-def _same_classes(theirs: tuple[ClassInfo, ...] | None, ours: tuple[ClassInfo, ...]) -> bool:
-    """By id, in order. Hugging Face's ids are names."""
-    if theirs is None or len(theirs) != len(ours):
-        return False
-    return all(a.id == b.id or a.id == a.name == b.name for a, b in zip(theirs, ours, strict=True))
+def _matches(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> dict[int, int]:
+    """Our class's number -> theirs, by id. Hugging Face's ids are names."""
+    by_id = {c.id: i for i, c in enumerate(theirs)}
+    by_name = {c.name: i for i, c in enumerate(theirs) if c.id == c.name}
+    found = ((i, by_id.get(c.id, by_name.get(c.name))) for i, c in enumerate(ours))
+    return {i: row for i, row in found if row is not None}
+
+
+def _rows(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> list[int] | None:
+    """Their row of each class of ours; None unless the sets are the same."""
+    rows = list(_matches(theirs, ours).values())
+    return rows if sorted(rows) == list(range(len(theirs))) and len(rows) == len(ours) else None
+
+
+def _ordered(tensor: Tensor, rows: list[int]) -> Tensor:
+    """A head's tensor with its rows (classes) in another order; of a wrong shape, as it is."""
+    return tensor[rows] if tensor.shape[:1] == (len(rows),) else tensor

@@ -71,9 +71,9 @@ class Layout:
         return None
 
     def theirs(self, name: str) -> str:
-        """Their name (or names) for a tensor of ours."""
+        """Their name (or names) for a tensor of ours, which is ours where they have none."""
         names = [renamed(name, rule.ours, rule.theirs) for rule in self.rules]
-        found = dict.fromkeys(n for n in names if n is not None)
+        found = dict.fromkeys(n for n in names if n is not None) or [name]
         return " or ".join(found) if len(found) < QKV else " + ".join(list(found)[:QKV])
 
 
@@ -106,8 +106,8 @@ CLIP_FRAMES = 1024
 
 
 def _not_sinusoidal(table: Tensor) -> str | None:
-    rows = table.squeeze()
-    if rows.ndim == 2:
+    rows = table.squeeze().float()
+    if rows.ndim == 2 and rows.numel():
         rows = rows[:CLIP_FRAMES]
         ours = SinusoidalPositions(rows.shape[1], len(rows)).table
         error = (rows - ours).abs().max().item()

@@ -13,6 +13,11 @@ from fastat.weights.layouts import LAYOUTS, QKV, Drop, Layout, Rule, renamed, su
 WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
 
+COUNTER = "num_batches_tracked"
+"""The last part of a BatchNorm's name for the batches it has seen, our one whole number."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Translated:
@@ -35,11 +40,12 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
         source: where it comes from, for messages.
 
     Raises:
-        UserError: it fits no layout (says the nearest and what differs), or a tensor that is to be
-            dropped is not what it should be.
+        UserError: it fits no layout (says the nearest and what differs), a tensor is not of plain
+            finite numbers, or one that is to be dropped is not what it should be.
     """
     state = _unwrapped(state, source)
     layout = nearest_layout(state, source)
+    state = {name: _numbers(tensor, name, source) for name, tensor in state.items()}
     ours: dict[str, Tensor] = {}
     parts: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
     dropped: dict[str, str] = {}
@@ -81,15 +87,33 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
 
 
 def _unwrapped(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """In float32, without wrappers' prefixes."""
+    """Without wrappers' prefixes."""
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for wrapper in WRAPPERS:
             name = name.removeprefix(wrapper)
         if name in plain:
             raise UserError(f"{source}: {name} is there with and without {' or '.join(WRAPPERS)}")
-        plain[name] = tensor.float() if tensor.is_floating_point() else tensor
+        plain[name] = tensor
     return plain
+
+
+def _numbers(tensor: Tensor, name: str, source: str) -> Tensor:
+    """In float32, or int64 for a counter."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else tensor.layout
+        raise UserError(f"{source}: expected {name} as a plain dense tensor, got a {kind} one")
+    expected = WHOLE if name.endswith(COUNTER) else FLOATS
+    if tensor.dtype not in expected:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in expected)
+        raise UserError(
+            f"{source}: expected {name} in one of {kinds}, "
+            f"got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    tensor = tensor.detach().to(torch.int64 if expected is WHOLE else torch.float32)
+    if not tensor.isfinite().all():
+        raise UserError(f"{source}: expected finite numbers in {name}, got NaN or infinite ones")
+    return tensor
 
 
 def nearest_layout(state: dict[str, Tensor], source: str) -> Layout:
@@ -172,7 +196,7 @@ def fit(
                     f"got {tuple(state[name].shape)}"
                 )
             fitting[name] = state[name]
-        elif name.endswith("num_batches_tracked"):
+        elif name.endswith(COUNTER):
             fitting[name] = torch.zeros_like(fresh, device="cpu")
         else:
             missing.append(theirs(name))

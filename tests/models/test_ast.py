@@ -1,5 +1,7 @@
 """AST: a plain ViT written out, the paper's patch counts, positions of another grid."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,12 @@ def small(**options: object) -> Ast:
 
 
 # ------------------------------------------------------------------------------------------ grid
+@pytest.mark.parametrize(("frames", "mels"), [(15, 64), (100, 15), (0, 64)])
+def test_an_input_smaller_than_a_patch_is_told(frames: int, mels: int) -> None:
+    with pytest.raises(ValueError, match=f"patch is 16 x 16.* {mels} mels x {frames} frames"):
+        small(num_layers=1)(torch.zeros(1, frames, mels))
+
+
 @pytest.mark.parametrize(("num_mels", "num_frames"), PATCHES)
 def test_true_patch_counts_of_table_3(num_mels: int, num_frames: int) -> None:
     for stride, grid in zip(STRIDES, PATCHES[num_mels, num_frames], strict=True):
@@ -88,6 +96,26 @@ def test_equals_a_plain_vit(fstride: int, tstride: int) -> None:
         nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.1)
     x = torch.randn(2, 100, 64)
     torch.testing.assert_close(model(x), plain_vit(model, x, heads=3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm_eps", [0.01, 0, None])
+def test_norm_eps_is_every_layer_norms(norm_eps: float | None) -> None:
+    model = small(norm_eps=norm_eps)
+    norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    assert len(norms) == 6
+    head = 1e-5 if norm_eps is None else norm_eps
+    assert norms.pop("head_norm") == head
+    assert set(norms.values()) == {1e-6 if norm_eps is None else norm_eps}
+    one, other = small(norm_eps=norm_eps), small(norm_eps=0.5)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, 100, 64)
+    assert (one(x) - other(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("norm_eps", [-1e-6, math.nan, math.inf])
+def test_norm_eps_has_to_be_finite(norm_eps: float) -> None:
+    with pytest.raises(ValueError, match="norm_eps must be finite and >= 0"):
+        small(norm_eps=norm_eps)
 
 
 def test_holds_only_what_it_uses() -> None:

@@ -1,11 +1,13 @@
 """Converted weights give the original's output; what does not fit is an error."""
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.models.base import FrameModel
 from fastat.weights.convert import Summary, convert
+from fastat.weights.layouts import _not_sinusoidal
 from tests.conftest import fastat, one_line
 from tests.weights.reference_models import (
     AstModel,
@@ -106,7 +109,11 @@ def test_hugging_face_both_ways_on_the_command_line(hugging_face: Path, tmp_path
     done = json.loads(fastat("convert", hugging_face, ours, "--json").stdout)
     assert (done["layout"], done["model"]) == ("Hugging Face AST", "ast")
     assert (done["loaded"], done["dropped"], done["missing"]) == (43, {}, [])
-    assert done["options"] == {"size": "tiny224", "num_layers": 2, "fstride": 10, "tstride": 10}
+    assert done["options"] == {
+        "size": "tiny224", "num_layers": 2, "fstride": 10, "tstride": 10, "norm_eps": 1e-12
+    }  # fmt: skip
+    assert (done["num_classes"], done["mean"]) == (K, -4.2677393)
+    assert not any(isinstance(done[key], dict) for key in done if key not in ("options", "dropped"))
 
     extractor = transformers.ASTFeatureExtractor.from_pretrained(hugging_face)
     x = extractor(sound(), sampling_rate=16_000, return_tensors="pt")["input_values"]
@@ -204,7 +211,22 @@ def test_labels_give_ids_to_names_that_are_there_twice(
         ({"num_attention_heads": 6}, "num_attention_heads 3, got 6"),
         ({"model_type": "wav2vec2"}, "wav2vec2"),
         ({"time_stride": 9}, "10x9 has 1356 patches, its positions are of 1212"),
-        ({"max_length": 1000}, "max_length 1000"),
+        ({"max_length": 1017}, "no clip has max_length 1017 of fbank128"),
+        ({"max_length": 2**20}, "its positions are of 1212"),
+        ({"max_length": 2**40}, "max_length in 16..1048576, got 1099511627776"),
+        ({"max_length": 10}, "expected max_length in 16..1048576, got 10"),
+        ({"fastat": {"clip_seconds": math.nan}}, "finite number as clip_seconds, got nan"),
+        ({"fastat": {"clip_seconds": math.inf}}, "finite number as clip_seconds, got inf"),
+        ({"fastat": {"clip_seconds": -1}}, "clip_seconds > 0, got -1"),
+        ({"fastat": {"mean": 0.0, "std": 10**400}}, "finite number as std, got 1000"),
+        ({"fastat": {"mean": 0.0, "std": 1.0, "remove_mean": 1}}, "true or false as remove_mean"),
+        ({"layer_norm_eps": 0.1}, r"layer_norm_eps in 0..0.1 \(exclusive\), got 0.1"),
+        ({"layer_norm_eps": -1e-9}, "layer_norm_eps in 0..0.1"),
+        ({"layer_norm_eps": math.nan}, "finite number as layer_norm_eps, got nan"),
+        ({"layer_norm_eps": True}, "finite number as layer_norm_eps, got True"),
+        ({"layer_norm_eps": "1e-6"}, "finite number as layer_norm_eps, got '1e-6'"),
+        ({"id2label": dict(enumerate(["A", "B", 3, "D", "E"]))}, "a name as id2label 2, got 3"),
+        ({"id2label": dict(enumerate([[], "B", "C", "D", "E"]))}, "a name as id2label 0"),
         ({"num_mel_bins": 80}, "80 mel bins; known: 64 .*, 128"),
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "no class list: expected --labels"),
         ({"id2label": {"0": "A", "1": "B"}}, "head's 5 classes, got 2"),
@@ -221,6 +243,79 @@ def test_bad_hugging_face_config(
     with pytest.raises(UserError, match=expected):
         convert(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"sampling_rate": 44_100}, "expected sampling_rate 16000, got 44100"),
+        ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "'ASTFeatureExtractor', got 'Wav"),
+        ({"num_mel_bins": 64}, "expected num_mel_bins 128, got 64"),
+        ({"max_length": 512}, "expected max_length 1024, got 512"),
+        ({"mean": "x"}, "preprocessor_config.json: expected a finite number as mean, got 'x'"),
+        ({"std": 0}, "std must be > 0, got 0"),
+        ({"do_normalize": "no"}, "expected true or false as do_normalize, got 'no'"),
+    ],
+)
+def test_bad_hugging_face_preprocessor(
+    hugging_face: Path, tmp_path: Path, values: dict[str, Any], expected: str
+) -> None:
+    folder = edited(hugging_face, tmp_path / "e", "preprocessor_config.json", **values)
+    with pytest.raises(UserError, match=expected):
+        convert(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_json_too_deep_to_read_is_told_in_one_line(hugging_face: Path, tmp_path: Path) -> None:
+    folder = edited(hugging_face, tmp_path / "e", "config.json")
+    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match="config.json: expected JSON") as error:
+        convert(folder, tmp_path / "ours")
+    assert "\n" not in str(error.value)
+
+
+def plain_hugging_face(folder: Path, **config: Any) -> nn.Module:
+    """An AST as transformers initialises it, which has tokens of a tiny variance."""
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {
+        "hidden_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "max_length": 128,
+        "id2label": dict(enumerate(NAMES)),
+        "label2id": {name: i for i, name in enumerate(NAMES)},
+    }
+    model = transformers.ASTForAudioClassification(transformers.ASTConfig(**(sizes | config)))
+    model.save_pretrained(folder)
+    return cast(nn.Module, model.eval())
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3, 1e-6])
+def test_layer_norm_eps_comes_along_and_goes_back(eps: float | None, tmp_path: Path) -> None:
+    more = {} if eps is None else {"layer_norm_eps": eps}
+    plain_hugging_face(tmp_path / "hf", **more)
+    x = torch.randn(2, 128, 128)
+    expected = hf_logits(tmp_path / "hf", x)
+    convert(tmp_path / "hf", tmp_path / "ours")
+    model, meta = load_model(tmp_path / "ours")
+    assert meta.options["norm_eps"] == (1e-12 if eps is None else eps)
+    with torch.inference_mode():
+        assert (model(x) - expected).abs().max() < 1e-5
+    assert not convert(tmp_path / "ours", tmp_path / "back").notes
+    assert (hf_logits(tmp_path / "back", x) - expected).abs().max() < 1e-5
+    convert(tmp_path / "back", tmp_path / "again")
+    assert load_model(tmp_path / "again")[1].options == meta.options
+
+
+def test_layer_norm_eps_without_a_config_is_transformers_default(
+    labels: Path, tmp_path: Path
+) -> None:
+    frames = FEATURES["fbank128"].num_frames(160_000)
+    plain_hugging_face(tmp_path / "hf", max_length=frames)
+    done = convert(tmp_path / "hf" / "model.safetensors", tmp_path / "ours", labels=labels)
+    assert done.meta.options["norm_eps"] == 1e-12
+    assert any("no config.json: layer_norm_eps is taken to be 1e-12" in n for n in done.notes)
 
 
 def test_labels_in_another_order_are_refused(
@@ -249,6 +344,7 @@ def test_logmel64_goes_to_hugging_face_and_back_unchanged(tmp_path: Path) -> Non
     save_weights(tmp_path / "ours", model.state_dict(), AST_META)
     summary = convert(tmp_path / "ours", tmp_path / "hf")
     assert "no extractor for logmel64" in summary.notes[0]
+    assert "1e-06 also in the head, where it is 1e-5 here" in summary.notes[1]
     assert not (tmp_path / "hf" / "preprocessor_config.json").exists()
     x = torch.randn(2, 80, 64)
     assert (hf_logits(tmp_path / "hf", x) - model.eval()(x)).abs().max() < 1e-5
@@ -257,6 +353,44 @@ def test_logmel64_goes_to_hugging_face_and_back_unchanged(tmp_path: Path) -> Non
     assert torch.equal(again(x), model(x))
     fields = ("feature", "clip_seconds", "mean", "std", "remove_mean", "classes", "options")
     assert all(getattr(meta, f) == getattr(AST_META, f) for f in fields)
+
+
+@pytest.mark.parametrize("remove_mean", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("feature", ["logmel64", "fbank128"])
+def test_our_statistics_go_to_hugging_face_and_back(
+    feature: str, normalize: bool, remove_mean: bool, tmp_path: Path
+) -> None:
+    spec = FEATURES[feature]
+    meta = replace(
+        AST_META,
+        feature=feature,
+        num_mels=spec.num_mels,
+        num_frames=spec.num_frames(round(2.01 * 16_000)),
+        remove_mean=remove_mean,
+        normalize=normalize,
+    )
+    save_weights(tmp_path / "ours", meta.create().state_dict(), meta)
+    convert(tmp_path / "ours", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "again")
+    again = load_model(tmp_path / "again")[1]
+    assert replace(again, trained={}) == meta
+    if feature == "fbank128":  # the extractor's own file decides over ours, but says nothing of it
+        values = {"mean": 3.0, "std": 4.0, "do_normalize": not normalize}
+        folder = edited(tmp_path / "hf", tmp_path / "e", "preprocessor_config.json", **values)
+        convert(folder, tmp_path / "other")
+        other = load_model(tmp_path / "other")[1]
+        assert (other.mean, other.std, other.normalize) == (3.0, 4.0, not normalize)
+        assert other.remove_mean == remove_mean
+
+
+def test_an_extractor_of_64_mels_is_not_our_feature(hugging_face: Path, tmp_path: Path) -> None:
+    save_weights(tmp_path / "ours", AST_META.create().state_dict(), AST_META)
+    convert(tmp_path / "ours", tmp_path / "hf")
+    extractor = transformers.ASTFeatureExtractor(num_mel_bins=64, max_length=80)
+    extractor.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="ASTFeatureExtractor computes no logmel64"):
+        convert(tmp_path / "hf", tmp_path / "again")
 
 
 def test_our_ids_do_not_outlive_a_new_head(tmp_path: Path) -> None:
@@ -320,7 +454,7 @@ def test_resnet50_at_64_mels_converts_and_says_what_differs(labels: Path, tmp_pa
     with pytest.raises(UserError, match="say which it was trained on with --feature"):
         convert(tmp_path / "r.pt", tmp_path / "ours", labels=labels)
     done = convert(tmp_path / "r.pt", tmp_path / "ours", labels=labels, feature="logmel64")
-    assert (done.model, len(done.missing)) == ("resnet50", 53)
+    assert (done.meta.model, len(done.missing)) == ("resnet50", 53)
     assert any("the output differs" in note for note in done.notes)
     assert any("red, green and blue are summed" in note for note in done.notes)
     weights = load_file(tmp_path / "ours" / "model.safetensors")
@@ -336,7 +470,7 @@ def test_asts_pth(
     original = randomise(AstModel(mels, frames, stride, K))
     path = save(tmp_path / "audioset.pth", original, prefix=prefix)
     summary = convert(path, tmp_path / "ours", labels=labels)
-    assert summary.options == {
+    assert summary.meta.options == {
         "size": "tiny224", "num_layers": 2, "fstride": stride, "tstride": stride
     }  # fmt: skip
     heads = ("v.head.weight", "v.head.bias", "v.head_dist.weight", "v.head_dist.bias")
@@ -345,15 +479,16 @@ def test_asts_pth(
     error = (probabilities(tmp_path / "ours", x) - originals(original, x)).abs().max()
     assert error < 1e-5
 
-    spec = FEATURES[summary.feature]
+    meta = summary.meta
+    spec = FEATURES[meta.feature]
     if mels == 64:
-        assert (summary.mean, summary.std, summary.remove_mean) == (spec.mean, spec.std, True)
+        assert (meta.mean, meta.std, meta.remove_mean) == (spec.mean, spec.std, True)
         with pytest.raises(UserError, match="--statistics ast is for fbank128"):
             convert(path, tmp_path / "b", labels=labels, statistics="ast")
     else:
         ast = (-4.2677393, 4.5689974, False)
-        assert (summary.mean, summary.std, summary.remove_mean) == ast
-        other = convert(path, tmp_path / "b", labels=labels, statistics="authors")
+        assert (meta.mean, meta.std, meta.remove_mean) == ast
+        other = convert(path, tmp_path / "b", labels=labels, statistics="authors").meta
         assert (other.mean, other.std, other.remove_mean) == (spec.mean, spec.std, True)
 
 
@@ -366,7 +501,7 @@ def test_strides_that_no_count_of_patches_tells(labels: Path, tmp_path: Path) ->
         convert(path, tmp_path / "ours", labels=labels)
     strides = ["model.fstride=4", "model.tstride=12"]
     done = convert(path, tmp_path / "ours", labels=labels, settings=strides)
-    assert done.feature == "logmel64"
+    assert done.meta.feature == "logmel64"
     strides = ["model.fstride=4", "model.tstride=13"]
     with pytest.raises(UserError, match="say which"):
         convert(path, tmp_path / "b", labels=labels, settings=strides)
@@ -379,6 +514,10 @@ def _without(name: str) -> Callable[[State], object]:
 
 def _with(name: str, tensor: Tensor) -> Callable[[State], object]:
     return lambda state: state.update({name: tensor})
+
+
+def _quantized(state: State) -> None:
+    state["fc_att.weight"] = torch.quantize_per_tensor(torch.ones(K, 64), 0.1, 0, torch.qint8)
 
 
 BAD: dict[str, tuple[Callable[[State], object], str]] = {
@@ -411,6 +550,45 @@ BAD: dict[str, tuple[Callable[[State], object], str]] = {
         _with("positional_encoding.pe", Positions(64).pe.flip(2)),
         "positional_encoding.pe differs from sine and cosine",
     ),
+    "no positions": (
+        _with("positional_encoding.pe", torch.zeros(1, 0, 64)),
+        r"positional_encoding.pe expected positions \[frames, mels\], got \(1, 0, 64\)",
+    ),
+    "positions without a width": (
+        _with("positional_encoding.pe", torch.zeros(1, 64, 0)), r"got \(1, 64, 0\)"
+    ),
+    "bool positions": (
+        _with("positional_encoding.pe", torch.ones(1, 9, 64).bool()), "positional_.* got bool"
+    ),
+    "bool": (
+        _with("fc_att.weight", torch.ones(K, 64).bool()),
+        "expected fc_att.weight in one of float16, bfloat16, float32, float64, got bool",
+    ),
+    "complex": (
+        _with("fc_att.bias", torch.zeros(K, dtype=torch.complex64)), "fc_att.bias .* got complex64"
+    ),
+    "whole": (_with("fc_att.bias", torch.zeros(K).int()), "fc_att.bias in .* got int32"),
+    "float8": (
+        _with("fc_att.bias", torch.zeros(K).to(torch.float8_e5m2)), "fc_att.bias in .* float8"
+    ),
+    "counter": (
+        _with("conv.0.bn.num_batches_tracked", torch.tensor(3.0)),
+        "conv.0.bn.num_batches_tracked in one of int8, .* got float32",
+    ),
+    "NaN": (
+        _with("fc_att.bias", torch.full((K,), math.nan)),
+        "expected finite numbers in fc_att.bias, got NaN",
+    ),
+    "infinite": (_with("fc_att.bias", torch.full((K,), -math.inf)), "finite numbers in fc_att"),
+    "infinite in float32": (
+        _with("fc_att.bias", torch.full((K,), 1e300, dtype=torch.float64)), "finite numbers"
+    ),
+    "sparse": (
+        _with("fc_att.weight", torch.eye(K, 64).to_sparse()),
+        "expected fc_att.weight as a plain dense tensor, got a torch.sparse_coo one",
+    ),
+    "meta": (_with("fc_att.bias", torch.zeros(K, device="meta")), "fc_att.bias .* got a meta one"),
+    "quantized": (_quantized, "fc_att.weight in one of .* got qint8"),
     "mels": (_with("conv.0.conv.weight", torch.zeros(1, 1, 3, 3)), "should equal|mel bins"),
     "prefix twice": (
         _with("module.fc_att.bias", torch.zeros(K)), "fc_att.bias is there with and without"
@@ -435,6 +613,33 @@ def test_what_does_not_fit_is_an_error(
     with pytest.raises(UserError, match=expected):
         convert(tmp_path / "x.pth", tmp_path / "ours", labels=labels)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["labels.csv", "x.pth"]
+
+
+@pytest.mark.parametrize(
+    "table", [torch.zeros(1, 0, 64), torch.zeros(1, 64, 0), torch.ones(1, 9, 64).bool()]
+)
+def test_any_table_can_be_asked_whether_it_is_sinusoidal(table: Tensor) -> None:
+    assert _not_sinusoidal(table) is not None
+
+
+def test_other_precisions_convert_to_float32(
+    authors_state: State, labels: Path, tmp_path: Path
+) -> None:
+    state = {n: t.double() if t.is_floating_point() else t.int() for n, t in authors_state.items()}
+    state["fc_att.bias"] = nn.Parameter(state["fc_att.bias"].bfloat16())
+    torch.save(state, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "ours", labels=labels)
+    converted = load_file(tmp_path / "ours" / "model.safetensors")
+    assert {t.dtype for t in converted.values()} == {torch.float32, torch.int64}
+    assert torch.equal(converted["head.fc_prob.bias"], authors_state["fc_prob.bias"])
+
+
+def test_what_is_missing_has_a_name_where_the_layout_has_none(
+    authors_state: State, labels: Path, tmp_path: Path
+) -> None:
+    torch.save(authors_state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"lacks layers.1.qkv.weight, layers.1.*and 9 more"):
+        convert(tmp_path / "x.pth", tmp_path / "o", labels=labels, settings=["model.shared=false"])
 
 
 def test_one_line_on_the_command_line(authors_state: State, labels: Path, tmp_path: Path) -> None:
@@ -545,6 +750,8 @@ def test_options_that_are_none(hugging_face: Path, labels: Path, tmp_path: Path)
         ({"settings": ["model.fstrid=8"]}, "no option 'fstrid'; did you mean 'fstride'"),
         ({"feature": "logmel64"}, "128 mel bins, so fbank128, not logmel64"),
         ({"clip_seconds": 3.0}, "no clip of 3 s has max_length 1024"),
+        ({"clip_seconds": math.nan}, "clip-seconds must be finite and > 0, got nan"),
+        ({"settings": ["model.fstride=0"]}, "model.fstride takes an integer in 1..16, got 0"),
         ({"feature": "mfcc"}, "feature must be one of"),
         ({"statistics": "mine"}, "--statistics must be one of ast, authors, got 'mine'"),
     ):

@@ -40,7 +40,7 @@ def put(cache: Path, name: str, *, fresh: bool = False) -> dict[str, torch.Tenso
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("a" * 40)
     model = timm.create_model(name.split(".")[0])
-    state = model.state_dict()
+    state: dict[str, torch.Tensor] = model.state_dict()
     if not fresh:
         state = {
             k: torch.randn_like(v) if v.is_floating_point() else v + 7 for k, v in state.items()

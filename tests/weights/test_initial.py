@@ -18,7 +18,7 @@ from fastat.errors import UserError
 from fastat.features import FEATURES
 from fastat.models.base import TaggingModel
 from fastat.weights.initial import initial_options, load_initial
-from tests.conftest import TINY_CLASSES, TinySets, fastat
+from tests.conftest import TinySets, fastat
 from tests.weights.reference_models import (
     AstModel,
     Crnn,
@@ -86,7 +86,7 @@ def test_the_same_classes_take_everything(tmp_path: Path) -> None:
     assert len(notes) == 1 and "86 tensors loaded" in notes[0]
 
 
-@pytest.mark.parametrize("classes", [CLASSES[:3], OTHERS, CLASSES[::-1]])
+@pytest.mark.parametrize("classes", [CLASSES[:3], OTHERS, (*CLASSES[:2], *OTHERS)])
 def test_other_classes_make_the_head_anew_and_only_it(
     classes: tuple[ClassInfo, ...], tmp_path: Path
 ) -> None:
@@ -99,9 +99,39 @@ def test_other_classes_make_the_head_anew_and_only_it(
     for name, tensor in source[0].state_dict().items():
         if name not in HEAD:
             assert torch.equal(after[name], tensor), name
-    assert "the head is made anew" in notes[0] and f"not this set's {len(classes)}" in notes[0]
+    shared = len(set(classes) & set(CLASSES))
+    assert "the head is made anew" in notes[0]
+    assert f"has 5 classes, {shared} of this set's {len(classes)}" in notes[0]
     assert "82 tensors loaded" in notes[-1] and "4 dropped (of other classes)" in notes[-1]
     assert "4 made anew" in notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("cnn_trans", SMALL), ("ast", {"size": "tiny224", "num_layers": 1})],
+)
+def test_the_same_classes_in_another_order_keep_the_head(
+    model: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    source, _ = made = make(model, **options)
+    order = [3, 0, 4, 1, 2]
+    other, meta = make(model, classes=tuple(CLASSES[i] for i in order), **options)
+    notes = load_initial(other, meta, save(tmp_path / "a", made))
+    x = torch.randn(2, 400, 64)
+    with torch.inference_mode():
+        theirs, ours = source.eval()(x), other.eval()(x)
+    assert theirs.std(1).min() > 1e-3  # the order matters
+    torch.testing.assert_close(ours, theirs[:, order])
+    assert "rows are put into the order of this set's classes" in notes[0]
+    assert "dropped" not in notes[-1] and "anew" not in notes[-1]
+
+
+def test_another_feature_is_told(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", make("resnet34"))
+    model, meta = make("resnet34", feature="fbank128")
+    assert "trained on logmel64, this run takes fbank128" in load_initial(model, meta, path)
+    model, meta = make("resnet34")
+    assert len(load_initial(model, meta, path)) == 1
 
 
 def test_head_norm_of_an_ast_stays(tmp_path: Path) -> None:
@@ -185,14 +215,21 @@ def test_hugging_faces_head_is_taken_with_the_same_names(tmp_path: Path) -> None
     source = randomise(transformers.ASTForAudioClassification(config))
     source.save_pretrained(tmp_path / "hf")
     options = initial_options(tmp_path / "hf", "ast")
-    strides = {"fstride": 10, "tstride": 10}
-    assert options == {"size": "tiny224", "num_layers": 1} | strides
+    more = {"fstride": 10, "tstride": 10, "norm_eps": 1e-12}
+    assert options == {"size": "tiny224", "num_layers": 1} | more
     named = tuple(ClassInfo(name, name) for name in names)
-    for classes, taken in ((named, True), (named[::-1], False), (CLASSES, True), (OTHERS, False)):
+    there, back = [0, 1, 2, 3, 4], [4, 3, 2, 1, 0]
+    cases = ((named, there), (named[::-1], back), (CLASSES, there), (CLASSES[::-1], back))
+    for classes, rows in (*cases, (OTHERS, None)):
         model, meta = make("ast", feature="fbank128", clip_seconds=1.0, classes=classes, **options)
         load_initial(model, meta, tmp_path / "hf")
-        theirs = source.state_dict()["classifier.dense.weight"]
-        assert torch.equal(model.state_dict()["head.weight"], theirs) == taken
+        for part in ("weight", "bias"):
+            theirs = source.state_dict()[f"classifier.dense.{part}"]
+            ours = model.state_dict()[f"head.{part}"]
+            if rows is None:
+                assert not torch.isin(ours, theirs).any()
+            else:
+                assert torch.equal(ours, theirs[rows])
         norm = source.state_dict()["classifier.layernorm.weight"]
         assert torch.equal(model.state_dict()["head_norm.weight"], norm)
 
@@ -237,7 +274,8 @@ def test_a_resnet_trunk(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------- options
 def test_options_that_the_weights_need(tmp_path: Path) -> None:
-    save(tmp_path / "a", make("cnn_trans", dropout=0.5, num_layers=3, **SMALL))
+    own_choice: dict[str, Any] = {"dropout": 0.5, "activation_checkpointing": True}
+    save(tmp_path / "a", make("cnn_trans", num_layers=3, **own_choice, **SMALL))
     assert initial_options(tmp_path / "a", "cnn_trans") == {
         "embedding": 64,
         "num_layers": 3,
@@ -249,8 +287,10 @@ def test_options_that_the_weights_need(tmp_path: Path) -> None:
     save(tmp_path / "b", make("cnn_trans", feature="fbank128", **SMALL))
     assert initial_options(tmp_path / "b", "cnn_trans")["input_scale"] == 11
     save(tmp_path / "c", make("ast", size="tiny224", fstride=16, num_layers=1))
-    options = {"fstride": 16, "tstride": 10, "size": "tiny224", "num_layers": 1}
-    assert initial_options(tmp_path / "c", "ast") == options
+    options: dict[str, Any] = {"fstride": 16, "tstride": 10, "size": "tiny224", "num_layers": 1}
+    assert initial_options(tmp_path / "c", "ast") == options | {"norm_eps": None}
+    save(tmp_path / "e", make("ast", norm_eps=1e-12, **options))
+    assert initial_options(tmp_path / "e", "ast") == options | {"norm_eps": 1e-12}
     torch.save(ResNetAttention("resnet34", 5).state_dict(), tmp_path / "r.pth")
     assert initial_options(tmp_path / "r.pth", "resnet34") == {"pooling": "sigatt"}
     torch.save(AstModel(64, 400, 8, 5, layers=1).state_dict(), tmp_path / "d.pth")
@@ -350,7 +390,7 @@ def test_training_starts_from_converted_weights(tiny_sets: TinySets, tmp_path: P
         "--init", tmp_path / "x.pth", "--steps", "1", "--no-compile",
     )  # fmt: skip
     text = done.stdout + done.stderr
-    assert f"not this set's {len(TINY_CLASSES)}" in text
+    assert "the head is made anew" in text and "has no class list" in text
     assert "tensors loaded" in text
     model, meta = load_model(run)
     assert meta.options["embedding"] == 64 and meta.options["input_scale"] == 8.0
