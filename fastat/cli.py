@@ -157,7 +157,7 @@ def train(
     ] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help="Packed evaluation set.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; default: runs/<proc>-<model>-<time>.")
+        Path | None, typer.Option(help="Run folder; default: runs/PROC-MODEL-TIME.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
