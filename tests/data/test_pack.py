@@ -246,7 +246,11 @@ def test_interrupted_leaves_nothing_half_written(
     table: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "set"
-    code = KILL_AT.replace("os.kill(os.getpid(), signal.SIGKILL)", "signal.raise_signal(2)")
+    # A shell that starts the tests in its background has them ignore SIGINT.
+    heeded = "import signal\nsignal.signal(2, signal.default_int_handler)\n"
+    code = heeded + KILL_AT.replace(
+        "os.kill(os.getpid(), signal.SIGKILL)", "signal.raise_signal(2)"
+    )
     done = run_python(code, table, out, 3 + 2 * 6 + 1)
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
     names = {p.name for p in out.iterdir()}
