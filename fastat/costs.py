@@ -6,16 +6,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastat.features import FEATURES
+from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.models import MODELS, create_model
 from fastat.paper import TABLE_2, PaperModel
 from fastat.procedures import A1, A2, A3, A4, model_options
 
 NUM_CLASSES = 527
 """AudioSet's."""
-
-CLIP_SAMPLES = 160_000
-"""Ten seconds at 16 kHz."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastat.config import TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
-from fastat.features import FEATURES
+from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.procedures import PROCEDURES
 
 PATHS = ("data", "eval", "init")
@@ -102,7 +102,7 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
             create_model(
                 model,
                 num_mels=feature.num_mels,
-                num_frames=feature.num_frames(10 * feature.sample_rate),
+                num_frames=feature.num_frames(CLIP_SAMPLES),
                 num_classes=1,
                 **config.model_options,
             )

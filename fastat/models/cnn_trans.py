@@ -9,7 +9,13 @@ import math
 from torch import Tensor, nn
 
 from fastat.models.base import FrameModel
-from fastat.models.layers import EncoderLayer, PoolingHead, SinusoidalPositions, TalNet
+from fastat.models.layers import (
+    EncoderLayer,
+    PoolingHead,
+    SinusoidalPositions,
+    TalNet,
+    one_channel_image,
+)
 
 
 class CnnTransformer(FrameModel):
@@ -59,6 +65,6 @@ class CnnTransformer(FrameModel):
 
     def frames(self, x: Tensor) -> Tensor:
         """x: [B, T, F] float32 -> [B, T // 4, D]."""
-        x = self.talnet.image(self.positions(x * self.input_scale))
+        x = one_channel_image(self.positions(x * self.input_scale))
         x = self.talnet.flatten(self.run(self.talnet.blocks, x))
         return self.run((self.layers[i % len(self.layers)] for i in range(self.num_layers)), x)

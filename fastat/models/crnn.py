@@ -7,7 +7,7 @@ Source: Li et al., "AudioTagging Done Right" (2022), Table 2: 10.5M parameters, 
 from torch import Tensor, nn
 
 from fastat.models.base import FrameModel
-from fastat.models.layers import PoolingHead, TalNet
+from fastat.models.layers import PoolingHead, TalNet, one_channel_image
 
 
 class Crnn(FrameModel):
@@ -40,6 +40,6 @@ class Crnn(FrameModel):
 
     def frames(self, x: Tensor) -> Tensor:
         """x: [B, T, F] float32 -> [B, T // 4, D]."""
-        x = self.run(self.talnet.blocks, self.talnet.image(x))  # [B, C, T / 4, F']
+        x = self.run(self.talnet.blocks, one_channel_image(x))  # [B, C, T / 4, F']
         x, _ = self.gru(self.talnet.flatten(x))
         return x

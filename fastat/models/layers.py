@@ -75,17 +75,13 @@ class TalNet(nn.Module):
             channels = width
         self.blocks = nn.Sequential(*blocks)
 
-    def image(self, x: Tensor) -> Tensor:
-        """[B, T, F] -> what ``blocks`` take, [B, 1, T, F]."""
-        return one_channel_image(x)
-
     def flatten(self, x: Tensor) -> Tensor:
         """What ``blocks`` give, [B, C, T', F'] -> [B, T', C * F']."""
         return x.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, F] -> [B, T // 4, embedding]."""
-        return self.flatten(self.blocks(self.image(x)))
+        return self.flatten(self.blocks(one_channel_image(x)))
 
 
 def sinusoids(length: int, width: int) -> Tensor:
