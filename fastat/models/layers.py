@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastat_kernels.attention import attention
+from fastat_kernels.attention_pool import PROB_EPS, attention_pool
 from fastat_kernels.dropout import dropout
-
-PROB_EPS = 1e-7
-"""Probabilities are kept in [PROB_EPS, 1 - PROB_EPS] before their logit is taken."""
 
 POOLINGS = ("att", "max", "ave", "lin", "exp", "sigatt")
 
@@ -157,11 +155,11 @@ def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
         [B, K] float32 logits, finite: probabilities are clamped before and after pooling, since
         float32 weights can sum to 1.0000007.
     """
+    if pooling in ("att", "sigatt"):
+        assert att is not None
+        return attention_pool(prob, att, sigmoid=pooling == "sigatt")
     p = prob.float().sigmoid().clamp(PROB_EPS, 1 - PROB_EPS)  # [B, T, K]
     match pooling:
-        case "att":
-            assert att is not None
-            clip = (p * att.float().softmax(1)).sum(1)
         case "max":
             clip = p.amax(1)
         case "ave":
@@ -170,10 +168,6 @@ def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
             clip = (p * p).sum(1) / p.sum(1)
         case "exp":
             clip = (p * p.softmax(1)).sum(1)
-        case "sigatt":
-            assert att is not None
-            weights = att.float().sigmoid().clamp(PROB_EPS, 1 - PROB_EPS)
-            clip = (p * weights).sum(1) / weights.sum(1)
         case _:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     return clip.clamp(PROB_EPS, 1 - PROB_EPS).logit()

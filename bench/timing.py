@@ -1,0 +1,166 @@
+"""Times one step: on a GPU the device's own time with a cold L2, on a CPU the wall clock.
+
+On a GPU the step is captured as a CUDA graph, so that launch gaps are nobody's advantage, the L2 is
+flushed before every replay, and events around the replay give its time. ``DEVICE_CLOCK`` feeds that
+time to pytest-benchmark: a benchmark file says ``pytestmark = DEVICE_CLOCK``.
+
+With FASTAT_BENCH_OUT set, every result is also appended to results.jsonl in that folder.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from fastat.environment import default_device, device_name
+
+DEVICE = default_device()
+ON_GPU = DEVICE.type == "cuda"
+
+L2_FLUSH_BYTES = 256 << 20
+GPU_ROUNDS = (20, 100)
+"""At least and at most; between them as many as fill GPU_SECONDS."""
+GPU_SECONDS = 0.3
+CPU_ROUNDS = 5
+
+
+class DeviceClock:
+    """Moves only by the device times added to it, and by a nanosecond when read.
+
+    The nanosecond is for pytest-benchmark, which waits for a clock to move.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1e-9
+        return self.seconds
+
+
+CLOCK = DeviceClock()
+DEVICE_CLOCK = pytest.mark.benchmark(timer=CLOCK) if ON_GPU else pytest.mark.benchmark()
+
+
+def timed(
+    benchmark: BenchmarkFixture,
+    step: Callable[[], object],
+    *,
+    op: str,
+    impl: str,
+    passes: str,
+    shape: str,
+    bytes_moved: float | None = None,
+    flop: float | None = None,
+    clips: int | None = None,
+    graph: bool = True,
+) -> float:
+    """The median seconds of ``step``, which must not wait for the device.
+
+    ``bytes_moved`` and ``flop`` are what the operation needs at least, whoever computes it;
+    ``clips`` is the batch. ``graph=False`` is for steps that a CUDA graph cannot hold.
+    """
+    benchmark.group = f"{op} {shape} {passes}"
+    step()
+    if ON_GPU:
+        seconds, peak_bytes = _timed_on_gpu(benchmark, step, graph)
+    else:
+        benchmark.pedantic(step, rounds=CPU_ROUNDS, warmup_rounds=1)
+        seconds, peak_bytes = benchmark.stats.stats.median, None
+    row: dict[str, Any] = {
+        "op": op, "impl": impl, "passes": passes, "shape": shape, "ms": seconds * 1e3,
+        "device": device_name(DEVICE), "commit": commit(), "torch": torch.__version__,
+    }  # fmt: skip
+    if clips is not None:
+        row["clips_per_s"] = clips / seconds
+    if bytes_moved is not None:
+        row["gb_per_s"] = bytes_moved / seconds / 1e9
+    if flop is not None:
+        row["tflop_per_s"] = flop / seconds / 1e12
+    if peak_bytes is not None:
+        row["peak_mib"] = peak_bytes / 2**20
+    if known := ceilings():
+        floor = max((bytes_moved or 0) / known["bytes_per_s"], (flop or 0) / known["flop_per_s"])
+        row["percent_of_ceiling"] = 100 * floor / seconds
+    benchmark.extra_info.update(row)
+    write_row(row)
+    return seconds
+
+
+def ceilings() -> dict[str, float]:
+    """What gpu.sh measured of the device: bytes/s of a copy, FLOP/s of a bf16 product."""
+    file = Path(os.environ.get("FASTAT_BENCH_OUT", ".")) / "ceilings.json"
+    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def write_row(row: dict[str, Any]) -> None:
+    """Appends ``row`` to results.jsonl in FASTAT_BENCH_OUT, if that is set."""
+    if folder := os.environ.get("FASTAT_BENCH_OUT"):
+        with (Path(folder) / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@cache
+def commit() -> str:
+    """The short name of the checked-out commit; what gpu.sh was told where there is no git."""
+    if told := os.environ.get("FASTAT_BENCH_COMMIT"):
+        return told
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _timed_on_gpu(
+    benchmark: BenchmarkFixture, step: Callable[[], object], graph: bool
+) -> tuple[float, int]:
+    replay, peak_bytes = _captured(step) if graph else (step, _peak_bytes(step))
+    flushed = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def one_round() -> float:
+        flushed.zero_()  # while it runs, the launches below are queued behind it
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        seconds: float = start.elapsed_time(end) / 1e3
+        CLOCK.seconds += seconds
+        return seconds
+
+    one_round()
+    low, high = GPU_ROUNDS
+    rounds = max(low, min(high, int(GPU_SECONDS / one_round())))
+    benchmark.pedantic(one_round, rounds=rounds)
+    return benchmark.stats.stats.median, peak_bytes
+
+
+def _captured(step: Callable[[], object]) -> tuple[Callable[[], None], int]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+        peak_bytes = _peak_bytes(step)
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    return captured.replay, peak_bytes
+
+
+def _peak_bytes(step: Callable[[], object]) -> int:
+    """Memory that ``step`` takes beyond what is held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,132 @@
+"""Which operators run their Triton kernels, how one is registered, and which chip it is for."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OPERATORS = (
+    "attention",
+    "attention_pool",
+    "bn_relu_pool",
+    "depthwise_conv",
+    "log_mel",
+    "patch_embed",
+)
+"""The operators that have a Triton kernel."""
+
+WINNERS: frozenset[str] = frozenset()
+"""Operators whose kernel is ahead of the best library way on a GPU, by ``bench/results``. None has
+been measured yet."""
+
+LAUNCH = {"enable_fp_fusion": True}
+"""Options of every launch. Triton 3.10 changes this one's default."""
+
+_chosen = WINNERS
+_assumed_target = 90
+
+
+def parse_kernels(choice: str) -> frozenset[str]:
+    """Operators named by ``choice``: "auto" (the measured winners), "all", "none", or "a,b".
+
+    Raises:
+        ValueError: a name that is no operator's.
+    """
+    match choice:
+        case "auto":
+            return WINNERS
+        case "all":
+            return frozenset(OPERATORS)
+        case "none":
+            return frozenset()
+    names = frozenset(name.strip() for name in choice.split(","))
+    if unknown := names - set(OPERATORS):
+        raise ValueError(
+            f"kernels: expected auto, all, none or some of {', '.join(OPERATORS)}, "
+            f"got {', '.join(sorted(unknown))!r}"
+        )
+    return names
+
+
+def set_kernels(names: Iterable[str]) -> None:
+    """From now on these operators run their Triton kernels on CUDA, and no others."""
+    global _chosen
+    _chosen = frozenset(names)
+
+
+@contextmanager
+def kernels(names: Iterable[str]) -> Iterator[None]:
+    """``set_kernels`` for the length of a block."""
+    before = _chosen
+    set_kernels(names)
+    try:
+        yield
+    finally:
+        set_kernels(before)
+
+
+def use_kernel(op: str, x: Tensor) -> bool:
+    """Whether ``op`` on ``x`` goes through its operator, whose CUDA side is the Triton kernel."""
+    return x.is_cuda and op in _chosen
+
+
+def target(x: Tensor) -> int:
+    """80, 90 or 100: the chip that a launch on ``x`` chooses its configuration for.
+
+    Any other GPU counts as sm_80, whose configurations fit in 99 KiB of shared memory.
+    """
+    if not x.is_cuda:  # interpreted, or compiled ahead of time
+        return _assumed_target
+    major, _ = torch.cuda.get_device_capability(x.device)
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+@contextmanager
+def assume_target(arch: int) -> Iterator[None]:
+    """``target`` of tensors that are on no GPU, for ahead-of-time compilation."""
+    global _assumed_target
+    before, _assumed_target = _assumed_target, arch
+    try:
+        yield
+    finally:
+        _assumed_target = before
+
+
+def operator(
+    name: str,
+    *,
+    plain: Callable[..., object],
+    kernel: Callable[..., object],
+    fake: Callable[..., object],
+) -> CustomOpDef:
+    """The operator ``fastat::name``: ``plain`` torch on any device, ``kernel`` on CUDA.
+
+    ``plain``'s annotations are the schema. The bodies run outside autocast, as they do when
+    compiled.
+    """
+    op = torch.library.custom_op(f"fastat::{name}", _outside_autocast(plain), mutates_args=())
+    op.register_kernel("cuda")(_outside_autocast(kernel))
+    op.register_fake(fake)
+    REGISTERED[name] = (op, kernel)
+    return op
+
+
+REGISTERED: dict[str, tuple[CustomOpDef, Callable[..., object]]] = {}
+"""Every operator by name, with its Triton launcher."""
+
+
+def _outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        x = next(a for a in args if isinstance(a, Tensor))
+        with torch.autocast(x.device.type, enabled=False):
+            return body(*args, **kwargs)
+
+    return run
