@@ -1,11 +1,10 @@
-"""One training step of each model under A4, features in memory: ours and the same in float32.
+"""One training step of each model, features in memory, at the paper's batch for one device.
 
-Ours is what the trainer runs on the device: bf16 autocast, channels_last, fused Adam, on a GPU also
-torch.compile. The peer is the same model as a first script would train it: float32, contiguous,
-eager, Adam in its own loops.
+On a GPU: compiled with our Triton kernels ("kernels"), compiled without any ("library"), and eager
+without any ("eager"), all in bf16 with fused Adam as the trainer runs them; A4 and A2. On a CPU:
+"ours", what the trainer runs there, beside the same model as a first script would train it:
+float32, contiguous, eager, Adam in its own loops.
 """
-
-from statistics import median
 
 import pytest
 import torch
@@ -13,38 +12,46 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from bench.timing import DEVICE, DEVICE_CLOCK, ON_GPU, timed
 from fastat.costs import forward_gflop
-from fastat.environment import default_device, device_name
 from fastat.evaluate import autocast
-from fastat.features import FEATURES
+from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.models import create_model, list_models
 from fastat.optim import create_adam, train_step
-from fastat.procedures import A4, model_options
+from fastat.procedures import A2, A4, Procedure, model_options
+from fastat_kernels.backend import kernels
+from fastat_kernels.choice import OPERATORS
+
+pytestmark = DEVICE_CLOCK
 
 CLASSES = 527
-DEVICE = default_device()
-BATCH, ROUNDS = (4, 3) if DEVICE.type == "cpu" else (64, 20)
-FEATURE, NUM_FRAMES = FEATURES[A4.feature], 400
+IMPLS = ("kernels", "library", "eager") if ON_GPU else ("ours", "float32")
+# The paper's global batch over its number of GPUs: 448 on two, 400 on four.
+STEPS = [(A4, 224), (A2, 100)] if ON_GPU else [(A4, 4)]
+PASSES = 3
+"""Forward, and a backward pass with twice its products."""
 
 
-def created(name: str) -> nn.Module:
+def created(name: str, proc: Procedure) -> nn.Module:
+    feature = FEATURES[proc.feature]
     return create_model(
         name,
-        num_mels=FEATURE.num_mels,
-        num_frames=NUM_FRAMES,
+        num_mels=feature.num_mels,
+        num_frames=feature.num_frames(CLIP_SAMPLES),
         num_classes=CLASSES,
-        **model_options(name, A4),
+        **model_options(name, proc),
     )
 
 
 @torch.no_grad()
 def check_loss(model: nn.Module, features: Tensor, target: Tensor) -> None:
-    """bf16 is to give float32's loss before it is timed."""
+    """bf16, with the kernels under test, is to give float32's loss before it is timed."""
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train()  # fresh running statistics do not normalise
-    want = F.binary_cross_entropy_with_logits(model(features), target)
+    with kernels([]):
+        want = F.binary_cross_entropy_with_logits(model(features), target)
     with autocast(DEVICE, "bf16"):
         logits = model(features)
     got = F.binary_cross_entropy_with_logits(logits, target)
@@ -52,49 +59,50 @@ def check_loss(model: nn.Module, features: Tensor, target: Tensor) -> None:
     model.train()
 
 
-@pytest.mark.parametrize("impl", ["ours", "float32"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", list_models())
-def test_model_step(benchmark: BenchmarkFixture, name: str, impl: str) -> None:
-    benchmark.group = f"training step, {name} A4, batch {BATCH}"
+@pytest.mark.parametrize("proc, batch", STEPS, ids=[proc.name for proc, _ in STEPS])
+def test_model_step(
+    benchmark: BenchmarkFixture, proc: Procedure, batch: int, name: str, impl: str
+) -> None:
     torch.manual_seed(0)
-    model = created(name).to(DEVICE).train()
-    features = torch.randn(BATCH, NUM_FRAMES, FEATURE.num_mels, device=DEVICE)
-    target = (torch.rand(BATCH, CLASSES, device=DEVICE) < 0.01).float()
+    model = created(name, proc).to(DEVICE).train()
+    feature = FEATURES[proc.feature]
+    num_frames = feature.num_frames(CLIP_SAMPLES)
+    features = torch.randn(batch, num_frames, feature.num_mels, device=DEVICE)
+    target = (torch.rand(batch, CLASSES, device=DEVICE) < 0.01).float()
     params = list(model.parameters())
-    if impl == "ours":
-        check_loss(model, features, target)
-        model = model.to(memory_format=torch.channels_last)
-        fused, _ = create_adam(params, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE)
-        if DEVICE.type == "cuda":
-            model.compile()
-
-        def step() -> Tensor:
-            precision = autocast(DEVICE, "bf16")
-            return train_step(model, params, fused, features, target, precision)[0]
+    optimizer: torch.optim.Optimizer
+    if impl == "float32":
+        optimizer = torch.optim.Adam(params, lr=1e-5, foreach=False)
     else:
-        plain = torch.optim.Adam(params, lr=1e-5, foreach=False)
+        model = model.to(memory_format=torch.channels_last)
+        optimizer, _ = create_adam(
+            params, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE
+        )
+    precision = autocast(DEVICE, "fp32" if impl == "float32" else "bf16")
 
-        def step() -> Tensor:
-            loss = F.binary_cross_entropy_with_logits(model(features), target)
-            plain.zero_grad()
-            loss.backward()
-            plain.step()
-            return loss.detach()
+    def step() -> Tensor:
+        return train_step(model, params, optimizer, features, target, precision)[0]
 
-    def synchronized() -> Tensor:
-        loss = step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return loss
-
-    loss = benchmark.pedantic(synchronized, rounds=ROUNDS, warmup_rounds=1)
-    assert torch.isfinite(loss)
-    seconds = median(benchmark.stats.stats.data)
     with torch.device("meta"):
-        empty = created(name)
-    benchmark.extra_info.update(
-        device=device_name(DEVICE),
-        clips_per_s=BATCH / seconds,
-        # the backward pass has twice the forward's products
-        tflop_per_s=3 * BATCH * forward_gflop(empty, NUM_FRAMES, FEATURE.num_mels) / seconds / 1e3,
-    )
+        empty = created(name, proc)
+    gflop = forward_gflop(empty, num_frames, feature.num_mels)
+    with kernels(OPERATORS if impl == "kernels" else ()):
+        if impl != "float32":
+            check_loss(model, features[:16], target[:16])
+        if impl in ("kernels", "library"):
+            model.compile()
+        assert torch.isfinite(step())
+        timed(
+            benchmark,
+            step,
+            op=f"{name} step",
+            impl=impl,
+            passes="train",
+            shape=f"{proc.name} batch {batch}",
+            flop=PASSES * batch * gflop * 1e9,
+            clips=batch,
+            graph=False,
+            cpu_rounds=3,
+        )

@@ -61,6 +61,7 @@ def timed(
     flop: float | None = None,
     clips: int | None = None,
     graph: bool = True,
+    cpu_rounds: int = CPU_ROUNDS,
 ) -> float:
     """The median seconds of ``step``, which must not wait for the device.
 
@@ -72,7 +73,7 @@ def timed(
     if ON_GPU:
         seconds, peak_bytes = _timed_on_gpu(benchmark, step, graph)
     else:
-        benchmark.pedantic(step, rounds=CPU_ROUNDS, warmup_rounds=1)
+        benchmark.pedantic(step, rounds=cpu_rounds)
         seconds, peak_bytes = benchmark.stats.stats.median, None
     row: dict[str, Any] = {
         "op": op, "impl": impl, "passes": passes, "shape": shape, "ms": seconds * 1e3,

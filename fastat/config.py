@@ -24,6 +24,7 @@ from fastat.procedures import (
     small_set_sizes,
 )
 from fastat.schedule import SCHEDULES, warmup_length
+from fastat_kernels.choice import parse_kernels
 
 PRECISIONS = ("bf16", "fp32")
 SOURCES = ("packed", "dali")
@@ -78,6 +79,9 @@ class TrainConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
     precision: str = "bf16"
     compile: bool = False
+    kernels: str = "auto"
+    """Operators that run Triton kernels on CUDA: "auto" (the measured winners), "all", "none", or
+    names with commas between."""
     source: str = "packed"
     max_bad: float = 0.01
     """Share of clips that --source dali may be unable to take."""
@@ -101,6 +105,10 @@ class TrainConfig:
         for name in ("warmup_steps", "time_mask", "freq_mask", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        try:
+            parse_kernels(self.kernels)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if self.seed >= 2**63:
             raise UserError(f"seed must be less than 2^63, got {self.seed}")
         for name in ("mixup", "max_bad"):
@@ -151,7 +159,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"data", "eval", "steps", "checkpoint_every_steps", "max_bad", "eval_batch"}
+    {"data", "eval", "steps", "checkpoint_every_steps", "max_bad", "eval_batch", "kernels"}
 )
 """Options that leave the mathematics of training alone (the data must still be the same set)."""
 

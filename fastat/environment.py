@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastat_kernels.backend import chosen_kernels
+
 RECORDED = (
     "fastat",
     "torch",
@@ -44,7 +46,8 @@ def _cpu_model() -> str:
 def numerics(device: torch.device) -> str:
     """What bit-identical resuming depends on, beside the configuration."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{device_name(device)}, {capability}, torch {torch.__version__}"
+    kernels = f", kernels {'+'.join(chosen_kernels())}" if device.type == "cuda" else ""
+    return f"{device_name(device)}, {capability}, torch {torch.__version__}{kernels}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -43,6 +43,8 @@ from fastat.run_folder import (
 )
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
+from fastat_kernels.backend import chosen_kernels, set_kernels
+from fastat_kernels.choice import parse_kernels
 
 LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
 
@@ -84,6 +86,11 @@ class Trainer:
         self.notes = list(notes)  # shown once everything fits together
         torch.manual_seed(config.seed)
         self.device = default_device()
+        set_kernels(parse_kernels(config.kernels))
+        if self.device.type == "cuda":
+            self.notes.append(f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}")
+        elif config.kernels != "auto":
+            self.notes.append(f"kernels={config.kernels}: Triton kernels run on CUDA only")
 
         # ---- data
         self.train_set = PackedSet.open(config.data)

@@ -346,6 +346,7 @@ def test_the_time_mask_follows_the_clips_length() -> None:
         ({"layer_decay": 1.1}, r"layer_decay must be in \(0, 1\]"),
         ({"layer_decay": math.nan}, r"layer_decay must be in \(0, 1\]"),
         ({"precision": "fp8"}, "precision must be one of"),
+        ({"kernels": "flash"}, "kernels must be auto, all, none or some of attention"),
         ({"source": "mp3"}, "source must be one of"),
         ({"statistics": "mine"}, "statistics must be one of"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""Which operators run their Triton kernels, how one is registered, and which chip it is for."""
+"""How operators choose their Triton kernel, are registered, and know the chip it is for."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -9,22 +9,10 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from fastat_kernels.choice import WINNERS
+
 P = ParamSpec("P")
 R = TypeVar("R")
-
-OPERATORS = (
-    "attention",
-    "attention_pool",
-    "bn_relu_pool",
-    "depthwise_conv",
-    "log_mel",
-    "patch_embed",
-)
-"""The operators that have a Triton kernel."""
-
-WINNERS: frozenset[str] = frozenset()
-"""Operators whose kernel is ahead of the best library way on a GPU, by ``bench/results``. None has
-been measured yet."""
 
 LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch. Triton 3.10 changes this one's default."""
@@ -33,32 +21,15 @@ _chosen = WINNERS
 _assumed_target = 90
 
 
-def parse_kernels(choice: str) -> frozenset[str]:
-    """Operators named by ``choice``: "auto" (the measured winners), "all", "none", or "a,b".
-
-    Raises:
-        ValueError: a name that is no operator's.
-    """
-    match choice:
-        case "auto":
-            return WINNERS
-        case "all":
-            return frozenset(OPERATORS)
-        case "none":
-            return frozenset()
-    names = frozenset(name.strip() for name in choice.split(","))
-    if unknown := names - set(OPERATORS):
-        raise ValueError(
-            f"kernels: expected auto, all, none or some of {', '.join(OPERATORS)}, "
-            f"got {', '.join(sorted(unknown))!r}"
-        )
-    return names
-
-
 def set_kernels(names: Iterable[str]) -> None:
     """From now on these operators run their Triton kernels on CUDA, and no others."""
     global _chosen
     _chosen = frozenset(names)
+
+
+def chosen_kernels() -> list[str]:
+    """The operators that run their Triton kernels on CUDA."""
+    return sorted(_chosen)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastat_kernels import backend
+from fastat_kernels.choice import OPERATORS
 
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory a block may take. For sm_80 it is the limit of sm_86 and sm_89, which run
@@ -126,7 +127,7 @@ def complaint(row: Compiled) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", type=int, choices=sorted(SHARED_LIMIT))
-    parser.add_argument("operators", nargs="*", default=backend.OPERATORS)
+    parser.add_argument("operators", nargs="*", default=OPERATORS)
     parser.add_argument("--candidates", action="store_true", help="those that are only timed")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastat_kernels import backend
+from fastat_kernels.choice import OPERATORS
 
 KERNEL_MODULES = [
     importlib.import_module(f"fastat_kernels.{op}")
-    for op in backend.OPERATORS
+    for op in OPERATORS
     if find_spec(f"fastat_kernels.{op}")
 ]
 

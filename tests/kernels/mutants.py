@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 def planned(operators: list[str]) -> list[tuple[str, Mutant]]:
     """Every operator with each mistake that its test file lists; of all operators without names."""
-    operators = operators or importlib.import_module(f"{PACKAGE}.backend").OPERATORS
+    operators = operators or importlib.import_module(f"{PACKAGE}.choice").OPERATORS
     tests = {op: importlib.import_module(f"tests.kernels.test_{op}") for op in operators}
     return [(op, mutant) for op in operators for mutant in tests[op].MUTANTS]
 

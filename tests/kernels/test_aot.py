@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastat_kernels.backend import OPERATORS
+from fastat_kernels.choice import OPERATORS
 from tests.kernels.aot import SHARED_LIMIT, Compiled, complaint
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastat_kernels.backend import OPERATORS
+from fastat_kernels.choice import OPERATORS
 from tests.kernels.mutants import planned
 
 ROOT = Path(__file__).parents[2]
