@@ -6,6 +6,8 @@ without any ("eager"), all in bf16 with fused Adam as the trainer runs them; A4 
 float32, contiguous, eager, Adam in its own loops.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.timing import DEVICE, DEVICE_CLOCK, ON_GPU, timed
 from fastat.costs import forward_gflop
-from fastat.evaluate import autocast
+from fastat.environment import autocast
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.models import create_model, list_models
 from fastat.optim import create_adam, train_step
@@ -59,6 +61,28 @@ def check_loss(model: nn.Module, features: Tensor, target: Tensor) -> None:
     model.train()
 
 
+def first_script_step(model: nn.Module, features: Tensor, target: Tensor) -> Callable[[], Tensor]:
+    """A step in float32, contiguous, with Adam in its own loops."""
+    adam = torch.optim.Adam(model.parameters(), lr=1e-5, foreach=False)
+
+    def step() -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(model(features), target)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    return step
+
+
+def trainer_step(model: nn.Module, features: Tensor, target: Tensor) -> Callable[[], Tensor]:
+    """A step as the trainer takes it: bf16, channels_last, fused Adam."""
+    params = list(model.to(memory_format=torch.channels_last).parameters())
+    adam, _ = create_adam(params, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE)
+    precision = autocast(DEVICE, "bf16")
+    return lambda: train_step(model, params, adam, features, target, precision)[0]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("proc, batch", STEPS, ids=[proc.name for proc, _ in STEPS])
@@ -71,20 +95,8 @@ def test_model_step(
     num_frames = feature.num_frames(CLIP_SAMPLES)
     features = torch.randn(batch, num_frames, feature.num_mels, device=DEVICE)
     target = (torch.rand(batch, CLASSES, device=DEVICE) < 0.01).float()
-    params = list(model.parameters())
-    optimizer: torch.optim.Optimizer
-    if impl == "float32":
-        optimizer = torch.optim.Adam(params, lr=1e-5, foreach=False)
-    else:
-        model = model.to(memory_format=torch.channels_last)
-        optimizer, _ = create_adam(
-            params, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE
-        )
-    precision = autocast(DEVICE, "fp32" if impl == "float32" else "bf16")
-
-    def step() -> Tensor:
-        return train_step(model, params, optimizer, features, target, precision)[0]
-
+    make_step = first_script_step if impl == "float32" else trainer_step
+    step = make_step(model, features, target)
     with torch.device("meta"):
         empty = created(name, proc)
     gflop = forward_gflop(empty, num_frames, feature.num_mels)

@@ -22,8 +22,7 @@ from fastat.data.loader import Batch, PackedSource, mixed_targets
 from fastat.data.pack import pack
 from fastat.data.sampler import Sampler, StepPlan, balanced_weights
 from fastat.data.shards import PackedSet
-from fastat.environment import default_device, device_name
-from fastat.evaluate import autocast
+from fastat.environment import autocast, default_device, device_name
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.models.cnn_trans import CnnTransformer

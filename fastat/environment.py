@@ -3,6 +3,7 @@
 import platform
 import resource
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
     return names[0] if names else f"{platform.machine()} CPU"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The model's arithmetic: bfloat16 where that is safe ("bf16"), or float32 ("fp32")."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def numerics(device: torch.device) -> str:

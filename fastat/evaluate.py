@@ -4,7 +4,6 @@ import csv
 import io
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,11 @@ from fastat.checkpoint import build_frontend, load_model
 from fastat.config import PRECISIONS
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
-from fastat.environment import default_device
+from fastat.environment import autocast, default_device
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.metrics import TaggingMetrics, finite, tagging_metrics
 from fastat.progress import progress
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The model's arithmetic: bfloat16 where that is safe ("bf16"), or float32 ("fp32")."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from fastat.data.loader import Batch, PackedSource, Source
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.display import Display, Status
-from fastat.environment import default_device, device_name, peak_memory_gib
+from fastat.environment import autocast, default_device, device_name, peak_memory_gib
 from fastat.errors import Failure, UserError
-from fastat.evaluate import Evaluation, autocast, evaluate, match_classes, save_predictions
+from fastat.evaluate import Evaluation, evaluate, match_classes, save_predictions
 from fastat.features import FEATURES
 from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.metrics import TaggingMetrics, finite

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastat.evaluate import autocast
+from fastat.environment import autocast
 from fastat.extract import read_waveform
 from fastat.frontend import Frontend
 from fastat.models import create_model
