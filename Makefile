@@ -1,11 +1,12 @@
 # make demo   from nothing to a trained tagger on the built-in practice set
 # make test   linters, types and the test suite; make test-full adds the long counts
+# make test-oldest  the kernels' tests with the oldest torch and Triton (part of test-full)
 # make bench  every benchmark, each beside its peer
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full bench clean
+.PHONY: demo test test-full test-oldest bench clean
 
 demo: .venv/.installed
 	$(BIN)/fastat train --proc A4 --model cnn_trans
@@ -16,8 +17,11 @@ test: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
 
-test-full: .venv/.installed-test
+test-full: .venv/.installed-test test-oldest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest tests/kernels $(PYTEST_ARGS)
 
 bench: .venv/.installed-test
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
@@ -31,5 +35,12 @@ bench: .venv/.installed-test
 	$(BIN)/pip install --quiet --editable ".[test]" --constraint constraints.txt
 	touch $@
 
+# Triton 3.6's interpreter does not run on numpy 2.4.
+.venv-oldest/.installed: Makefile
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch==2.11.0 triton==3.6.0 "numpy<2.4" scipy timm \
+		pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .mypy_cache .ruff_cache .pytest_cache

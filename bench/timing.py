@@ -8,6 +8,7 @@ With FASTAT_BENCH_OUT set, every result is also appended to results.jsonl in tha
 """
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable
@@ -63,13 +64,15 @@ def timed(
     graph: bool = True,
     cpu_rounds: int = CPU_ROUNDS,
 ) -> float:
-    """The median seconds of ``step``, which must not wait for the device.
+    """The median seconds of ``step``, which must not wait for the device; NaN where disabled.
 
     ``bytes_moved`` and ``flop`` are what the operation needs at least, whoever computes it;
     ``clips`` is the batch. ``graph=False`` is for steps that a CUDA graph cannot hold.
     """
     benchmark.group = f"{op} {shape} {passes}"
-    step()
+    if benchmark.disabled:  # by --benchmark-disable
+        step()
+        return math.nan
     if ON_GPU:
         seconds, peak_bytes = _timed_on_gpu(benchmark, step, graph)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastat_kernels.attention import attention
 from fastat_kernels.attention_pool import PROB_EPS, attention_pool
+from fastat_kernels.bn_relu_pool import bn_relu_pool
 from fastat_kernels.dropout import dropout
 
 POOLINGS = ("att", "max", "ave", "lin", "exp", "sigatt")
@@ -37,11 +38,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, T, F] -> [B, C', T', F']."""
-        x = self.bn(self.conv(x))
-        if self.pool is not None:
-            # The maximum commutes with ReLU, and the pooled map is the smaller one to rectify.
-            x = F.max_pool2d(x, self.pool)
-        return F.relu_(x)
+        return bn_relu_pool(self.conv(x), self.bn, self.pool)
 
 
 class TalNet(nn.Module):

@@ -30,7 +30,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             if torch.compiler.is_compiling() or out.dtype == torch.bool:
                 return out
             exact = out.is_floating_point() or out.is_complex()
-            return out.fill_(float("nan") if exact else torch.iinfo(out.dtype).max)
+            out.detach().fill_(float("nan") if exact else torch.iinfo(out.dtype).max)
+            return out
 
         return made
 
