@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastat.models.base import TaggingModel
-from fastat.models.layers import one_channel_image
-
-PATCH = 16
-NUM_SPECIAL = 2
-"""The class and the distillation token, first in a sequence."""
+from fastat_kernels.attention import attention
+from fastat_kernels.patch_embed import NUM_SPECIAL, PATCH, patch_embed
 
 TRUNKS = {
     "tiny224": "deit_tiny_distilled_patch16_224",
@@ -27,6 +24,22 @@ TRUNKS = {
     "base384": "deit_base_distilled_patch16_384",
 }
 """timm's name of each size's trunk: DeiT and the image size it was trained on."""
+
+
+class SelfAttention(nn.Module):
+    """The self-attention of a timm block, its layers under their names, through our operator."""
+
+    def __init__(self, timm_attention: Any) -> None:
+        super().__init__()
+        self.num_heads: int = timm_attention.num_heads
+        self.qkv: nn.Linear = timm_attention.qkv
+        self.proj: nn.Linear = timm_attention.proj
+
+    def forward(self, x: Tensor, **masks: object) -> Tensor:
+        """x: [B, N, D] -> [B, N, D]. A timm block also says that there is no mask."""
+        B, N, _ = x.shape
+        y: Tensor = self.proj(attention(self.qkv(x).view(B, N, 3, self.num_heads, -1)))
+        return y
 
 
 class Ast(TaggingModel):
@@ -82,6 +95,8 @@ class Ast(TaggingModel):
         num_tokens = NUM_SPECIAL + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, width))
         self.layers = trunk.blocks
+        for block in self.layers:
+            block.attn = SelfAttention(block.attn)
         self.norm = trunk.norm
         self.embedding_size = width
         self.head_norm = nn.LayerNorm(width)
@@ -100,13 +115,14 @@ class Ast(TaggingModel):
         Raises:
             ValueError: the map is smaller than a patch.
         """
-        B, T, M = x.shape
+        _, T, M = x.shape
         pos: Tensor = self.pos_embed
         if (grid := patch_grid(M, T, *self.strides)) != self.grid:
             pos = adapt_positions(pos, self.grid, grid)
-        x = self.patch_embed(one_channel_image(x.transpose(1, 2)))  # [B, D, f, t]
-        special = torch.cat([self.cls_token, self.dist_token], 1).expand(B, -1, -1)
-        x = torch.cat([special, x.flatten(2).transpose(1, 2)], 1) + pos  # [B, 2 + f * t, D]
+        weight, bias = self.patch_embed.weight, self.patch_embed.bias
+        assert bias is not None
+        tokens = self.cls_token, self.dist_token
+        x = patch_embed(x, weight, bias, pos, *tokens, self.strides)  # [B, 2 + f * t, D]
         x = self.norm(self.run(self.layers, x))
         out: Tensor = self.head_norm((x[:, 0] + x[:, 1]) / 2)
         return out.float()

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastat.errors import UserError
 from fastat.features import FEATURES
-from fastat.models.ast import NUM_SPECIAL, PATCH, patch_grid
+from fastat.models.ast import patch_grid
 from fastat.procedures import AUTHORS_OPTIONS
 from fastat.weights.foreign import (
     CONFIG,
@@ -22,6 +22,7 @@ from fastat.weights.foreign import (
     own_entry,
 )
 from fastat.weights.layouts import HF_AST
+from fastat_kernels.patch_embed import NUM_SPECIAL, PATCH
 
 CLIP_SECONDS = 10.0
 AST_SIZES = {192: "tiny224", 384: "small224", 768: "base384"}

@@ -12,11 +12,11 @@ from fastat.atomic import atomic_path
 from fastat.checkpoint import ModelMeta
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
-from fastat.models.ast import PATCH
 from fastat.weights.describe import EXTRACTOR, EXTRACTOR_FEATURE, OUR_NORM_EPS
 from fastat.weights.foreign import CONFIG, HEAD_WIDTH, HF_MODEL, HF_WEIGHTS, OURS, PREPROCESSOR
 from fastat.weights.layouts import HF_RULES, RESNET_TRUNK
 from fastat.weights.translate import to_theirs
+from fastat_kernels.patch_embed import PATCH
 
 TRUNK_SUFFIX = ".safetensors"
 

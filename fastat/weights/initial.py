@@ -15,11 +15,12 @@ from fastat.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights
 from fastat.data.shards import ClassInfo
 from fastat.errors import UserError
 from fastat.models import MODELS
-from fastat.models.ast import NUM_SPECIAL, Ast, adapt_positions
+from fastat.models.ast import Ast, adapt_positions
 from fastat.weights.describe import describe
 from fastat.weights.foreign import Foreign, classes_of, read_foreign
 from fastat.weights.imagenet import imagenet_state, trunk_name
 from fastat.weights.translate import fit, translate
+from fastat_kernels.patch_embed import NUM_SPECIAL
 
 OWN_CHOICE = ("dropout", "activation_checkpointing")
 """Options that the weights leave to the run."""

@@ -1,4 +1,4 @@
-"""Poisoned outputs, and operators that run their Triton launchers wherever the tensors are."""
+"""Poisoned outputs, an interpreter that knows bfloat16, and operators that run Triton anywhere."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -6,9 +6,12 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from fastat_kernels import backend
 from fastat_kernels.choice import OPERATORS
@@ -37,6 +40,33 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter multiplies the bits of bfloat16, and cuts instead of rounding."""
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def as_float32(operand: Any) -> Any:
+        if operand.dtype.scalar == tl.bfloat16:
+            return (operand.data.astype(np.uint32) << 16).view(np.float32)
+        return operand.data
+
+    def dot(self: Any, a: Any, b: Any, c: Any, precision: Any, imprecise: Any) -> Any:
+        product = np.matmul(as_float32(a), as_float32(b), dtype=c.data.dtype)
+        return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+
+    def rounding_cast(self: Any, source: Any, dtype: Any) -> Any:
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, dtype)
+        bits = np.ascontiguousarray(source.data).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(builder, "create_dot", dot)
+    monkeypatch.setattr(builder, "cast_impl", rounding_cast)
+    monkeypatch.setattr(builder, "create_fp_trunc", rounding_cast)
 
 
 @pytest.fixture(scope="session", autouse=True)
