@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastat.models.base import TaggingModel
 from fastat_kernels.attention import attention
+from fastat_kernels.depthwise_conv import depthwise_conv
 from fastat_kernels.dropout import dropout
 
 STACKED_FRAMES = 4
@@ -48,8 +49,16 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, N, D] -> [B, N, D]."""
-        x = F.glu(self.pointwise1(self.norm(x)))
-        x = F.silu(self.group_norm(self.depthwise(x.transpose(1, 2)))).transpose(1, 2)
+        bias = self.depthwise.bias
+        assert bias is not None
+        x = depthwise_conv(
+            self.pointwise1(self.norm(x)),
+            self.depthwise.weight,
+            bias,
+            self.group_norm.weight,
+            self.group_norm.bias,
+            self.group_norm.eps,
+        )
         return dropout(self.pointwise2(x), self.dropout if self.training else 0.0)
 
 
