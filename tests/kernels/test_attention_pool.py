@@ -155,10 +155,10 @@ def launches(num_config: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
         stats = torch.empty(448, 527, device="meta")
         config = _configs(90)[num_config]
         for form, sigmoid in (("softmax", False), ("sigmoid", True)):
-            label = f"{form} {str(dtype).removeprefix('torch.')}"
-            yield label, partial(_fwd_triton, prob, prob, sigmoid, config=config)
+            label = f"{form} {str(dtype).removeprefix('torch.')} @ {tuple(config)}"
+            yield f"fwd {label}", partial(_fwd_triton, prob, prob, sigmoid, config=config)
             backward = partial(_bwd_triton, stats, prob, prob, stats, stats, sigmoid, config=config)
-            yield label, backward
+            yield f"bwd {label}", backward
 
 
 def candidates() -> Iterator[tuple[str, Callable[[], object]]]:

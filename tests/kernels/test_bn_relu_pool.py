@@ -570,7 +570,7 @@ def _launches(
             kernels.append("dx, constants")
         for kernel in kernels:
             for config in choose(target(x), kernel.split(",")[0], window):
-                yield f"{kernel} {name} {tuple(config)}", partial(run, kernel, config)
+                yield f"{kernel} {name} @ {tuple(config)}", partial(run, kernel, config)
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:

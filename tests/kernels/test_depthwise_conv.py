@@ -284,7 +284,7 @@ def candidates() -> Iterator[tuple[str, Callable[[], object]]]:
         for direction in ("fwd", "bwd"):
             for config in _configs(90, k, backward=direction == "bwd")[1:]:
                 call = partial(_launch, direction, (448, 100, 768, k), torch.bfloat16, config)
-                yield f"{direction} k {k} {'/'.join(map(str, config))}", call
+                yield f"{direction} k {k} bfloat16 @ {'/'.join(map(str, config))}", call
 
 
 MUTANTS = [

@@ -412,8 +412,8 @@ def _calls(
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launch that the models make, on meta tensors: label, call."""
     for shape, dtype in MODELS:
-        for call in _calls(shape, dtype, None, None):
-            yield f"{name(shape)} {name(dtype)}", call
+        for direction, call in zip(("fwd", "bwd"), _calls(shape, dtype, None, None), strict=True):
+            yield f"{direction} {name(shape)} {name(dtype)}", call
 
 
 def candidates() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -422,10 +422,10 @@ def candidates() -> Iterator[tuple[str, Callable[[], object]]]:
         arch = target(torch.empty(0, device="meta"))
         for fwd in _fwd_configs(arch, dtype, shape.width)[1:]:
             for call in _calls(shape, dtype, fwd, None):
-                yield f"{name(dtype)} {name(fwd)}", call
+                yield f"fwd {name(shape)} {name(dtype)} @ {name(fwd)}", call
         for bwd in _bwd_configs(arch, dtype, shape.width)[1:]:
             for call in _calls(shape, dtype, None, bwd):
-                yield f"{name(dtype)} {name(bwd)}", call
+                yield f"bwd {name(shape)} {name(dtype)} @ {name(bwd)}", call
 
 
 MUTANTS = [
