@@ -7,7 +7,8 @@ the same step gives the same features on any rank and after any resume.
 
 On the CPU the work is done in blocks of frames that stay in a core's cache: a whole batch of
 4096-point frames is 6.5 MB a clip before and after the transform, and the memory would set the
-pace, not the FFT.
+pace, not the FFT. On a GPU the operator ``fastat::log_mel`` does all of it in one, where it is
+chosen.
 
 Axis letters: B clips, M mixup partners, S samples, T frames, F mel bins, N rows of a block of
 frames.
@@ -15,9 +16,9 @@ frames.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastat.features import CLIP_SAMPLES, FEATURES, Feature, get_feature
+from fastat_kernels.backend import use_kernel
 
 INT16_SCALE = 1.0 / 32768.0
 
@@ -104,6 +106,46 @@ class Frontend(nn.Module):
         # Not in the state dict: constants of the feature, not of a checkpoint.
         self.register_buffer("window", _float32(self.feature.window()), persistent=False)
         self.register_buffer("bank", _float32(bank), persistent=False)
+        self._fused: Callable[..., Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # The operator brings Triton, whose import a CPU has no use for.
+        self._fused = self.fused() if self.window.is_cuda else None
+        return self
+
+    def fused(self) -> Callable[..., Tensor]:
+        """(waveform, num_samples, augment) -> features by one operator, for where the module is."""
+        from fastat_kernels import log_mel
+
+        feature, device = self.feature, self.window.device
+        plan = log_mel.make_plan(feature.window(), feature.mel_bank(), feature.n_fft)
+        constants = log_mel.Feature(
+            window=self.window,
+            bank=self.bank[::2],
+            plan=plan._replace(tables=plan.tables.to(device)),
+            n_fft=feature.n_fft,
+            hop_samples=feature.hop_samples,
+            kaldi=feature.kaldi,
+            preemphasis=feature.preemphasis,
+            floor=feature.floor,
+        )
+        mean, scale = (self.mean, 0.5 / self.std) if self.normalize else (0.0, 1.0)
+
+        def run(waveform: Tensor, num_samples: Tensor | None, augment: Augment | None) -> Tensor:
+            masks: dict[str, Tensor] = {} if augment is None else augment._asdict()
+            return log_mel.log_mel(
+                waveform,
+                constants,
+                self.num_frames,
+                num_samples,
+                remove_mean=self.remove_mean,
+                mean=mean,
+                scale=scale,
+                **masks,
+            )
+
+        return run
 
     def forward(
         self, waveform: Tensor, num_samples: Tensor | None = None, augment: Augment | None = None
@@ -119,6 +161,8 @@ class Frontend(nn.Module):
         where the counts lie on the CPU (elsewhere looking would stall the device).
         """
         num_clips = self._check(waveform, num_samples, augment)
+        if self._fused is not None and use_kernel("log_mel", waveform):
+            return self._fused(waveform, num_samples, augment)
         with _plain_float32(waveform.device):
             padded = self._prepare(waveform, num_samples, augment, num_clips)
             own = None if num_samples is None else num_samples[:num_clips]
@@ -277,7 +321,7 @@ def _log_mel(padded: Tensor, window: Tensor, bank: Tensor, name: str, num_frames
     return out
 
 
-_log_mel_operator = torch.library.custom_op("fastat::log_mel", _log_mel, mutates_args=())
+_log_mel_operator = torch.library.custom_op("fastat::log_mel_blocks", _log_mel, mutates_args=())
 
 
 @_log_mel_operator.register_fake

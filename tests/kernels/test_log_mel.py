@@ -333,12 +333,13 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def candidates() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The configurations that are only timed."""
     for name in NAMES:
         args = meta_arguments(name, torch.int16, 134)
         lanes = transform_shape(args[10], args[6].shape[0]).lanes
         for config in _configs(target(args[0]), lanes)[1:]:
             yield (
-                f"{name} {config.num_warps} warps",
+                f"{name} int16 mixed @ {config.num_warps} warps",
                 lambda args=args, config=config: _log_mel_triton(*args, config=config),  # type: ignore[misc]
             )
 
