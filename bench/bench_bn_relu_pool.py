@@ -46,7 +46,7 @@ LAYERS = [
 ]
 """Channels, height, width and window of the ten layers at 64 x 400."""
 CASES = (
-    [(64, *layer) for layer in LAYERS] + [(448, *layer) for layer in LAYERS[:2]]
+    [(448, *layer) for layer in LAYERS[:2]] + [(64, *layer) for layer in LAYERS[2:]]
     if ON_GPU
     else [(2, *LAYERS[1]), (2, *LAYERS[9])]
 )
@@ -69,8 +69,8 @@ def test_bn_relu_pool(
 ) -> None:
     B, C, H, W, pool = case
     backward = passes == "fwd+bwd"
-    if impl == "eager without cuDNN" and not ON_GPU:
-        pytest.skip("there is no cuDNN on this device")
+    if impl == "eager without cuDNN" and (not ON_GPU or case not in CASES[:2]):
+        pytest.skip("timed on the first two layers, on a GPU")
     x = torch.randn(B, H, W, C, device=DEVICE).bfloat16().permute(0, 3, 1, 2)
     x.requires_grad_(backward)
     bn = nn.BatchNorm2d(C, device=DEVICE).train(passes != "eval").requires_grad_(backward)

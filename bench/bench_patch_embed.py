@@ -41,12 +41,11 @@ IMPLS: dict[str, Callable[..., Tensor]] = {
     "unfold": unfold,
 }
 STRIDES = (4, 6, 8, 10, 12, 16)
-# (clips, frames, mels, width, stride): A3 and A1, then the small and the tiny trunk
+# (clips, frames, mels, width, stride): A3 and A1, then the tiny trunk
 SHAPES = (
     [
         *((80, 400, 64, 768, s) for s in STRIDES),
-        *((20, 1024, 128, 768, s) for s in STRIDES),
-        (80, 400, 64, 384, 8),
+        *((20, 1024, 128, 768, s) for s in (4, 10, 16)),
         (80, 400, 64, 192, 8),
     ]
     if ON_GPU

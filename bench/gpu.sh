@@ -9,8 +9,11 @@
 #                   attention attention_pool bn_relu_pool depthwise_conv log_mel patch_embed
 #        a4 a2      whole training steps of the six models, compiled, kernels on and off
 #        eager      the same steps, not compiled
-#        tune       times the other configurations of every kernel
+#        tune       times the other configurations of every kernel; tune=attention those of one
 # Without parts: ceilings tests kernels a4.
+#
+# With pytest-xdist, what a part compiles is compiled by several processes first, which fill the
+# caches of Triton and of torch.compile; what is timed then runs alone.
 #
 # Needs torch, triton, timm, h5py, pytest and pytest-benchmark, and the source tree: fastat need not
 # be installed, nor DALI. Results go to DIR (bench/results) as they come; the last thing printed is
@@ -19,7 +22,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 KERNELS="attention attention_pool bn_relu_pool depthwise_conv log_mel patch_embed"
-LIMIT_S=480
+LIMIT_S=470
+WARM_LIMIT_S=200
 out=bench/results
 
 if [ "${1:-}" = --help ]; then
@@ -39,43 +43,59 @@ pytest_() {
     "$PYTHON" -m pytest -q -p no:cacheprovider -o console_output_style=classic "$@"
 }
 
+gpu_and_xdist() {
+    "$PYTHON" -c 'import torch, xdist; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null
+}
+
+# bench_ WORKERS PYTEST_ARGUMENT...: so many processes share the GPU while they compile; 0: none does.
 bench_() {
-    pytest_ --benchmark-columns=median,min,rounds --benchmark-sort=name "$@" >>"$FASTAT_BENCH_OUT/bench.log" 2>&1
-    local code=$?
-    tail -n 1 "$FASTAT_BENCH_OUT/bench.log"
+    local workers=$1 code log=$FASTAT_BENCH_OUT/bench.log
+    shift
+    if [ "$workers" != 0 ] && gpu_and_xdist; then
+        TORCHINDUCTOR_COMPILE_THREADS=4 timeout -k 10 "$WARM_LIMIT_S" "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-disable \
+            -n "$workers" "$@" >"$FASTAT_BENCH_OUT/warm.log" 2>&1
+        echo "   compiled: $(tail -n 1 "$FASTAT_BENCH_OUT/warm.log")"
+    fi
+    pytest_ --benchmark-columns=median,min,rounds --benchmark-sort=name "$@" >>"$log" 2>&1
+    code=$?
+    tail -n 1 "$log"
     return $code
 }
 
 tests_() {
-    set -o pipefail
-    local workers=()
-    "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+    local workers=() code log=$FASTAT_BENCH_OUT/tests.log
+    gpu_and_xdist && workers=(-n 8)
     pytest_ tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_mutants.py \
-        "${workers[@]}" 2>&1 | tail -n 25
+        "${workers[@]}" >"$log" 2>&1
+    code=$?
+    tail -n 25 "$log"
+    return $code
 }
 
 part() {
     case $1 in
         ceilings) "$PYTHON" -m bench.ceilings "$FASTAT_BENCH_OUT" ;;
         tests) tests_ ;;
-        a4) bench_ bench/bench_models.py -k "A4 and not eager" ;;
-        a2) bench_ bench/bench_models.py -k "A2 and not eager" ;;
-        eager) bench_ bench/bench_models.py -k eager ;;
-        tune) "$PYTHON" -m bench.tune ;;
-        *) bench_ "bench/bench_$1.py" ;;
+        a4) bench_ 4 bench/bench_models.py -k "A4 and not eager" ;;
+        a2) bench_ 4 bench/bench_models.py -k "A2 and not eager" ;;
+        eager) bench_ 0 bench/bench_models.py -k eager ;;
+        tune=*) "$PYTHON" -m bench.tune "${1#tune=}" ;;
+        attention_pool) bench_ 0 bench/bench_attention_pool.py ;;
+        *) bench_ 6 "bench/bench_$1.py" ;;
     esac
 }
-export -f part pytest_ bench_ tests_
-export PYTHON
+export -f part pytest_ gpu_and_xdist bench_ tests_
+export PYTHON WARM_LIMIT_S
 
 parts=()
 for name in "${@:-ceilings tests kernels a4}"; do
     for name in $name; do
         case $name in
             kernels) parts+=($KERNELS) ;;
-            ceilings | tests | a4 | a2 | eager | tune) parts+=("$name") ;;
+            tune) for op in $KERNELS; do parts+=("tune=$op"); done ;;
+            ceilings | tests | a4 | a2 | eager) parts+=("$name") ;;
             *)
-                [[ " $KERNELS " == *" $name "* ]] || { echo "gpu.sh: no part named $name" >&2; exit 2; }
+                [[ " $KERNELS " == *" ${name#tune=} "* ]] || { echo "gpu.sh: no part named $name" >&2; exit 2; }
                 parts+=("$name")
                 ;;
         esac
@@ -86,11 +106,11 @@ failed=()
 for name in "${parts[@]}"; do
     echo "== $name"
     start=$SECONDS
-    timeout "$LIMIT_S" bash -c "part $name" || failed+=("$name (exit code $?)")
+    timeout -k 10 "$LIMIT_S" bash -c "part $name" || failed+=("$name (exit code $?)")
     echo "   $((SECONDS - start)) s"
 done
 [ -f "$FASTAT_BENCH_OUT/results.jsonl" ] && "$PYTHON" -m bench.table "$FASTAT_BENCH_OUT"
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "failed: ${failed[*]}; see $out/bench.log" >&2
+    echo "failed: ${failed[*]}; see bench.log and tests.log in $out" >&2
     exit 1
 fi

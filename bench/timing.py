@@ -1,7 +1,9 @@
 """Times one step: on a GPU the device's own time with a cold L2, on a CPU the wall clock.
 
 On a GPU the step is captured as a CUDA graph, so that launch gaps are nobody's advantage, the L2 is
-flushed before every replay, and events around the replay give its time. ``DEVICE_CLOCK`` feeds that
+flushed before every replay, and events around the replay give its time. A graph is captured on one
+stream, never the default one; ``on_one_stream`` makes it the whole benchmark's, or gradients would
+go back to the stream where a leaf was first used, outside the capture. ``DEVICE_CLOCK`` feeds the
 time to pytest-benchmark: a benchmark file says ``pytestmark = DEVICE_CLOCK``.
 
 With FASTAT_BENCH_OUT set, every result is also appended to results.jsonl in that folder.
@@ -12,6 +14,7 @@ import math
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +74,7 @@ def timed(
     """
     benchmark.group = f"{op} {shape} {passes}"
     if benchmark.disabled:  # by --benchmark-disable
-        step()
+        benchmark.pedantic(step)
         return math.nan
     if ON_GPU:
         seconds, peak_bytes = _timed_on_gpu(benchmark, step, graph)
@@ -118,8 +121,21 @@ def commit() -> str:
     if told := os.environ.get("FASTAT_BENCH_COMMIT"):
         return told
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def on_one_stream() -> AbstractContextManager[object]:
+    """Everything inside runs on a stream that a CUDA graph can be captured on."""
+    return torch.cuda.stream(_stream()) if ON_GPU else nullcontext()
+
+
+@cache
+def _stream() -> "torch.cuda.Stream":
+    return torch.cuda.Stream()
 
 
 def _timed_on_gpu(
@@ -147,15 +163,11 @@ def _timed_on_gpu(
 
 
 def _captured(step: Callable[[], object]) -> tuple[Callable[[], None], int]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-        peak_bytes = _peak_bytes(step)
-    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(2):
+        step()
+    peak_bytes = _peak_bytes(step)
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
         step()
     return captured.replay, peak_bytes
 

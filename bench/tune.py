@@ -4,13 +4,16 @@
 
 The launches are those that tests/kernels lists for ahead-of-time compilation; their labels say
 "problem @ configuration", and the first configuration of a problem is the one that launchers take.
-Prints each problem's times, the quickest marked; with FASTAT_BENCH_OUT set, appends them to
-tune.jsonl in that folder.
+Problems in float32 and float16 are left out: training is in bfloat16. With FASTAT_BENCH_OUT set,
+every time is appended to tune.jsonl in that folder as it is taken; an operator's problems are
+printed last, the quickest configuration marked.
 """
 
 import importlib
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +21,12 @@ from typing import Any
 
 import triton
 from torch.overrides import TorchFunctionMode
+from triton.runtime.errors import OutOfResources
 
 from bench.timing import ON_GPU, commit
 from fastat_kernels.choice import OPERATORS
 
+OTHER_DTYPE = re.compile(r"\bfloat(32|16)\b")
 TIMED_MS = 60
 """For each launch, after a third of it to warm up."""
 
@@ -40,18 +45,34 @@ class OnGpu(TorchFunctionMode):
 
 
 def times(op: str) -> dict[str, dict[str, float]]:
-    """problem -> configuration -> milliseconds, the configuration that launchers take first."""
+    """problem -> configuration -> milliseconds, the configuration that launchers take first.
+
+    NaN where a configuration does not run on this GPU.
+    """
     tests = importlib.import_module(f"tests.kernels.test_{op}")
     found: dict[str, dict[str, float]] = {}
     with OnGpu():
         for listed in (tests.launches, tests.candidates):
             for label, launch in listed():
+                if OTHER_DTYPE.search(label):
+                    continue
                 problem, _, config = label.partition(" @ ")
-                ms = triton.testing.do_bench(
-                    launch, warmup=TIMED_MS // 3, rep=TIMED_MS, return_mode="median"
-                )
+                try:
+                    ms = triton.testing.do_bench(
+                        launch, warmup=TIMED_MS // 3, rep=TIMED_MS, return_mode="median"
+                    )
+                except OutOfResources as error:
+                    print(f"{op} {label}: {error}")
+                    ms = math.nan
                 found.setdefault(problem, {})[config or "chosen"] = ms
+                write({"op": op, "problem": problem, "config": config or "chosen", "ms": ms})
     return found
+
+
+def write(row: dict[str, Any]) -> None:
+    if folder := os.environ.get("FASTAT_BENCH_OUT"):
+        with (Path(folder) / "tune.jsonl").open("a") as file:
+            file.write(json.dumps(row | {"commit": commit()}) + "\n")
 
 
 def main(operators: list[str]) -> None:
@@ -59,14 +80,10 @@ def main(operators: list[str]) -> None:
         raise SystemExit("bench.tune: needs a CUDA device")
     for op in operators:
         for problem, configs in times(op).items():
-            best = min(configs, key=configs.__getitem__)
+            best = min(configs, key=lambda config: (math.isnan(configs[config]), configs[config]))
             print(f"{op} {problem}")
             for config, ms in configs.items():
                 print(f"    {ms:9.4f} ms  {config}{'  <- quickest' if config == best else ''}")
-            if folder := os.environ.get("FASTAT_BENCH_OUT"):
-                row = {"op": op, "problem": problem, "ms": configs, "commit": commit()}
-                with (Path(folder) / "tune.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

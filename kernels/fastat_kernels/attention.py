@@ -816,14 +816,14 @@ _fwd = operator("attention_fwd", plain=_fwd_plain, kernel=_fwd_triton, fake=_fwd
 _bwd = operator("attention_bwd", plain=_bwd_plain, kernel=_bwd_triton, fake=_bwd_fake)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, seed, ctx.dropout_p = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, out, lse, seed)
 
 
-def _autograd(ctx, dout, _dlse):
+def _autograd(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, None, None]:
     qkv, out, lse, seed = ctx.saved_tensors
     return _bwd(dout, qkv, out, lse, seed, ctx.dropout_p), None, None
 

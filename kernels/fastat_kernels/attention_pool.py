@@ -57,7 +57,8 @@ def _logit(clip: Tensor) -> Tensor:
 # fmt: off
 @triton.jit
 def _clamp(p):
-    return tl.minimum(tl.maximum(p, EPS), 1 - EPS)
+    p = tl.maximum(p, EPS, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(p, 1 - EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -275,7 +276,7 @@ def attention_pool(prob: Tensor, att: Tensor, *, sigmoid: bool = False) -> Tenso
         sigmoid: weights are the sigmoid of ``att`` over its sum, not the softmax over time.
 
     Returns:
-        [B, K] float32 logits, finite where the inputs are.
+        [B, K] float32 logits, finite where the inputs are; NaN where a probability or weight is.
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or there is no frame.

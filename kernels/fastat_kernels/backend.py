@@ -55,7 +55,7 @@ def target(x: Tensor) -> int:
     """
     if not x.is_cuda:  # interpreted, or compiled ahead of time
         return _assumed_target
-    major, _ = torch.cuda.get_device_capability(x.device)
+    major = torch.cuda.get_device_properties(x.device).major  # a constant to torch.compile
     return {9: 90, 10: 100}.get(major, 80)
 
 
@@ -80,10 +80,10 @@ def operator(
     """The operator ``fastat::name``: ``plain`` torch on any device, ``kernel`` on CUDA.
 
     ``plain``'s annotations are the schema. The bodies run outside autocast, as they do when
-    compiled.
+    compiled, and ``kernel`` with its tensors' GPU the current one, which Triton launches on.
     """
     op = torch.library.custom_op(f"fastat::{name}", _outside_autocast(plain), mutates_args=())
-    op.register_kernel("cuda")(_outside_autocast(kernel))
+    op.register_kernel("cuda")(_outside_autocast(_on_its_device(kernel)))
     op.register_fake(fake)
     REGISTERED[name] = (op, kernel)
     return op
@@ -93,11 +93,23 @@ REGISTERED: dict[str, tuple[CustomOpDef, Callable[..., object]]] = {}
 """Every operator by name, with its Triton launcher."""
 
 
+def _on_its_device(kernel: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(_first_tensor(args).device):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
+def _first_tensor(args: Iterable[object]) -> Tensor:
+    return next(a for a in args if isinstance(a, Tensor))
+
+
 def _outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(body)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        x = next(a for a in args if isinstance(a, Tensor))
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(_first_tensor(args).device.type, enabled=False):
             return body(*args, **kwargs)
 
     return run

@@ -134,7 +134,7 @@ def _dy(dout_n, y_n, mask, mean, rstd, norm_weight, norm_bias, scale, c1, c2):
     return tl.where(mask, dz * scale - (yhat * c2 + c1), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items"])  # of the last, smaller batch too
 def _depthwise_conv_fwd_conv_kernel(
     x_ptr,                  # [B, N, 2 D], channels contiguous
     weight_ptr, bias_ptr,   # [D, K], [D]
@@ -286,7 +286,7 @@ def _depthwise_conv_bwd_sums_kernel(
     tl.store(sums + 1, tl.sum(dnorm_weight * norm_weight, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items"])  # of the last, smaller batch too
 def _depthwise_conv_bwd_conv_kernel(
     dout_ptr, x_ptr,                    # [B, N, D], [B, N, 2 D], channels contiguous
     weight_ptr,                         # [D, K]

@@ -36,6 +36,9 @@ from torch import Tensor
 
 from fastat_kernels.backend import LAUNCH, operator, target, use_kernel
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels compute patches in."""
+
 PATCH = 16
 """Mel bins and frames of a patch."""
 
@@ -632,7 +635,7 @@ def patch_embed(
         ValueError: shapes, dtypes or devices that do not fit, a stride outside 1..16.
     """
     dtype = _checked_dtype(x, weight, bias, pos, cls_token, dist_token, stride)
-    if use_kernel("patch_embed", x) and x.shape[0]:
+    if use_kernel("patch_embed", x) and dtype in DTYPES and x.shape[0]:
         out: Tensor = _fwd(x, weight, bias, pos, cls_token, dist_token, *stride, dtype)[0]
         return out
     return _composite(x, weight, bias, pos, cls_token, dist_token, stride)

@@ -24,6 +24,14 @@ KERNEL_MODULES = [
 
 
 @pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """Several processes test on one GPU, and none can free what another's allocator keeps."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output element that a kernel forgets to write shows up as NaN (or as a huge integer)."""
 
@@ -38,6 +46,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return made
 
+    with torch.device("cpu"):  # which remembers torch's constructors, and should not those below
+        torch.empty(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

@@ -86,6 +86,17 @@ def test_certain_frames_stay_finite_and_pass_no_gradient(
     assert out.abs().max() < 17 and not dprob[..., :2].any()
 
 
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("which", ["prob", "att"])
+def test_not_a_number_is_not_clamped_away(which: str, sigmoid: bool, device: torch.device) -> None:
+    """A run that diverges has to be seen to."""
+    prob, att = torch.zeros(2, 2, 5, 4, device=device)
+    (prob if which == "prob" else att)[1, 3, 2] = float("nan")
+    out, _, _ = _fwd_triton(prob, att, sigmoid)
+    assert out.isnan().flatten().tolist() == [i == 6 for i in range(8)]
+    assert torch.equal(out.isnan(), attention_pool_ref(prob, att, sigmoid).isnan())
+
+
 def test_weights_that_sum_to_more_than_one(device: torch.device) -> None:
     """In float32 they do for some classes here; the clip's logit has to stay finite."""
     prob, att = (

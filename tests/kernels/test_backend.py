@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastat_kernels import backend
+from fastat_kernels.attention_pool import attention_pool, attention_pool_ref
 from fastat_kernels.backend import assume_target, chosen_kernels, kernels, target, use_kernel
 from fastat_kernels.choice import OPERATORS, WINNERS, parse_kernels
 
@@ -27,6 +28,14 @@ def test_target_of_a_tensor_on_no_gpu() -> None:
     with assume_target(100):
         assert target(torch.ones(1)) == 100
     assert target(torch.empty(1, device="meta")) == 90
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_kernel_runs_on_the_gpu_of_its_tensors() -> None:
+    with kernels(OPERATORS), torch.cuda.device(0):
+        prob, att = torch.randn(2, 2, 9, 5, device="cuda:1")
+        got = attention_pool(prob, att)
+    torch.testing.assert_close(got, attention_pool_ref(prob, att), rtol=1e-5, atol=1e-5)
 
 
 def test_operators_run_outside_autocast() -> None:

@@ -329,6 +329,24 @@ def test_plain_path_is_bitwise_the_composite(device: torch.device) -> None:
             assert torch.equal(patch_embed(*inputs, shape.strides), want)
 
 
+def test_leaves_float64_to_the_library(
+    triton_everywhere: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(module, "_fwd", None)
+    shape = SHAPES[1]
+    inputs = make(shape, device, torch.float64)
+    want = eager(*inputs, shape.strides)
+    torch.testing.assert_close(patch_embed(*inputs, shape.strides), want)
+
+
+def test_second_derivatives_raise(triton_everywhere: None, device: torch.device) -> None:
+    leaves = make(SHAPES[0], device, torch.float32).leaves()
+    out = patch_embed(*leaves, SHAPES[0].strides)
+    (dweight,) = torch.autograd.grad(out.square().sum(), leaves.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="patch_embed_bwd"):
+        dweight.sum().backward()
+
+
 def test_no_clips(triton_everywhere: None, device: torch.device) -> None:
     inputs = make(Shape(0, 40, 33, 8, 5, 7), device, torch.float32)
     assert patch_embed(*inputs, (5, 7)).shape == (0, 2 + 4 * 4, 8)
