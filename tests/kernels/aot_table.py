@@ -19,13 +19,16 @@ def table(rows: list[Compiled]) -> str:
         "| operator | kernel | compiled | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "|" + "---|" * (3 + len(archs)),
     ]
-    for op, kernel in dict.fromkeys((row.operator, row.kernel) for row in rows):
+    for op, kernel in sorted({(row.operator, row.kernel) for row in rows}):
         mine = [row for row in rows if row.kernel == kernel]
         cells = []
         for arch in archs:
             here = [row for row in mine if row.arch == arch]
-            registers = max((row.registers for row in here), default=0)
-            shared = max((row.shared for row in here), default=0)
+            if not here:
+                cells.append("-")
+                continue
+            registers = max(row.registers for row in here)
+            shared = max(row.shared for row in here)
             spilled = sum(row.stack + row.local for row in here)
             cells.append(f"{registers} / {shared / 1024:.1f}" + (" spills" if spilled else ""))
         lines.append(f"| `{op}` | `{kernel}` | {len(mine)} | {' | '.join(cells)} |")
