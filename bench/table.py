@@ -52,7 +52,7 @@ def table(rows: list[Row]) -> str:
         cases.setdefault(key(row)[:3], []).append(row)
     lines = [
         f"{'operator':18} {'shape':26} {'passes':8} {'ours ms':>9} {'best peer':>24} "
-        f"{'ms':>9} {'ratio':>6} {'% ceiling':>9}"
+        f"{'ms':>9} {'ratio':>6} {'clips/s':>8} {'% ceiling':>9} {'MiB':>6}"
     ]
     for (op, shape, passes), found in sorted(cases.items()):
         mine = [row for row in found if row["impl"] in OURS]
@@ -60,13 +60,17 @@ def table(rows: list[Row]) -> str:
         if not mine or not peers:
             continue
         ours, peer = (min(part, key=lambda row: float(row["ms"])) for part in (mine, peers))
-        share = ours.get("percent_of_ceiling")
         lines.append(
             f"{op:18} {shape:26} {passes:8} {ours['ms']:9.4f} {peer['impl']:>24} "
-            f"{peer['ms']:9.4f} {peer['ms'] / ours['ms']:6.2f} "
-            f"{'' if share is None else f'{share:.0f}':>9}"
+            f"{peer['ms']:9.4f} {peer['ms'] / ours['ms']:6.2f} {whole(ours, 'clips_per_s'):>8} "
+            f"{whole(ours, 'percent_of_ceiling'):>9} {whole(ours, 'peak_mib'):>6}"
         )
     return "\n".join(lines)
+
+
+def whole(row: Row, name: str) -> str:
+    """A figure of ours without decimals; nothing where it was not taken."""
+    return f"{row[name]:.0f}" if name in row else ""
 
 
 def main(folder: Path) -> None:
