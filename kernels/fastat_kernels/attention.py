@@ -17,7 +17,7 @@ exponentials a head, 16 a clock of an SM, which is as long as the products take 
 A head width that is no power of two is two tiles, D0 + D1 (85 and 96: 64 + 32; 192: 128 + 64).
 Keys run in full tiles without a mask and a last one, as narrow as its rest allows, with one.
 The backward adds nothing up across programs: the same inputs give the same bits. Wider heads,
-float32 ones above 64, and odd ones above 96 go to the library (``_supported``).
+float32 ones above 64 or on sm_100, and odd ones above 96 go to the library (``_supported``).
 
 Dropout: weight (q, k) of a head is dropped if row(q) * column(k) mod 2^32 is below p * 2^32, where
 row and column are odd 32-bit hashes of the index and of a key of the head and the seed. The mask
@@ -574,7 +574,7 @@ FWD = {
 }
 SPLIT = {
     80: {
-        64: [Split(Config(64, 64, 4, 2), Config(32, 128, 8, 2))],
+        64: [Split(Config(64, 64, 4, 2), Config(32, 128, 8, 1))],
         96: [Split(Config(64, 32, 4, 2), Config(32, 128, 8, 2))],
         128: [Split(Config(32, 32, 4, 2), Config(64, 64, 8, 2))],
     },
@@ -622,9 +622,13 @@ SPLIT_ODD = {
     90: {96: [Split(Config(64, 32, 8, 1), Config(32, 64, 8, 1))]},
     100: {},
 }
-# In float32 an operand is three, all in registers:
-FWD_FLOAT32 = {64: [Config(16, 32, 4, 1)]}
-SPLIT_FLOAT32 = {64: [Split(Config(16, 32, 4, 1), Config(32, 32, 4, 1))]}
+# In float32 an operand is three, all in registers; on sm_100 with Triton 3.6 they are too many:
+FWD_FLOAT32 = {80: {64: [Config(16, 32, 4, 1)]}, 90: {64: [Config(16, 32, 4, 1)]}, 100: {}}
+SPLIT_FLOAT32 = {
+    80: {64: [Split(Config(16, 32, 4, 1), Config(32, 32, 8, 1))]},
+    90: {64: [Split(Config(16, 32, 4, 1), Config(32, 32, 8, 1))]},
+    100: {},
+}
 
 ANY = Config(16, 16, 4, 1)
 """Computes what has no entry above, with spills; there ``attention`` calls the library."""
@@ -642,7 +646,7 @@ def _supported(arch: int, dtype: torch.dtype, Dh: int) -> bool:
 
 def _fwd_table(arch: int, dtype: torch.dtype, Dh: int) -> dict[int, list[Config]]:
     if dtype == torch.float32:
-        return FWD_FLOAT32
+        return FWD_FLOAT32[arch]
     return (FWD_ODD if Dh % 16 else FWD)[arch]
 
 
@@ -661,8 +665,8 @@ def _bwd_configs(
     get there, once for every pair of tiles: that is a candidate only.
     """
     if dtype == torch.float32 or Dh % 16:
-        table = SPLIT_FLOAT32 if dtype == torch.float32 else SPLIT_ODD[arch]
-        return list(_for_width(table, Dh)) or [Split(ANY, ANY)]
+        table = SPLIT_FLOAT32 if dtype == torch.float32 else SPLIT_ODD
+        return list(_for_width(table[arch], Dh)) or [Split(ANY, ANY)]
     split, fused = _for_width(SPLIT[arch], Dh), _for_width(FUSED[arch], Dh)
     single = bool(fused) and N <= fused[0].block_k
     if not single and Dh > 64:  # the sum of dq and three more pointers are too many registers

@@ -1,5 +1,6 @@
 """The kernels' tests find every mistake that their mutants plant."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,5 +17,6 @@ ROOT = Path(__file__).parents[2]
 def test_every_mutant_is_killed(op: str) -> None:
     assert len(planned([op])) >= 3
     command = [sys.executable, "-m", "tests.kernels.mutants", op]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
