@@ -47,6 +47,13 @@ SIN = tl.constexpr(tuple(math.sin(2 * math.pi * i / TURN) for i in range(TURN)))
 TURN_ = tl.constexpr(TURN)
 DECIBEL = tl.constexpr(10.0 / math.log(10.0))
 
+OPAQUE = tl.constexpr(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and not triton.knobs.runtime.interpret
+)
+"""Hide from Triton 3.6's LLVM that registers are stored side by side: made vectors of, they spill,
+and on sm_100 they end in a failed assertion all the same."""
+
 
 class Config(NamedTuple):
     frames: int
@@ -407,6 +414,12 @@ def _registers(x, N: tl.constexpr, FRAMES: tl.constexpr, L: tl.constexpr):
 @triton.jit
 def _transposed(xs, FRAMES: tl.constexpr, L: tl.constexpr):
     """L tensors [FRAMES, L] -> [L, FRAMES, L], where tensor i's lane j is [j, :, i]."""
+    if OPAQUE:
+        hidden = ()
+        for i in tl.static_range(L):
+            hidden += (tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", (xs[i],), tl.float32,
+                                                 is_pure=True, pack=1),)
+        xs = hidden
     ys = ()
     for i in tl.static_range(L // 2):
         ys += (tl.permute(tl.join(xs[2 * i], xs[2 * i + 1]), (2, 0, 1)),)
@@ -660,6 +673,8 @@ def _log_mel_triton(
     *,
     config: Config | None = None,
 ) -> Tensor:
+    if OPAQUE and target(waveform) == 100:
+        raise RuntimeError(f"log_mel needs Triton 3.7 on sm_100, this is {triton.__version__}")
     rows, samples = waveform.shape
     width, num_mels = window.shape[0], bank.shape[1]
     partners = 0 if mix_into is None else mix_into.shape[0]

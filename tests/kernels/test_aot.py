@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastat_kernels.choice import OPERATORS
+from fastat_kernels.log_mel import OPAQUE
 from tests.kernels.aot import SHARED_LIMIT, Compiled, complaint
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def complaints(arch: int, op: str, out: Path, *options: str) -> list[str]:
     """What is wrong with what tests.kernels.aot compiles, in a process that does not interpret."""
+    if (op, arch) == ("log_mel", 100) and OPAQUE.value:
+        pytest.skip("log_mel says that it needs Triton 3.7 on sm_100")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     command = [sys.executable, "-m", "tests.kernels.aot", str(arch), op, "--json", str(out)]
