@@ -209,8 +209,17 @@ def train(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="none; host or device: log-mels computed once and kept in its memory."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; default: one.")] = None,
+    on_nan: Annotated[
+        str | None,
+        typer.Option(help="When a loss is not finite: stop, skip the step, or rollback."),
+    ] = None,
     max_bad: Annotated[
-        float | None, typer.Option(help="Share of clips DALI may be unable to take.")
+        float | None, typer.Option(help="Share of the clips that may be damaged.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[
@@ -250,6 +259,8 @@ def train(
         "schedule": schedule,
         "precision": precision,
         "compile": compile_,
+        "cache": cache,
+        "on_nan": on_nan,
         "max_bad": max_bad,
         "seed": seed,
         "data": data,

@@ -29,6 +29,10 @@ from fastat_kernels.choice import parse_kernels
 PRECISIONS = ("bf16", "fp32")
 SOURCES = ("packed", "dali")
 STATISTICS = ("set", "authors")
+CACHES = ("none", "host", "device")
+CACHE_DTYPES = ("float16", "uint8")
+ON_NAN = ("stop", "skip", "rollback")
+GRADIENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +87,27 @@ class TrainConfig:
     """Operators that run Triton kernels on CUDA: "auto" (the measured winners), "all", "none", or
     names with commas between."""
     source: str = "packed"
+    window: int = 0
+    """Reads an epoch's clips in windows of so many rows, in random order; 0: all at random."""
+    cache: str = "none"
+    """Keep un-augmented log-mels in the memory of the "host" or the "device"."""
+    cache_dtype: str = "float16"
     max_bad: float = 0.01
-    """Share of clips that --source dali may be unable to take."""
+    """Share of the clips that may be damaged, or that --source dali may be unable to take."""
+    on_nan: str = "stop"
+    """What follows a step whose loss or gradient is not finite, and which is never taken."""
     seed: int = 0
     eval_batch: int = 64
     checkpoint_every_steps: int | None = None
     """Also saves in mid-epoch, every so many steps."""
+    checkpoint_every_minutes: float | None = None
+    """Also saves in mid-epoch, every so many minutes."""
+    sync_batchnorm: bool = False
+    """BatchNorm sees the batch of all ranks."""
+    gradient_dtype: str = "float32"
+    """In which ranks exchange gradients."""
+    rank_timeout: float = 600.0
+    """Seconds that a rank waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
         _one_of("feature", self.feature, tuple(FEATURES))
@@ -96,13 +115,17 @@ class TrainConfig:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("source", self.source, SOURCES)
         _one_of("statistics", self.statistics, STATISTICS)
+        _one_of("cache", self.cache, CACHES)
+        _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        _one_of("on_nan", self.on_nan, ON_NAN)
+        _one_of("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
         for name in (
             "epochs", "batch", "accumulate", "eval_batch", "steps", "checkpoint_every_steps"
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "time_mask", "freq_mask", "seed"):
+        for name in ("warmup_steps", "time_mask", "freq_mask", "seed", "window"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         try:
@@ -119,9 +142,12 @@ class TrainConfig:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"weight_decay must not be negative, got {self.weight_decay}")
-        for name in ("lr", "mixup_alpha"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("lr", "mixup_alpha", "rank_timeout", "checkpoint_every_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} must be a positive number, got {value}")
+        if self.cache != "none" and self.source != "packed":
+            raise UserError(f"cache {self.cache} takes source packed, got {self.source}")
         if self.batch % self.accumulate:
             raise UserError(
                 f"batch must be a multiple of accumulate: got batch {self.batch}, "
@@ -159,8 +185,11 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"data", "eval", "steps", "checkpoint_every_steps", "max_bad", "eval_batch", "kernels"}
-)
+    {
+        "data", "eval", "steps", "checkpoint_every_steps", "checkpoint_every_minutes", "max_bad",
+        "on_nan", "eval_batch", "kernels", "rank_timeout",
+    }
+)  # fmt: skip
 """Options that leave the mathematics of training alone (the data must still be the same set)."""
 
 

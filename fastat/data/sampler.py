@@ -3,8 +3,9 @@
 Nothing here has state: prefetching, resuming and ranks see the same steps. numpy only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,11 @@ ORDER_STREAM, STEP_STREAM = 0, 1  # which of an epoch's random streams
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step trains on. B clips, M of them mixed with a partner."""
+    """What one step trains on. B clips, M of them mixed with a partner.
+
+    ``part`` gives the share of one rank; ``first`` is then the place of its first clip in the
+    step's batch.
+    """
 
     rows: NDArray[np.int64]  # [B] rows of the training set
     partners: NDArray[np.int64]  # [M] rows of the training set
@@ -24,6 +29,26 @@ class StepPlan:
     lam: NDArray[np.float32]  # [M] weight of the clip itself
     time_mask: NDArray[np.int64]  # [B, 2] start, width in frames
     freq_mask: NDArray[np.int64]  # [B, 2] start, width in mel bins
+    epoch: int = 0
+    step: int = 0
+    """Within the epoch."""
+    first: int = 0
+
+    def part(self, rank: int, num_ranks: int) -> Self:
+        """The clips of ``rank``, in order, with their partners; the number of ranks divides B."""
+        size = len(self.rows) // num_ranks
+        mine = slice(rank * size, (rank + 1) * size)
+        mixed = (self.mix_into >= mine.start) & (self.mix_into < mine.stop)
+        return replace(
+            self,
+            rows=self.rows[mine],
+            partners=self.partners[mixed],
+            mix_into=self.mix_into[mixed] - mine.start,
+            lam=self.lam[mixed],
+            time_mask=self.time_mask[mine],
+            freq_mask=self.freq_mask[mine],
+            first=self.first + mine.start,
+        )
 
 
 def balanced_weights(
@@ -118,6 +143,8 @@ class Sampler:
             lam=lam[mix_into],
             time_mask=_masks(rng, B, self.time_mask, self.num_frames),
             freq_mask=_masks(rng, B, self.freq_mask, self.num_mels),
+            epoch=epoch,
+            step=step,
         )
 
 
