@@ -47,6 +47,11 @@ def trainer(
     return Trainer(config, run, [], Display(), resume=resume, ranks=ranks)
 
 
+ROUNDING = {"resnet50": 0.1}
+"""Of gradients, by float32: a fresh ResNet on 40 frames normalises nearly constant maps, and one
+rank alone differs by 5 % from float64, in which one rank and two agree to 1e-7."""
+
+
 class Taken(Exception):
     """The first step has its gradients."""
 
@@ -108,7 +113,7 @@ def test_the_first_step_is_that_of_one_rank(
         assert part["grads"].keys() == whole["grads"].keys()
         for name, grad in whole["grads"].items():
             # Biases before a BatchNorm have no gradient, only rounding: hence the floor.
-            bar = 2e-4 * np.abs(grad).max() + 2e-5 * largest
+            bar = ROUNDING.get(model, 2e-4) * np.abs(grad).max() + 2e-5 * largest
             assert np.abs(part["grads"][name] - grad).max() <= bar, name
         for name, buffer in whole["buffers"].items():
             np.testing.assert_allclose(part["buffers"][name], buffer, rtol=1e-4, atol=1e-5)

@@ -29,7 +29,7 @@ class _SumOfRanks(torch.autograd.Function):
 class CpuSyncBatchNorm(_BatchNorm):
     """torch.nn.SyncBatchNorm for a CPU: the ranks' batches are normalised as one.
 
-    Its statistics are float32, and its output has the input's dtype.
+    Its statistics are float32 (float64 for such input), and its output has the input's dtype.
     """
 
     def __init__(self, module: _BatchNorm, group: dist.ProcessGroup) -> None:
@@ -37,6 +37,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         options = (module.eps, module.momentum, module.affine, module.track_running_stats)
         super().__init__(module.num_features, *options)
         self.group = group
+        self.to(module.weight)
         self.load_state_dict(module.state_dict())
         for ours, theirs in zip(self.parameters(), module.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
@@ -49,7 +50,7 @@ class CpuSyncBatchNorm(_BatchNorm):
             return F.batch_norm(x, *stats, self.weight, self.bias, eps=self.eps)
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
-        wide = x.float()
+        wide = x if x.dtype == torch.float64 else x.float()
         count = torch.tensor(float(x.numel() // x.shape[1]))
         dist.all_reduce(count, group=self.group)
         mean = _SumOfRanks.apply(wide.sum(axes), self.group) / count
