@@ -47,9 +47,9 @@ def trainer(
     return Trainer(config, run, [], Display(), resume=resume, ranks=ranks)
 
 
-ROUNDING = {"resnet50": 0.1}
+ROUNDING = {"resnet50": 0.3}
 """Of gradients, by float32: a fresh ResNet on 40 frames normalises nearly constant maps, and one
-rank alone differs by 5 % from float64, in which one rank and two agree to 1e-7."""
+rank alone differs by up to 5 % of the largest from float64, in which one and two agree to 1e-7."""
 
 
 class Taken(Exception):
