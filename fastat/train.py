@@ -23,6 +23,7 @@ from fastat.checkpoint import (
     save_checkpoint,
 )
 from fastat.config import TrainConfig
+from fastat.data.cache import CachedSource, TooLittleMemory
 from fastat.data.loader import Batch, PackedSource, Source
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
@@ -192,6 +193,8 @@ class Trainer:
         self, packed: PackedSet, batch: int
     ) -> tuple[Source, NDArray[np.bool_] | None]:
         """A source of batches of ``packed``, and the clips it can deliver (None: all)."""
+        if self.config.cache != "none":
+            return self._open_cache(packed)
         if self.config.source == "packed":
             return PackedSource(packed, self.device), None
         from fastat.data.dali import DaliSource  # DALI is heavy, and only needed here
@@ -209,6 +212,31 @@ class Trainer:
             row, path, reason = source.bad[0]
             self.notes.append(
                 f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}"
+            )
+        return source, source.usable
+
+    def _open_cache(self, packed: PackedSet) -> tuple[Source, NDArray[np.bool_] | None]:
+        """``_open_source`` for a set whose log-mels are kept in memory."""
+        c, training = self.config, packed is self.train_set
+        try:
+            source = CachedSource(
+                packed,
+                c.feature,
+                self.device,
+                place=c.cache,
+                dtype=c.cache_dtype,
+                remove_mean=c.remove_mean,
+                max_bad=c.max_bad if training else 0.0,
+            )
+        except TooLittleMemory as error:
+            if training:
+                raise
+            self.notes.append(f"the evaluation set is read from disk: {error}")
+            return PackedSource(packed, self.device), None
+        self.notes.append(source.summary())
+        if training and c.mixup:
+            self.notes.append(
+                "mixup adds the mel powers of cached clips, an approximation of mixing waveforms"
             )
         return source, source.usable
 
