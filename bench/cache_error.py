@@ -4,8 +4,8 @@
 
 Takes every clip of the packed set SET, alone and mixed with another of the set, and prints
 |difference| in dB over real frames, for the bands within 60 dB of their frame's peak: median, 95 %,
-largest. Mixed rows: the cross term that adding mel powers leaves out, without any rounding; the last
-one of each feature has the rounding to 8 bits too, as a run with ``cache_dtype=uint8`` has it.
+largest. "mixed" is the cross term alone, which adding mel powers leaves out; "uint8" after it has
+the rounding to 8 bits too, as a run with ``cache_dtype=uint8`` has it.
 """
 
 import argparse

@@ -266,27 +266,33 @@ class CachedSource:
 
     def _check_memory(self, place: str, dtype: str) -> None:
         """Raises TooLittleMemory, on every rank when it does not fit on one."""
+        problems = [self._too_little(place, dtype)]
+        if self.num_ranks > 1:
+            problems *= self.num_ranks
+            dist.all_gather_object(problems, problems[0])
+        for problem in problems:
+            if problem:
+                raise TooLittleMemory(problem)
+
+    def _too_little(self, place: str, dtype: str) -> str:
+        """What does not fit, and what would; empty where it fits."""
         clips = len(self.rows)
         needed, smaller = (
             clips * row_bytes(self.feature, self.packed.clip_samples, name)
             for name in (dtype, "uint8")
         )
         free = free_bytes(place, self.device)
-        if self.num_ranks > 1:
-            shares: list[tuple[int, int]] = [(0, 0)] * self.num_ranks
-            dist.all_gather_object(shares, (needed, free))
-            needed, free = min(shares, key=lambda share: share[1] - share[0])
         if needed <= free:
-            return
-        ways = []
+            return ""
         on_gpu = place == "device" and self.device.type == "cuda"
-        if dtype != "uint8" and smaller <= free:
+        ways = []
+        if smaller <= free:
             ways.append(f"--set cache_dtype=uint8 ({_gib(smaller)})")
         if on_gpu and needed <= free_bytes("host", self.device):
             ways.append("--cache host")
         if on_gpu and free > 0:
             ways.append(f"{-(-needed * self.num_ranks // free)} GPUs")
-        raise TooLittleMemory(
+        return (
             f"--cache {place} needs {_gib(needed)} of {'GPU' if on_gpu else 'host'} memory for "
             f"{clips:,} clips of {self.packed.directory} in {dtype}, {_gib(free)} are free; "
             f"what fits: {', '.join(ways) or 'no cache'}"

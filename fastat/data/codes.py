@@ -2,9 +2,10 @@
 
 ``float16`` keeps the value itself. ``uint8`` keeps evenly spaced values of each clip: even steps of
 a logarithm are even ratios of power, so a quiet band is as exact as a loud one. The scale is the
-clip's own, since clips span 60 dB on the median and a set spans twice that. Code 0 is the feature's
-floor and takes no part in the scale: silence, padding included, would stretch it down to the floor.
-``bench/cache_error.py`` measures the errors.
+clip's own, and code 0 is the feature's floor, which takes no part in the scale: silence, padding
+included, would stretch it. Measured on ESC-10 (64 x 400, clips padded to ten seconds), the median
+error in bands within 60 dB of their frame's peak is 0.06 dB; with the floor in the scale it was
+0.11, with one scale for the set 0.12. ``bench/cache_error.py`` measures what is kept here.
 
 Axis letters: R rows, B clips, M mixup partners, T frames, F mel bins.
 """
