@@ -61,8 +61,16 @@ def cached(packed: PackedSet, feature: str, **options: Any) -> CachedSource:
 
 
 def training_plans(packed: PackedSet, mixup: float, num_steps: int = 4) -> list[StepPlan]:
-    masks = {"num_frames": 40, "num_mels": 64, "time_mask": 8, "freq_mask": 9}
-    sampler = Sampler(packed.num_clips, 10, seed=1, mixup=mixup, **masks)
+    sampler = Sampler(
+        packed.num_clips,
+        10,
+        seed=1,
+        num_frames=40,
+        num_mels=64,
+        mixup=mixup,
+        time_mask=8,
+        freq_mask=9,
+    )
     return [sampler.plan(*divmod(i, sampler.steps_per_epoch)) for i in range(num_steps)]
 
 
