@@ -214,14 +214,13 @@ def test_damaged_rows_are_left_out_and_named(folder: Path, tmp_path: Path) -> No
         list(source.batches(evaluation_plans(np.array([1, 13]), 2)))
 
 
-@pytest.mark.parametrize("max_bad", [0.09, 0.0])
-def test_too_many_damaged_rows_are_a_failure(folder: Path, tmp_path: Path, max_bad: float) -> None:
+def test_too_many_damaged_rows_are_a_failure(folder: Path, tmp_path: Path) -> None:
     packed = damage(folder, tmp_path / "set", [4, 13])
-    with pytest.raises(Failure, match=r"shard-00000\.h5: row \d+ \(clip .*\.wav\)") as error:
-        cached(packed, "logmel64", max_bad=max_bad)
-    assert ("2 of 21 clips are damaged, more than --max-bad 0.09" in str(error.value)) == (
-        max_bad > 0
-    )
+    of_a_row = r"shard-00000\.h5: row \d+ \(clip .*\.wav\)"
+    with pytest.raises(Failure, match=f"2 of 21 clips .* --max-bad 0.09; the last: .*{of_a_row}"):
+        cached(packed, "logmel64", max_bad=0.09)
+    with pytest.raises(Failure, match=f"^[^ ]*{of_a_row}"):
+        cached(packed, "logmel64")
 
 
 def test_what_does_not_fit_is_refused_before_it_is_computed(
