@@ -129,7 +129,7 @@ class CachedSource:
         size = self.codes.nbytes + self.scales.nbytes
         what = f"{len(self.codes):,} log-mels as {str(self.dtype).removeprefix('torch.')}"
         where = "host" if self.codes.is_cpu else "GPU"
-        text = f"{self.packed.directory}: {what}, {_gib(size)} of {where} memory"
+        text = f"{self.packed.directory}: {what}, {_size(size)} of {where} memory"
         if self.bad:
             first = next(iter(self.bad.values()))
             text += f"; {len(self.bad):,} damaged clips are left out, the first: {first}"
@@ -287,14 +287,14 @@ class CachedSource:
         on_gpu = place == "device" and self.device.type == "cuda"
         ways = []
         if smaller <= free:
-            ways.append(f"--set cache_dtype=uint8 ({_gib(smaller)})")
+            ways.append(f"--set cache_dtype=uint8 ({_size(smaller)})")
         if on_gpu and needed <= free_bytes("host", self.device):
             ways.append("--cache host")
         if on_gpu and free > 0:
             ways.append(f"{-(-needed * self.num_ranks // free)} GPUs")
         return (
-            f"--cache {place} needs {_gib(needed)} of {'GPU' if on_gpu else 'host'} memory for "
-            f"{clips:,} clips of {self.packed.directory} in {dtype}, {_gib(free)} are free; "
+            f"--cache {place} needs {_size(needed)} of {'GPU' if on_gpu else 'host'} memory for "
+            f"{clips:,} clips of {self.packed.directory} in {dtype}, {_size(free)} are free; "
             f"what fits: {', '.join(ways) or 'no cache'}"
         )
 
@@ -311,5 +311,5 @@ def free_bytes(place: str, device: torch.device) -> int:
     return max(0, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

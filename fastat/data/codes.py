@@ -44,7 +44,8 @@ def row_bytes(feature: Feature, clip_samples: int, dtype: str) -> int:
 def encode(log_mel: Tensor, dtype: torch.dtype, floor: float) -> tuple[Tensor, Tensor]:
     """log_mel [R, T, F] float32 -> codes [R, T, F] of ``dtype``, scales [R, 2] float32.
 
-    A scale is the value of code 1 and the distance of neighbouring codes; float16 has no use of it.
+    A scale is the value that code 0 would have, were it not the floor, and the distance of
+    neighbouring codes; float16 has no use of it.
     """
     if dtype == torch.float16:
         return log_mel.to(dtype), log_mel.new_zeros(len(log_mel), 2)
@@ -53,7 +54,7 @@ def encode(log_mel: Tensor, dtype: torch.dtype, floor: float) -> tuple[Tensor, T
     low = torch.minimum(log_mel.masked_fill(silent, math.inf).amin((1, 2)), high)
     step = ((high - low) / STEPS).clamp_(min=torch.finfo(torch.float32).tiny)
     codes = ((log_mel - low[:, None, None]) / step[:, None, None]).round_().add_(1)
-    return codes.masked_fill_(silent, 0).to(dtype), torch.stack([low, step], 1)
+    return codes.masked_fill_(silent, 0).to(dtype), torch.stack([low - step, step], 1)
 
 
 def decode(codes: Tensor, scales: Tensor, floor: float) -> Tensor:
@@ -61,8 +62,8 @@ def decode(codes: Tensor, scales: Tensor, floor: float) -> Tensor:
     values = codes.float()
     if codes.dtype == torch.float16:
         return values
-    low, step = scales[:, 0, None, None], scales[:, 1, None, None]
-    return values.sub_(1).mul_(step).add_(low).masked_fill_(codes == 0, floor)
+    zero, step = scales[:, 0, None, None], scales[:, 1, None, None]
+    return torch.addcmul(zero, values, step, out=values).masked_fill_(codes == 0, floor)
 
 
 def mix(log_mel: Tensor, augment: Augment, feature: Feature) -> Tensor:
