@@ -37,6 +37,7 @@ from fastat.data.loader import (
 )
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
+from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, UserError
 from fastat.features import get_feature
 from fastat.frontend import Frontend
@@ -72,10 +73,12 @@ class CachedSource:
         dtype: "float16" or "uint8".
         remove_mean: as ``Frontend``'s.
         max_bad: share of the set's clips that may be damaged; 0: the first is a Failure.
-        rows: [R] the only rows that plans will hold, kept by this process for itself, as for
-            evaluation. None: all rows, shared with the other ranks where torch.distributed is
-            initialised. ``batches`` then takes the plans of whole steps on every rank, and gives
-            this rank's part of them.
+        rows: [R] the only rows that plans will hold, kept by this rank for itself, as for
+            evaluation. None: all rows, shared with the other ranks; ``batches`` then takes the
+            plans of whole steps on every rank, and gives this rank's part of them.
+        ranks: which of the run's processes this is.
+        preparing: the same ranks, with the patience to wait for each other's start; None: they are
+            patient enough.
 
     Raises:
         TooLittleMemory: it does not fit, on any of the ranks.
@@ -98,36 +101,45 @@ class CachedSource:
         remove_mean: bool = True,
         max_bad: float = 0.0,
         rows: NDArray[np.int64] | None = None,
+        ranks: Ranks = ALONE,
+        preparing: Ranks | None = None,
     ) -> None:
         self.packed, self.device, self.max_bad = packed, device, max_bad
         self.feature, self.dtype = get_feature(feature), DTYPES[dtype]
         self.on_host = place == "host"
-        together = dist.is_available() and dist.is_initialized()
-        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        self.rank, self.num_ranks = (rank, num_ranks) if rows is None else (0, 1)
-        self.usable = np.full(packed.num_clips, rows is None)
-        self.rows = np.arange(rank, packed.num_clips, num_ranks) if rows is None else rows
+        # Rows kept for itself are no business of the other ranks.
+        self.ranks = ranks if rows is None else ALONE
+        self.rank, self.num_ranks = self.ranks.rank, self.ranks.size
+        preparing = self.ranks if rows is not None else preparing or ranks
+        N = packed.num_clips
+        self.usable = np.full(N, rows is None)
+        self.rows = np.arange(self.rank, N, self.num_ranks) if rows is None else rows
         self.usable[self.rows] = True
-        self._place = np.full(packed.num_clips, -1, np.int64)  # [N] of a row in ``codes``
+        self._place = np.full(N, -1, np.int64)  # [N] of a row in ``codes``
         self._place[self.rows] = np.arange(len(self.rows))
-        self._check_memory(place, dtype)
-        T, F = self.feature.num_frames(packed.clip_samples), self.feature.num_mels
-        memory = torch.device("cpu") if self.on_host else device
-        self.codes = torch.empty(len(self.rows), T, F, dtype=self.dtype, device=memory)
-        self.scales = torch.zeros(packed.num_clips, 2, device=device)  # of every rank's rows
+        problems = preparing.gather(self._too_little(place, dtype))
+        preparing.from_first(lambda: _refuse(problems))
+
+        self.codes = torch.empty(
+            len(self.rows),
+            self.feature.num_frames(packed.clip_samples),
+            self.feature.num_mels,
+            dtype=self.dtype,
+            device="cpu" if self.on_host else device,
+        )  # [R, T, F]
+        self.scales = torch.zeros(N, 2)  # of every rank's rows
         self.bad = {}
         shown = progress(f"caching {packed.directory.name}", len(self.rows))
-        with nullcontext(lambda n=1: None) if rank else shown as advance:
+        with shown if ranks.first else nullcontext(lambda n=1: None) as advance:
             self._fill(remove_mean, advance)
-        if self.num_ranks > 1:
-            self._share()
-        self.usable[list(self.bad)] = False
+        self._share(preparing)
         packed.close()  # nothing is read from here on
 
     def summary(self) -> str:
         """What is kept, and what is left out, in one line."""
         size = self.codes.nbytes + self.scales.nbytes
-        what = f"{len(self.codes):,} log-mels as {str(self.dtype).removeprefix('torch.')}"
+        of = f"{len(self.codes):,} of {self.packed.num_clips:,}"
+        what = f"log-mels of {of} clips as {str(self.dtype).removeprefix('torch.')}"
         where = "host" if self.codes.is_cpu else "GPU"
         text = f"{self.packed.directory}: {what}, {_size(size)} of {where} memory"
         if self.bad:
@@ -199,7 +211,7 @@ class CachedSource:
         order = np.argsort(keeper, kind="stable")  # of the rows as they arrive
         arriving = codes.new_empty((len(order), *codes.shape[1:]))
         counts = np.bincount(keeper, minlength=self.num_ranks).tolist()
-        dist.all_to_all_single(arriving, codes, counts, step.counts)
+        dist.all_to_all_single(arriving, codes, counts, step.counts, group=self.ranks.device_group)
         return arriving[torch.from_numpy(np.argsort(order)).to(self.device)]
 
     # ---------------------------------------------------------------- the start
@@ -222,17 +234,19 @@ class CachedSource:
             log_mel.masked_fill_((frame >= real[:, None])[:, :, None], floor)
             codes, scales = encode(log_mel, self.dtype, floor)
             self.codes[filled : filled + len(codes)] = codes
-            self.scales[torch.from_numpy(batch.rows).to(self.device)] = scales
+            self.scales[torch.from_numpy(batch.rows)] = scales.cpu()
             filled += len(codes)
             advance(len(codes))
 
-    def _share(self) -> None:
-        """Every rank gets the scales and the damaged rows of all."""
-        dist.all_reduce(self.scales)
-        found: list[dict[int, str]] = [{}] * self.num_ranks
-        dist.all_gather_object(found, self.bad)
-        self.bad = {row: reason for of_rank in found for row, reason in of_rank.items()}
-        self._check_bad()
+    def _share(self, preparing: Ranks) -> None:
+        """Every rank learns the scales and the damaged rows of all."""
+        own = self.scales[self.rank :: self.num_ranks]
+        for rank, (scales, bad) in enumerate(preparing.gather((own, self.bad))):
+            self.scales[rank :: self.num_ranks] = scales
+            self.bad |= bad
+        preparing.from_first(self._check_bad)
+        self.scales = self.scales.to(self.device)
+        self.usable[list(self.bad)] = False
 
     def _read(self, rows: NDArray[np.int64]) -> Batch:
         """The waveforms of ``rows``; damaged ones are silent and go into ``bad``."""
@@ -264,16 +278,6 @@ class CachedSource:
                 f"--max-bad {self.max_bad:g}; the last: {list(self.bad.values())[-1]}"
             )
 
-    def _check_memory(self, place: str, dtype: str) -> None:
-        """Raises TooLittleMemory, on every rank when it does not fit on one."""
-        problems = [self._too_little(place, dtype)]
-        if self.num_ranks > 1:
-            problems *= self.num_ranks
-            dist.all_gather_object(problems, problems[0])
-        for problem in problems:
-            if problem:
-                raise TooLittleMemory(problem)
-
     def _too_little(self, place: str, dtype: str) -> str:
         """What does not fit, and what would; empty where it fits."""
         clips = len(self.rows)
@@ -297,6 +301,12 @@ class CachedSource:
             f"{clips:,} clips of {self.packed.directory} in {dtype}, {_size(free)} are free; "
             f"what fits: {', '.join(ways) or 'no cache'}"
         )
+
+
+def _refuse(problems: list[str]) -> None:
+    for problem in problems:
+        if problem:
+            raise TooLittleMemory(problem)
 
 
 def free_bytes(place: str, device: torch.device) -> int:

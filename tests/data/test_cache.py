@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastat.config import resolve
@@ -24,12 +21,14 @@ from fastat.data.pack import pack
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.display import Display
-from fastat.errors import Failure, UserError
+from fastat.distributed import Ranks
+from fastat.errors import Failure, RankZeroFailed, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Augment, Frontend
 from fastat.train import Trainer
 from tests.conftest import TinySets
-from tests.data.audio import noise, run_python
+from tests.data.audio import noise
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 CLIP = 16_000  # one second
@@ -247,75 +246,49 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ------------------------------------------------------------------------------------ two ranks
-RANK_CODE = """
-import sys
-from tests.data.test_cache import of_rank
-import torch
-torch.save(of_rank(1, *sys.argv[1:4]), sys.argv[4])
-"""
-
-
-def of_rank(rank: int, store: str, folder: str, damaged: str) -> dict[str, Any]:
+def of_rank(ranks: Ranks, folder: str, damaged: str) -> dict[str, Any]:
     """What one of two ranks gets: its batches, the damaged rows, and a refusal."""
-    dist.init_process_group(
-        "gloo", f"file://{store}", timedelta(seconds=60), rank=rank, world_size=2
-    )
-    try:
-        found: dict[str, Any] = {}
-        for feature, dtype in (("logmel64", "float16"), ("fbank128", "uint8")):
-            packed = PackedSet.open(folder)
-            source = cached(packed, feature, dtype=dtype)
-            batches = list(source.batches(training_plans(packed, 0.6)))
-            found[feature] = {
-                "kept": len(source.codes),
-                "rows": [torch.from_numpy(batch.rows) for batch in batches],
-                "target": [batch.target for batch in batches],
-                "log_mel": [batch.log_mel for batch in batches],
-                "time_mask": [batch.augment.time_mask for batch in batches if batch.augment],
-            }
-        source = cached(PackedSet.open(damaged), "logmel64", max_bad=0.1)
-        found["unusable"] = np.flatnonzero(~source.usable).tolist()
-        free, here = cache.free_bytes, rank == 1  # it does not fit on one of the two
-        cache.free_bytes = lambda place, device: 0 if here else free(place, device)
-        try:
-            cached(PackedSet.open(folder), "logmel64")
-        except TooLittleMemory as error:
-            found["refusal"] = str(error)
-        finally:
-            cache.free_bytes = free
-        return found
-    finally:
-        dist.destroy_process_group()
+    found: dict[str, Any] = {}
+    for feature, dtype in (("logmel64", "float16"), ("fbank128", "uint8")):
+        packed = PackedSet.open(folder)
+        source = cached(packed, feature, dtype=dtype, ranks=ranks)
+        batches = list(source.batches(training_plans(packed, 0.6)))
+        found[feature] = {
+            "kept": len(source.codes),
+            "rows": [batch.rows for batch in batches],
+            "target": [batch.target.numpy() for batch in batches],
+            "log_mel": [batch.log_mel.numpy() for batch in batches if batch.log_mel is not None],
+            "time_mask": [batch.augment.time_mask.numpy() for batch in batches if batch.augment],
+        }
+    source = cached(PackedSet.open(damaged), "logmel64", max_bad=0.1, ranks=ranks)
+    found["unusable"] = np.flatnonzero(~source.usable).tolist()
+    if ranks.rank == 1:
+        cache.free_bytes = lambda place, device: 0
+    with pytest.raises(TooLittleMemory if ranks.first else RankZeroFailed):
+        cached(PackedSet.open(folder), "logmel64", ranks=ranks)
+    return found
 
 
 def test_two_ranks_get_the_halves_of_one_ranks_batches(folder: Path, tmp_path: Path) -> None:
     damage(folder, tmp_path / "set", [4, 13])
-    args = (str(tmp_path / "store"), str(folder), str(tmp_path / "set"))
-    with ThreadPoolExecutor(1) as thread:
-        other = thread.submit(run_python, RANK_CODE, *args, tmp_path / "rank1.pt")
-        first = of_rank(0, *args)
-        done = other.result()
-    assert done.returncode == 0, done.stderr
-    assert "caching" not in done.stderr  # the first rank alone shows progress
-    second = torch.load(tmp_path / "rank1.pt", weights_only=True)
+    first, second = run_ranks(2, of_rank, str(folder), str(tmp_path / "set"))
     packed = PackedSet.open(folder)
     for feature, dtype in (("logmel64", "float16"), ("fbank128", "uint8")):
         assert (first[feature]["kept"], second[feature]["kept"]) == (11, 10)
         batches = cached(packed, feature, dtype=dtype).batches(training_plans(packed, 0.6))
         for i, want in enumerate(batches):
             got = {
-                name: torch.cat([first[feature][name][i], second[feature][name][i]])
+                name: np.concatenate([first[feature][name][i], second[feature][name][i]])
                 for name in ("rows", "target", "log_mel", "time_mask")
             }
             assert want.augment is not None and want.log_mel is not None
-            assert torch.equal(got["rows"], torch.from_numpy(want.rows))
-            assert torch.equal(got["target"], want.target)
-            assert torch.equal(got["time_mask"], want.augment.time_mask)
+            assert np.array_equal(got["rows"], want.rows)
+            assert np.array_equal(got["target"], want.target)
+            assert np.array_equal(got["time_mask"], want.augment.time_mask)
             # Log-mels computed in another batch may round to the neighbouring code.
             step = 2.0**-4 if dtype == "float16" else 0.1
-            torch.testing.assert_close(got["log_mel"], want.log_mel, rtol=0, atol=step)
+            np.testing.assert_allclose(got["log_mel"], want.log_mel, rtol=0, atol=step)
     assert first["unusable"] == second["unusable"] == [4, 13]
-    assert first["refusal"] == second["refusal"]
 
 
 # ------------------------------------------------------------------------------------- training
@@ -348,7 +321,7 @@ def test_training_from_the_cache(tiny_sets: TinySets, tmp_path: Path) -> None:
     options: dict[str, Any] = {"cache": "host", "cache_dtype": "uint8"}
     run = trainer(tiny_sets, whole, **options)
     assert any("approximation of mixing waveforms" in note for note in run.notes)
-    assert any("36 log-mels as uint8" in note for note in run.notes)
+    assert any("log-mels of 36 of 36 clips as uint8" in note for note in run.notes)
     run.run_epochs()
     trainer(tiny_sets, parts, steps=6, **options).run_epochs()
     trainer(tiny_sets, parts, resume=True, **options).run_epochs()
