@@ -21,7 +21,7 @@ from fastat.data.pack import pack
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.display import Display
-from fastat.distributed import Ranks
+from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, RankZeroFailed, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Augment, Frontend
@@ -292,16 +292,20 @@ def test_two_ranks_get_the_halves_of_one_ranks_batches(folder: Path, tmp_path: P
 
 
 # ------------------------------------------------------------------------------------- training
-def trainer(sets: TinySets, run: Path, *, resume: bool = False, **overrides: Any) -> Trainer:
+def trainer(
+    sets: TinySets, run: Path, ranks: Ranks = ALONE, *, resume: bool = False, **overrides: Any
+) -> Trainer:
+    """A tiny run of two epochs of four steps, not yet started."""
     given = {
         "data": str(sets.train),
         "eval": str(sets.eval),
         "epochs": 2,
         "batch": 8,
-        "model_options": {"embedding": 64, "num_heads": 4},
+        "rank_timeout": 100.0,
+        "model_options": {"embedding": 64, "num_heads": 4, "dropout": 0.0},
     }
     config, notes = resolve("A4", "cnn_trans", given | overrides, num_clips=36, clip_seconds=1.0)
-    return Trainer(config, run, notes, Display(), resume=resume)
+    return Trainer(config, run, notes, Display(), resume=resume, ranks=ranks)
 
 
 def learned(run: Path) -> list[tuple[float, float]]:
@@ -326,6 +330,20 @@ def test_training_from_the_cache(tiny_sets: TinySets, tmp_path: Path) -> None:
     trainer(tiny_sets, parts, steps=6, **options).run_epochs()
     trainer(tiny_sets, parts, resume=True, **options).run_epochs()
     assert learned(parts)[0] == learned(whole)[0] and learned(parts)[-1] == learned(whole)[-1]
+
+
+OF_MANY: dict[str, Any] = {"cache": "host", "precision": "fp32", "sync_batchnorm": True}
+
+
+def train_on_ranks(ranks: Ranks, sets: TinySets, run: Path) -> None:
+    trainer(sets, run, ranks, **OF_MANY).run_epochs()
+
+
+def test_two_ranks_train_as_one(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """The evaluation set's 15 clips are cached in stretches of 8 and 7."""
+    trainer(tiny_sets, tmp_path / "one", **OF_MANY).run_epochs()
+    run_ranks(2, train_on_ranks, tiny_sets, tmp_path / "two")
+    np.testing.assert_allclose(learned(tmp_path / "two"), learned(tmp_path / "one"), rtol=1e-3)
 
 
 def test_an_evaluation_set_that_does_not_fit_is_read_from_disk(
