@@ -4,8 +4,9 @@
 
 Takes every clip of the packed set SET, alone and mixed with another of the set, and prints
 |difference| in dB over real frames, for the bands within 60 dB of their frame's peak: median, 95 %,
-largest. "mixed" is the cross term alone, which adding mel powers leaves out; "uint8" after it has
-the rounding to 8 bits too, as a run with ``cache_dtype=uint8`` has it.
+largest. "mixed" is the cross term alone, which adding mel powers leaves out, "alike" only where the
+two clips are within 10 dB of each other; "uint8" has the rounding to 8 bits too, as a run with
+``cache_dtype=uint8`` has it.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from fastat.frontend import Frontend
 BATCH = 20
 NEAR_PEAK_DB = 60.0
 LAMS = (0.5, 0.3, 0.1)
+ALIKE_DB = 10.0
 BETA = 10.0
 """Both parameters of the procedures' mixup."""
 
@@ -53,14 +55,22 @@ def log_mels(packed: PackedSet, feature: Feature, steps: Iterator[StepPlan]) -> 
     return torch.cat([batch.features(frontend) for batch in batches])
 
 
-def line(name: str, got: Tensor, want: Tensor, real: Tensor, feature: Feature) -> None:
-    """got, want [N, T, F]; real [N] frames."""
+def line(
+    name: str,
+    got: Tensor,
+    want: Tensor,
+    real: Tensor,
+    feature: Feature,
+    where: Tensor | None = None,
+) -> None:
+    """got, want [N, T, F], real [N] frames; of what lies in ``where`` [N, T, F]."""
     decibels = 10.0 / np.log(10.0) / units_per_neper(feature)
     inside = (torch.arange(want.shape[1]) < real[:, None])[:, :, None]
     near = (want >= want.amax(2, keepdim=True) - NEAR_PEAK_DB / decibels) & inside
+    near = near if where is None else near & where
     error = ((got - want).abs()[near] * decibels).numpy()
     median, most = np.quantile(error, (0.5, 0.95))
-    print(f"{feature.name:8} {name:24} median {median:.4f}  95 % {most:.3f}  max {error.max():.2f}")
+    print(f"{feature.name:8} {name:26} median {median:.4f}  95 % {most:.3f}  max {error.max():.2f}")
 
 
 def main() -> None:
@@ -77,7 +87,7 @@ def main() -> None:
         floor = log_floor(feature)
         real = feature.real_frames(torch.from_numpy(packed.num_samples), packed.clip_samples)
         single = log_mels(packed, feature, plans(packed, nobody, no_lam))
-        kept = {"float32": single}
+        kept = {}
         for name, dtype in DTYPES.items():
             kept[name] = decode(*encode(single, dtype, floor), floor)
             line(name, kept[name], single, real, feature)
@@ -86,11 +96,14 @@ def main() -> None:
         for name, lam in weights.items():
             steps = list(plans(packed, partners, lam))
             want = log_mels(packed, feature, iter(steps))
-            for dtype_name in ("float32",) if lam is not drawn else ("float32", "uint8"):
-                clips = kept[dtype_name]
-                got = torch.cat([_mixed(clips, step, feature) for step in steps])
-                label = name if dtype_name == "float32" else f"{name}, {dtype_name}"
-                line(label, got, want, real, feature)
+            got = torch.cat([_mixed(single, step, feature) for step in steps])
+            line(name, got, want, real, feature)
+        ratio = units_per_neper(feature) * 2 * torch.from_numpy(np.log(drawn / (1 - drawn)))
+        apart = (single - single[torch.from_numpy(partners)] + ratio[:, None, None]).abs()
+        alike = apart <= ALIKE_DB * units_per_neper(feature) * np.log(10.0) / 10.0
+        line(f"{name}, alike", got, want, real, feature, alike)
+        got = torch.cat([_mixed(kept["uint8"], step, feature) for step in steps])
+        line(f"{name}, uint8", got, want, real, feature)
 
 
 def _mixed(clips: Tensor, step: StepPlan, feature: Feature) -> Tensor:
