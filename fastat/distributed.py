@@ -4,7 +4,11 @@ Every rank takes its part of each step's clips. Rank 0 alone reads and writes th
 speaks to the user; what it reads, it sends to the others.
 """
 
+import hashlib
 import os
+import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastat.errors import Failure, RankZeroFailed, UserError
@@ -172,12 +178,45 @@ def started() -> Iterator[Ranks]:
                 f"{torch.cuda.device_count()} GPUs: --nproc-per-node may be no more than that"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("gloo", timeout=START_TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=START_TIMEOUT))
+    store = _fresh_part(store, rank, size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
     try:
         group = cast(dist.ProcessGroup, dist.group.WORLD)
-        yield Ranks(dist.get_rank(), dist.get_world_size(), group, group)
+        yield Ranks(rank, size, group, group)
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_part(store: Store, rank: int, size: int) -> Store:
+    """A part of torchrun's store that no rank has used before.
+
+    Ranks that torchrun starts again find the addresses of those before them in the store (torch
+    2.15 with a c10d rendezvous), and nothing that all hosts know tells one start from the next. So
+    every rank leaves a name of its own, and rank 0 says go once it has heard from all who hold
+    the names it knows.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"fastat/name/{rank}", own)
+    heard = ""
+    while True:
+        if rank == 0:
+            names = " ".join(store.get(f"fastat/name/{r}").decode() for r in range(size))
+            if names != heard:
+                store.set("fastat/names", names)
+                heard = names
+            if store.add(f"fastat/heard/{heard}", 0) == size - 1:
+                store.set("fastat/go", heard)
+                break
+        else:
+            names = store.get("fastat/names").decode()
+            if names != heard and own in names:
+                store.add(f"fastat/heard/{names}", 1)
+                heard = names
+            if heard and store.check(["fastat/go"]) and store.get("fastat/go").decode() == heard:
+                break
+        time.sleep(0.02)
+    return PrefixStore(hashlib.sha256(heard.encode()).hexdigest(), store)
 
 
 @contextmanager
@@ -193,7 +232,8 @@ def peers_may_fail(ranks: Ranks) -> Iterator[None]:
         from_backend = isinstance(error, dist.DistError) or "gloo" in str(error)
         if ranks.size == 1 or isinstance(error, Failure) or not from_backend:
             raise
-        reason = str(error).splitlines()[0]
+        # gloo's begins with the place in its source
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
         if "imed out" in reason:
             raise Failure(
                 f"another rank did not answer in time (rank_timeout): {reason}"

@@ -129,6 +129,7 @@ def configure(
         initial_options=initial,
     )
     packed.close()
+    _check_model(config, packed.clip_samples)
     return config, out, notes
 
 
@@ -151,19 +152,24 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
             "--no-pretrained, or --init CHECKPOINT train it"
         )
     if "data" not in overrides:  # the practice set, whose sizes are known before it is made
-        import torch
+        _check_model(config, CLIP_SAMPLES)
 
-        from fastat.models import create_model
 
-        feature = FEATURES[config.feature]
-        with torch.device("meta"):
-            create_model(
-                model,
-                num_mels=feature.num_mels,
-                num_frames=feature.num_frames(CLIP_SAMPLES),
-                num_classes=1,
-                **config.model_options,
-            )
+def _check_model(config: TrainConfig, clip_samples: int) -> None:
+    """The model can be made with these options; before every rank makes it."""
+    import torch
+
+    from fastat.models import create_model
+
+    feature = FEATURES[config.feature]
+    with torch.device("meta"):
+        create_model(
+            config.model,
+            num_mels=feature.num_mels,
+            num_frames=feature.num_frames(clip_samples),
+            num_classes=1,
+            **config.model_options,
+        )
 
 
 # ------------------------------------------------------------------------------ the practice set

@@ -441,21 +441,14 @@ def two_hosts() -> Any:
 def test_two_hosts_train_as_two_ranks(
     two_ranks: Path, tiny_sets: TinySets, tmp_path: Path, two_hosts: list[list[str]]
 ) -> None:
-    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"10.99.99.1:{free_port()}")
+    endpoint = ("--rdzv-endpoint", f"10.99.99.1:{free_port()}", "--rdzv-id", "test")
+    rendezvous = ("--rdzv-backend", "c10d", *endpoint)
     hosts = []
     for i, host in enumerate(two_hosts, 1):
         command = torchrun(tiny_sets, tmp_path / "run", nproc=1)
         place = command.index("--standalone")
-        address = (
-            "--nnodes",
-            "2",
-            *rendezvous,
-            "--rdzv-id",
-            "test",
-            "--local-addr",
-            f"10.99.99.{i}",
-        )
-        command[place : place + 1] = address
+        address = ("--local-addr", f"10.99.99.{i}", "--rdzv-conf", f"is_host={int(i == 1)}")
+        command[place : place + 1] = ("--nnodes", "2", *rendezvous, *address)
         env = os.environ | QUIET | {"GLOO_SOCKET_IFNAME": "veth0"}
         hosts.append(
             subprocess.Popen([*host, *command], stderr=subprocess.PIPE, text=True, env=env)
