@@ -24,6 +24,7 @@ from fastat.checkpoint import (
     save_checkpoint,
 )
 from fastat.config import TrainConfig
+from fastat.data.cache import CachedSource, TooLittleMemory
 from fastat.data.loader import Batch, PackedSource, Source
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
@@ -147,8 +148,11 @@ class Trainer:
         self.frontend = build_frontend(self.meta).to(self.device)
         if len(set(ranks.gather(self.train_set.fingerprint))) > 1:
             raise UserError(f"{config.data} is not the same set on every host")
-        with preparing.first_goes_ahead():
-            self.source, usable = self._open_source(self.train_set, config.batch // ranks.size)
+        if config.cache != "none":
+            self.source, usable = self._open_cached(self.train_set, preparing)
+        else:
+            with preparing.first_goes_ahead():
+                self.source, usable = self._open_source(self.train_set, config.batch // ranks.size)
         self.eval_source, self.eval_rows = None, None
         if self.eval_set is not None:
             self.eval_source, eval_usable = self._open_source(self.eval_set, config.eval_batch)
@@ -227,6 +231,8 @@ class Trainer:
         self, packed: PackedSet, batch: int
     ) -> tuple[Source, NDArray[np.bool_] | None]:
         """A source of batches of ``packed``, and the clips it can deliver (None: all)."""
+        if self.config.cache != "none":
+            return self._open_cached(packed, self.ranks)
         if self.config.source == "packed":
             return PackedSource(packed, self.device), None
         from fastat.data.dali import DaliSource  # DALI is heavy, and only needed here
@@ -246,6 +252,38 @@ class Trainer:
                 f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}"
             )
         return source, source.usable
+
+    def _open_cached(
+        self, packed: PackedSet, preparing: Ranks
+    ) -> tuple[Source, NDArray[np.bool_] | None]:
+        """``_open_source`` for log-mels kept in memory: the training set's shared by the ranks, of
+        the evaluation set those that this rank scores."""
+        c, training = self.config, packed is self.train_set
+        stretches = np.array_split(np.arange(packed.num_clips), self.ranks.size)
+        try:
+            source = CachedSource(
+                packed,
+                c.feature,
+                self.device,
+                place=c.cache,
+                dtype=c.cache_dtype,
+                remove_mean=c.remove_mean,
+                max_bad=c.max_bad if training else 0.0,
+                rows=None if training else stretches[self.ranks.rank],
+                ranks=self.ranks,
+                preparing=preparing,
+            )
+        except TooLittleMemory as error:
+            if training:
+                raise
+            self.notes.append(f"the evaluation set is read from disk: {error}")
+            return PackedSource(packed, self.device), None
+        self.notes.append(source.summary())
+        if training and c.mixup:
+            self.notes.append(
+                "mixup adds the mel powers of cached clips, an approximation of mixing waveforms"
+            )
+        return source, source.usable if training else None
 
     def _start_weights(self) -> list[str]:
         """Loads the weights that the run starts from, if any; returns notes on them."""
@@ -292,10 +330,9 @@ class Trainer:
         steps = self.sampler.steps_per_epoch
         end = min((epoch + 1) * steps, self.last_step)
         train_mode(self.model)
-        plans = (
-            self.sampler.plan(epoch, step - epoch * steps).part(self.ranks.rank, self.ranks.size)
-            for step in range(p.step, end)
-        )
+        plans = (self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end))
+        if not isinstance(self.source, CachedSource):  # it has to know what the others need
+            plans = (plan.part(self.ranks.rank, self.ranks.size) for plan in plans)
         for batch, waited in timed(self.source.batches(plans)):
             started = time.perf_counter()
             features = batch.features(self.frontend)
