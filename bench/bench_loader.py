@@ -14,6 +14,7 @@ the disk gives through the page cache), and beside the same past the page cache.
 
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,7 @@ def packed(
     opened = PackedSet.open(folder)
     yield opened
     opened.close()
+    shutil.rmtree(folder)
 
 
 def sampler(batch: int, *, mixup: float, window: int = 0) -> Sampler:
@@ -154,7 +156,8 @@ def test_warm(
 
         peers()
         ours()
-        for times in (*seconds.values(), rows_of):
+        rows_of.clear()
+        for times in seconds.values():
             times.clear()
         benchmark.pedantic(ours, setup=peers, rounds=ROUNDS)
     stream.close()  # type: ignore[attr-defined]

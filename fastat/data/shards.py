@@ -214,7 +214,7 @@ class PackedSet:
             return {}
         if not (rows.min() >= 0 and rows.max() < self.num_clips):
             raise ValueError(f"rows: expected 0..{self.num_clips - 1}, got {rows.tolist()}")
-        return self.reader.read(rows, memoryview(out).cast("B"))
+        return self.reader.read(rows, out.data.cast("B"))
 
     def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
         """``read``, for those who need every row.

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.data import row_reader
 from fastat.data.loader import Batch, PackedSource
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
@@ -36,7 +35,7 @@ def packed(folder: Path) -> Iterator[PackedSet]:
 
 
 def sampler(packed: PackedSet, mixup: float = 0.0) -> Sampler:
-    weights = 1.0 + np.arange(packed.num_clips)
+    weights = np.arange(1.0, packed.num_clips + 1, dtype=np.float64)
     return Sampler(
         packed.num_clips, BATCH, seed=3, num_frames=40, num_mels=64, weights=weights, mixup=mixup
     )
@@ -165,7 +164,7 @@ def unreadable(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> set[int]:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(row_reader.os, "preadv", failing)
+    monkeypatch.setattr(os, "preadv", failing)
     return set(range(5))
 
 
@@ -193,7 +192,7 @@ def test_other_damage_is_told_apart(
     with pytest.raises(
         Failure, match=rf"shard-00000\.h5: row \d+ \(clip .*\) is damaged: {reason}"
     ):
-        batches(PackedSource(packed, CPU), [plan for plan in steps])
+        batches(PackedSource(packed, CPU), steps)
 
 
 def test_a_shard_that_is_gone_is_bad_rows(packed: PackedSet) -> None:
@@ -213,7 +212,7 @@ def test_running_out_of_files_or_memory_says_nothing_of_the_row(
     def failing(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(row_reader.os, call, failing)
+    monkeypatch.setattr(os, call, failing)
     source = PackedSource(packed, CPU, sampler=sampler(packed), max_bad=1.0)
     with pytest.raises(Failure, match=f"cannot read the set: {os.strerror(number)}"):
         batches(source, plans(sampler(packed)))
