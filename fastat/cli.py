@@ -96,7 +96,9 @@ def pack(
         bool,
         typer.Option("--segments", help="Split long files into clips instead of cutting them."),
     ] = False,
-    codec: Annotated[str, typer.Option(help="pcm16")] = "pcm16",
+    codec: Annotated[
+        str, typer.Option(help="pcm16, or flac: about 58 % of the bytes, decoded while training.")
+    ] = "pcm16",
     workers: Annotated[
         int | None, typer.Option(help="Decoding processes; default: one a core.")
     ] = None,

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastat.data.flac import max_row_bytes
 from fastat.data.manifest import Manifest, read_manifest
 from fastat.data.pack_messages import Job
 from fastat.data.pack_set import BadCount, Plan, SetResult, pack_set
@@ -29,7 +30,7 @@ from fastat.data.shards import SAMPLE_RATE, STATE_FOLDER, VERSION, read_index
 from fastat.data.split import holdout_mask
 from fastat.errors import UserError
 
-CODECS = ("pcm16",)
+CODECS = ("pcm16", "flac")
 SHARD_BYTES = 1 << 30
 SHARD_OVERHEAD = 64 << 10
 """More than HDF5's own structures in a shard, bytes."""
@@ -101,7 +102,7 @@ def pack(
         source, audio=audio, labels=labels, classes_from=classes_from, group_by=group_by
     )
     clip_samples = round(clip_seconds * SAMPLE_RATE)
-    job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples))
+    job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples), codec)
     options = {"segments": segments, "seed": seed, "holdout": holdout, "group_by": group_by}
     plans = []
     for role, directory, part in _parts(manifest, out, holdout, seed, source):
@@ -115,7 +116,8 @@ def pack(
                 entries=part.entries,
                 bad=part.bad,
                 job=job,
-                rows_per_shard=_rows_per_shard(part, clip_samples, shard_bytes),
+                shard_room=shard_bytes - SHARD_OVERHEAD,
+                label_bytes=_label_bytes(part, job, shard_bytes),
                 stats_clips=_stats_clips(len(part.entries), segments, seed),
                 options={**options, "role": role},
             )
@@ -205,16 +207,16 @@ def _fingerprint(manifest: Manifest, job: Job, shard_bytes: int, options: dict[s
     return digest.hexdigest()
 
 
-def _rows_per_shard(manifest: Manifest, clip_samples: int, shard_bytes: int) -> int:
-    """As many rows as surely fit into a shard."""
+def _label_bytes(manifest: Manifest, job: Job, shard_bytes: int) -> int:
+    """The most that everything of a row but its samples takes in a shard."""
     name = max((len(os.fsencode(entry.name)) for entry in manifest.entries), default=0)
     path = max((len(os.fsencode(entry.path)) for entry in manifest.entries), default=0)
     labels = -(-len(manifest.classes) // 8)
-    row_bytes = 2 * clip_samples + name + path + labels + 4 + 8 + 4
-    rows = (shard_bytes - SHARD_OVERHEAD) // row_bytes
-    if rows < 1:
+    label_bytes = name + path + labels + 4 + 8 + 4 + 8 * (job.codec == "flac")
+    row_bytes = max_row_bytes(job.codec, job.clip_samples) + label_bytes
+    if row_bytes > shard_bytes - SHARD_OVERHEAD:
         raise UserError(f"--clip-seconds: a clip of {row_bytes:,} bytes is larger than a shard")
-    return rows
+    return label_bytes
 
 
 def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastat.atomic import fsync
 from fastat.data.classes import ClassList
+from fastat.data.flac import PCM_SHARE
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Job, Write
 from fastat.data.pack_pool import BATCHES_AHEAD, Pool
@@ -45,7 +46,10 @@ class Plan(NamedTuple):
     bad: Sequence[BadFile]
     """Known to be bad without decoding."""
     job: Job
-    rows_per_shard: int
+    shard_room: int
+    """What the rows of a shard may take with their labels, bytes."""
+    label_bytes: int
+    """The most that everything of a row but its samples takes."""
     stats_clips: NDArray[np.int64]  # [entries]
     """How many clips of each entry the statistics are taken from."""
     options: dict[str, Any]
@@ -167,7 +171,7 @@ class _Rows:
         self.next_entry = self.next_clip = 0
         self.bad: list[BadFile] = []
         self.flushed = 0
-        """Rows that were on their way when the file was last flushed."""
+        """Bytes that were on their way when the file was last flushed."""
 
     def arrays(self) -> ShardRows:
         """Everything but the waveform, as it goes into the file."""
@@ -181,7 +185,13 @@ class _Rows:
             np.array([os.fsencode(entry.path) for entry in self.entries], np.bytes_),
             np.array([clip.start_seconds for clip in self.clips], np.float64),
             np.array([clip.crc for clip in self.clips], np.uint32),
+            self._flac_offsets(),
         )
+
+    def _flac_offsets(self) -> NDArray[np.int64] | None:
+        if self.part.codec != "flac":
+            return None
+        return np.cumsum([0, *(clip.num_bytes for clip in self.clips)], dtype=np.int64)
 
     def note(self, info: ShardInfo) -> FinishedShard:
         """What the shard adds to the set, summed in row order: the same after any resume."""
@@ -233,7 +243,8 @@ class _Builder:
             return
         left = len(self.plan.entries) - self.first_entry
         sure = left - self.bad_count.max_bad * self.bad_count.num_files
-        needed = int(sure * 2 * self.plan.job.clip_samples)
+        pcm_bytes = sure * 2 * self.plan.job.clip_samples
+        needed = int(pcm_bytes * (PCM_SHARE if self.plan.job.codec == "flac" else 1))
         disk = os.statvfs(self.plan.directory)
         free = disk.f_bavail * disk.f_frsize
         if needed > free:
@@ -278,21 +289,24 @@ class _Builder:
         self, number: int, clip: Clip, upto: tuple[int, int], batch: int, place: int
     ) -> Write:
         """A row for a clip of entry ``number``, the clip at ``place`` of its batch."""
-        rows = self._rows or self._start(number)
-        offset = rows.part.row_offset(len(rows.clips))
+        rows = self._rows or self._start()
+        offset = rows.part.add_row(clip.num_bytes)
         rows.clips.append(clip)
         rows.entries.append(self.plan.entries[number])
         rows.next_entry, rows.next_clip = upto
-        if len(rows.clips) == self.plan.rows_per_shard:
+        if rows.part.full:
             self._complete(rows)
         return Write(batch, place, 1, str(rows.part.path), offset)
 
-    def _start(self, number: int) -> _Rows:
-        capacity = self.plan.rows_per_shard
-        if not self.plan.job.segments:
-            capacity = min(capacity, len(self.plan.entries) - number)
+    def _start(self) -> _Rows:
+        plan = self.plan
         part = ShardPart(
-            self.plan.directory, self._num_started, capacity, self.plan.job.clip_samples
+            plan.directory,
+            self._num_started,
+            plan.job.codec,
+            plan.job.clip_samples,
+            plan.label_bytes,
+            plan.shard_room,
         )
         self._num_started += 1
         self._rows = _Rows(part, len(self.plan.classes))
@@ -308,9 +322,8 @@ class _Builder:
         """A write into the shard at ``path`` is done."""
         rows = self._rows_at(path)
         rows.writing -= 1
-        unflushed = len(rows.clips) - rows.flushed
-        if unflushed * 2 * self.plan.job.clip_samples >= FLUSH_BYTES:
-            rows.flushed = len(rows.clips)
+        if rows.part.end - rows.flushed >= FLUSH_BYTES:
+            rows.flushed = rows.part.end
             self._flushing.append(self._sealer.submit(fsync, rows.part.path))
         self._seal()
 
@@ -366,8 +379,9 @@ class _Builder:
         content = {
             "classes": [c._asdict() for c in plan.classes.classes],
             "clip_samples": plan.job.clip_samples,
-            "shards": [ShardInfo(*shard[:4])._asdict() for shard in self.shards],
+            "shards": [ShardInfo(*shard[:5])._asdict() for shard in self.shards],
         }
+        codecs = {shard.codec for shard in self.shards}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         return {
             "format": FORMAT,
@@ -379,7 +393,7 @@ class _Builder:
             "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
             "clip_samples": plan.job.clip_samples,
             "sample_rate": SAMPLE_RATE,
-            "codec": "pcm16",
+            "codec": codecs.pop() if len(codecs) == 1 else "mixed",
             "options": plan.options,
             "stats": {name: self._stats(name) for name in FEATURES},
             "shards": content["shards"],

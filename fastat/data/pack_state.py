@@ -36,6 +36,7 @@ class FinishedShard(NamedTuple):
     rows: int
     bytes: int
     crc32: int
+    codec: str
     next_entry: int
     """The entry to go on with, and which of its clips."""
     next_clip: int

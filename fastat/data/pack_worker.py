@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from fastat.data.decode import BadAudio, decode, to_int16
+from fastat.data.flac import encode
 from fastat.data.moments import Meter
 from fastat.data.pack_messages import (
     Bad,
@@ -50,7 +51,7 @@ def serve(connection: Connection, job: Job) -> None:
     sys.stderr = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     measure = Meter()
-    held: dict[int, list[NDArray[np.int16]]] = {}
+    held: dict[int, list[bytes]] = {}
     target = _Target()
     while True:
         try:
@@ -95,9 +96,7 @@ def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
     ]
 
 
-def _decode(
-    message: Decode, job: Job, measure: Meter, rows: list[NDArray[np.int16]]
-) -> Decoded | Refused:
+def _decode(message: Decode, job: Job, measure: Meter, rows: list[bytes]) -> Decoded | Refused:
     files: list[list[Clip] | Bad] = []
     seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
     for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
@@ -116,10 +115,12 @@ def _decode(
         for number, piece in enumerate(pieces):
             row = np.zeros(job.clip_samples, np.int16)
             row[: len(piece)] = piece
-            rows.append(row)
             moments = measure(row, len(piece)) if number in measured else None
             start = number * job.clip_samples / SAMPLE_RATE
-            clips.append(Clip(start, len(piece), zlib.crc32(row.data), moments))
+            stored = encode(piece, SAMPLE_RATE) if job.codec == "flac" else row.tobytes()
+            rows.append(stored)
+            crc = zlib.crc32(stored)
+            clips.append(Clip(start, len(piece), len(stored), crc, moments))
         files.append(clips)
     return Decoded(message.batch, files)
 
@@ -130,7 +131,7 @@ class _Target:
     def __init__(self) -> None:
         self.path, self.fd = "", -1
 
-    def write(self, message: Write, rows: Sequence[NDArray[np.int16]]) -> Written | Refused:
+    def write(self, message: Write, rows: Sequence[bytes]) -> Written | Refused:
         try:
             if message.path != self.path:
                 if self.fd >= 0:
@@ -140,7 +141,7 @@ class _Target:
                 self.path = message.path
             offset = message.offset
             for row in rows:
-                left = row.data.cast("B")
+                left = memoryview(row)
                 while left:  # a disk that fills takes part of a row first
                     count = os.pwrite(self.fd, left, offset)
                     left, offset = left[count:], offset + count

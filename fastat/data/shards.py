@@ -11,6 +11,13 @@ and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at most 1 GiB. 
     start_seconds  float64 [N]             where in that file the clip starts
     row_crc        uint32 [N]              CRC-32 of the row's waveform bytes
 
+A FLAC shard (``flac``) has instead of ``waveform``
+
+    flac_bytes     uint8 [total]           contiguous, a FLAC stream of each row's real samples
+    flac_offsets   int64 [N + 1]           where in it a row starts; the next row's start ends it
+
+and ``row_crc`` is of the stream. A set may have shards of both kinds.
+
 What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of
 everything but the waveform (``row_crc`` included), without reading the waveform; ``read_rows``
 checks every row it reads against ``row_crc``. Rows are read with preadv: a shard cut short under a
@@ -30,6 +37,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from fastat.data.flac import EncodedRow, FlacReader, num_threads
 from fastat.errors import Failure, UserError
 
 SAMPLE_RATE = 16_000
@@ -70,6 +78,7 @@ class ShardInfo(NamedTuple):
     bytes: int
     crc32: int
     """Of everything but the waveform, ``row_crc`` included."""
+    codec: str = "pcm16"
 
 
 class ShardRows(NamedTuple):
@@ -81,11 +90,16 @@ class ShardRows(NamedTuple):
     audio_path: NDArray[np.bytes_]  # [N]
     start_seconds: NDArray[np.float64]  # [N]
     row_crc: NDArray[np.uint32]  # [N]
+    flac_offsets: NDArray[np.int64] | None = None  # [N + 1], of a FLAC shard
+
+    def datasets(self) -> dict[str, NDArray[Any]]:
+        """What of this the shard holds, by the datasets' names."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
 
     def crc32(self) -> int:
         """One checksum over all of it."""
         crc = 0
-        for array in self:
+        for array in self.datasets().values():
             crc = zlib.crc32(array.tobytes(), crc)
         return crc
 
@@ -137,6 +151,7 @@ class PackedSet:
         self._fds: dict[int, int] = {}
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        self._flac: FlacReader | None = None
         first_row = 0
         for entry in index["shards"]:
             info = ShardInfo(**entry)
@@ -148,6 +163,7 @@ class PackedSet:
                 f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {first_row}"
             )
         self._first_rows = np.array([s.first_row for s in self._shards])
+        self._is_flac = np.array([s.rows.flac_offsets is not None for s in self._shards])
         self.num_samples = np.concatenate([s.rows.num_samples for s in self._shards])
         self.target_bits = np.concatenate([s.rows.target for s in self._shards])
 
@@ -201,7 +217,11 @@ class PackedSet:
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_clips):
             raise ValueError(f"rows: expected 0..{self.num_clips - 1}, got {rows.tolist()}")
         order = np.argsort(rows, kind="stable")
-        parts = min(READ_THREADS, len(rows) // ROWS_PER_THREAD)
+        if self._is_flac.any():
+            flac = self._is_flac[self._which(rows[order])]
+            self._read_flac(rows, order[flac], out)
+            order = order[~flac]
+        parts = min(READ_THREADS, len(order) // ROWS_PER_THREAD)
         if parts < 2:
             self._read_sorted(rows, order, out)
             return
@@ -221,6 +241,9 @@ class PackedSet:
             if self._threads is not None:
                 self._threads.shutdown()
                 self._threads = None
+            if self._flac is not None:
+                self._flac.close()
+                self._flac = None
             for fd in self._fds.values():
                 os.close(fd)
             self._fds.clear()
@@ -230,7 +253,7 @@ class PackedSet:
     ) -> None:
         """Reads rows[order] into out[order]; neighbours in the file with one system call."""
         wanted = rows[order]
-        which = np.searchsorted(self._first_rows, wanted, side="right") - 1
+        which = self._which(wanted)
         breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(which) != 0)) + 1
         row_bytes = 2 * self.clip_samples
         for run in np.split(np.arange(len(wanted)), breaks):
@@ -253,6 +276,43 @@ class PackedSet:
                             f"{shard.path}: row {row} (clip {clip}) is damaged: its checksum "
                             "differs; pack the set again"
                         )
+
+    def _read_flac(
+        self, rows: NDArray[np.int64], order: NDArray[np.int64], out: NDArray[np.int16]
+    ) -> None:
+        """Reads rows[order], all of them in FLAC shards, into out[order]."""
+        if not len(order):
+            return
+        with self._lock:
+            if self._flac is None:
+                self._flac = FlacReader(num_threads())
+        encoded = []
+        for place, shard_index in zip(
+            order.tolist(), self._which(rows[order]).tolist(), strict=True
+        ):
+            shard = self._shards[shard_index]
+            assert shard.rows.flac_offsets is not None
+            row = int(rows[place]) - shard.first_row
+            start, end = shard.rows.flac_offsets[row : row + 2].tolist()
+            encoded.append(
+                EncodedRow(
+                    place=place,
+                    fd=self._fd(shard_index),
+                    offset=shard.offset + start,
+                    num_bytes=end - start,
+                    crc=int(shard.rows.row_crc[row]),
+                    num_samples=int(shard.rows.num_samples[row]),
+                )
+            )
+        for place, reason in self._flac.read(encoded, out).items():
+            shard = self._shards[int(self._which(rows[place]))]
+            row = int(rows[place]) - shard.first_row
+            clip = os.fsdecode(shard.rows.audio_name[row])
+            raise Failure(f"{shard.path}: row {row} (clip {clip}) {reason}; pack the set again")
+
+    def _which(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard of each of ``rows``."""
+        return np.searchsorted(self._first_rows, rows, side="right") - 1
 
     def _fd(self, shard_index: int) -> int:
         with self._lock:
@@ -315,13 +375,16 @@ def read_shard(
         raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
         with h5py.File(path) as file:
-            waveform = file["waveform"]
+            waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()
-            rows = ShardRows(*(file[name][()] for name in ShardRows._fields))
+            names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
+            rows = ShardRows(*(file[name][()] for name in names))
     except (OSError, KeyError, RuntimeError, ValueError) as error:  # what h5py raises on damage
         raise Failure(f"{path}: damaged: {_first_line(error)}") from error
-    expected = ((info.rows, clip_samples), np.dtype(np.int16), None)
+    expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
+    if rows.flac_offsets is not None:
+        expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
     if layout != expected or offset is None:
         raise Failure(f"{path}: damaged: expected waveform {expected}, found {layout}")
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:

@@ -495,7 +495,7 @@ def test_holdout_looks_at_both_folders_first(table: Path, tmp_path: Path) -> Non
 
 def test_wrong_options(table: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"codec": "flac"}, "--codec: expected pcm16, got flac"),
+        ({"codec": "mp3"}, "--codec: expected pcm16 or flac, got mp3"),
         ({"clip_seconds": 0.0}, "--clip-seconds: expected 0.1 to"),
         ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to"),
         ({"clip_seconds": 1e6}, "--clip-seconds: expected 0.1 to"),
