@@ -19,25 +19,29 @@ A FLAC shard (``flac``) has instead of ``waveform``
 and ``row_crc`` is of the stream. A set may have shards of both kinds.
 
 What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of
-everything but the waveform (``row_crc`` included), without reading the waveform; ``read_rows``
-checks every row it reads against ``row_crc``. Rows are read with preadv: a shard cut short under a
-memory map would kill the process, under preadv it is an error.
+everything but the waveform (``row_crc`` included), without reading the waveform. Reading checks
+every row against ``row_crc``. Rows are read with preadv: a shard cut short under a memory map would
+kill the process, under preadv it is an error.
+
+Of what opening reads, labels, lengths, CRCs and names stay in memory: about a hundred bytes a clip
+with 527 classes. A shard's ``audio_path`` and ``start_seconds``, which only ``sources`` needs, are
+read again when it is asked for. The names stay because a shard that was cut short loses everything
+behind its waveform, and its damaged clips are to be named still.
 """
 
 import json
 import os
 import threading
-import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
-from fastat.data.flac import EncodedRow, FlacReader, num_threads
+from fastat.data.flac import FlacReader
+from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError
 
 SAMPLE_RATE = 16_000
@@ -46,12 +50,6 @@ VERSION = 1
 INDEX_FILE = "dataset.json"
 STATE_FOLDER = ".pack"
 """What an unfinished ``fastat pack`` keeps inside the set's folder."""
-
-READ_THREADS = min(4, len(os.sched_getaffinity(0)))
-"""Reads of a big batch; preadv and crc32 release the GIL, about 0.1 ms a row together."""
-ROWS_PER_THREAD = 32
-MAX_BUFFERS = 16
-"""Rows of one preadv, few enough to be in the cache still when their CRC is computed."""
 
 
 class ClassInfo(NamedTuple):
@@ -100,21 +98,13 @@ class ShardRows(NamedTuple):
         """One checksum over all of it."""
         crc = 0
         for array in self.datasets().values():
-            crc = zlib.crc32(array.tobytes(), crc)
+            crc = zlib_ng.crc32(array, crc)
         return crc
 
 
 def shard_file(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:05d}.h5"
-
-
-class _Shard(NamedTuple):
-    path: Path
-    first_row: int
-    offset: int
-    """Of the waveform in the file, bytes."""
-    rows: ShardRows
 
 
 class PackedSet:
@@ -134,6 +124,7 @@ class PackedSet:
     """Of the content: classes and every row. Equal for equal sets, wherever they lie."""
     num_samples: NDArray[np.int32]  # [N]
     target_bits: NDArray[np.uint8]  # [N, ceil(K / 8)], np.packbits order
+    reader: RowReader
 
     def __init__(self, directory: Path, index: dict[str, Any]) -> None:
         """Use ``open``."""
@@ -147,25 +138,40 @@ class PackedSet:
             name: Stats(s["mean"], s["std"], s["clips"]) for name, s in index["stats"].items()
         }
         self.fingerprint = index["fingerprint"]
-        self._shards: list[_Shard] = []
-        self._fds: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
-        self._flac: FlacReader | None = None
-        first_row = 0
-        for entry in index["shards"]:
-            info = ShardInfo(**entry)
-            offset, rows = read_shard(directory, info, self.clip_samples, len(self.classes))
-            self._shards.append(_Shard(directory / info.file, first_row, offset, rows))
-            first_row += info.rows
-        if first_row != self.num_clips or not self._shards:
+        self._shards = [ShardInfo(**entry) for entry in index["shards"]]
+        num_rows = sum(info.rows for info in self._shards)
+        if num_rows != self.num_clips or not self._shards:
             raise Failure(
-                f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {first_row}"
+                f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {num_rows}"
             )
-        self._first_rows = np.array([s.first_row for s in self._shards])
-        self._is_flac = np.array([s.rows.flac_offsets is not None for s in self._shards])
-        self.num_samples = np.concatenate([s.rows.num_samples for s in self._shards])
-        self.target_bits = np.concatenate([s.rows.target for s in self._shards])
+        self._first_rows = np.cumsum([0] + [info.rows for info in self._shards[:-1]])
+        self._names: list[NDArray[np.bytes_]] = []
+        self._sources: dict[int, tuple[NDArray[np.bytes_], NDArray[np.float64]]] = {}
+        self.num_samples = np.empty(num_rows, np.int32)
+        self.target_bits = np.empty((num_rows, -(-len(self.classes) // 8)), np.uint8)
+        row_crc = np.empty(num_rows, np.uint32)
+        self._is_flac = np.array([info.codec == "flac" for info in self._shards])
+        spans = None
+        if self._is_flac.any():
+            spans = RowSpans(np.empty(num_rows, np.int64), np.empty(num_rows, np.int32))
+        files: list[RowFile] = []
+        for info, first_row in zip(self._shards, self._first_rows.tolist(), strict=True):
+            offset, rows = read_shard(directory, info, self.clip_samples, len(self.classes))
+            files.append(RowFile(directory / info.file, first_row, offset))
+            place = slice(first_row, first_row + info.rows)
+            self.num_samples[place] = rows.num_samples
+            self.target_bits[place] = rows.target
+            row_crc[place] = rows.row_crc
+            self._names.append(rows.audio_name)
+            if spans is not None:
+                ends = rows.flac_offsets
+                if ends is None:
+                    ends = np.arange(info.rows + 1) * 2 * self.clip_samples
+                spans.offset[place] = offset + ends[:-1]
+                spans.size[place] = np.diff(ends)
+        self.reader = RowReader(files, row_crc, 2 * self.clip_samples, spans)
+        self._flac: FlacReader | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
@@ -187,24 +193,41 @@ class PackedSet:
         bits = np.unpackbits(self.target_bits[rows], axis=1, count=len(self.classes))
         return bits.astype(np.float32)
 
+    def place(self, row: int) -> tuple[Path, int]:
+        """The shard that ``row`` is in, and which of its rows it is."""
+        index = self._shard_of(row)
+        return self.reader.paths[index], row - int(self._first_rows[index])
+
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         """Each row's file, as a path inside the audio folder; clips of one file share it."""
-        found = (self._find(row) for row in np.asarray(rows).tolist())
-        return [os.fsdecode(shard.audio_name[place]) for shard, place in found]
+        names = []
+        for row in np.asarray(rows).tolist():
+            index = self._shard_of(row)
+            names.append(os.fsdecode(self._names[index][row - self._first_rows[index]]))
+        return names
 
     def sources(self, rows: NDArray[np.int64]) -> list[tuple[str, float]]:
-        """Each row's original file (absolute path) and where in it the clip starts, in seconds."""
-        found = (self._find(row) for row in np.asarray(rows).tolist())
-        return [
-            (os.fsdecode(shard.audio_path[place]), float(shard.start_seconds[place]))
-            for shard, place in found
-        ]
-
-    def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
-        """Reads ``rows`` [R], in any order and with repeats, into ``out`` [R, S], in file order.
+        """Each row's original file (absolute path) and where in it the clip starts, in seconds.
 
         Raises:
-            Failure: a row could not be read or differs from its CRC; names shard, row and clip.
+            Failure: its shard was damaged since the set was opened.
+        """
+        sources = []
+        for row in np.asarray(rows).tolist():
+            index = self._shard_of(row)
+            if index not in self._sources:
+                self._sources[index] = self._read_sources(self._shards[index])
+            paths, starts = self._sources[index]
+            place = row - self._first_rows[index]
+            sources.append((os.fsdecode(paths[place]), float(starts[place])))
+        return sources
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> dict[int, str]:
+        """Reads ``rows`` [R], in any order and with repeats, into ``out`` [R, S], in file order.
+
+        Returns:
+            What is wrong with rows that could not be read or differ from their CRC, by their place
+            in ``rows``; ``out`` is undefined there.
         """
         rows = np.asarray(rows)
         if out.shape != (len(rows), self.clip_samples) or out.dtype != np.int16:
@@ -214,121 +237,53 @@ class PackedSet:
             )
         if not out.flags.c_contiguous:
             raise ValueError("out: expected a C-contiguous array")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_clips):
+        if not len(rows):
+            return {}
+        if not (rows.min() >= 0 and rows.max() < self.num_clips):
             raise ValueError(f"rows: expected 0..{self.num_clips - 1}, got {rows.tolist()}")
-        order = np.argsort(rows, kind="stable")
-        if self._is_flac.any():
-            flac = self._is_flac[self._which(rows[order])]
-            self._read_flac(rows, order[flac], out)
-            order = order[~flac]
-        parts = min(READ_THREADS, len(order) // ROWS_PER_THREAD)
-        if parts < 2:
-            self._read_sorted(rows, order, out)
-            return
+        memory = out.data.cast("B")
+        flac = self._is_flac[np.searchsorted(self._first_rows, rows, side="right") - 1]
+        if not flac.any():
+            return self.reader.read(rows, memory)
         with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(READ_THREADS, "fastat-read")
-        jobs = [
-            self._threads.submit(self._read_sorted, rows, part, out)
-            for part in np.array_split(order, parts)
-        ]
-        for job in jobs:
-            job.result()
+            if self._flac is None:
+                self._flac = FlacReader(self.reader, self.num_samples)
+        bad = self._flac.read(rows, np.flatnonzero(flac), out)
+        pcm = np.flatnonzero(~flac)
+        found = self.reader.read(rows[pcm], memory, pcm * self.reader.row_bytes)
+        return bad | {int(pcm[place]): reason for place, reason in found.items()}
+
+    def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
+        """``read``, for those who need every row.
+
+        Raises:
+            Failure: a row could not be read or differs from its CRC; names shard, row and clip.
+        """
+        bad = self.read(rows, out)
+        if bad:
+            place = min(bad)
+            raise Failure(f"{self.describe(int(rows[place]), bad[place])}; pack the set again")
+
+    def describe(self, row: int, reason: str) -> str:
+        """What is wrong with a row, and with which."""
+        path, place = self.place(row)
+        (clip,) = self.names(np.array([row]))
+        return f"{path}: row {place} (clip {clip}) is damaged: {reason}"
 
     def close(self) -> None:
         """Closes the files; reading again opens them again."""
         with self._lock:
-            if self._threads is not None:
-                self._threads.shutdown()
-                self._threads = None
             if self._flac is not None:
                 self._flac.close()
                 self._flac = None
-            for fd in self._fds.values():
-                os.close(fd)
-            self._fds.clear()
+        self.reader.close()
 
-    def _read_sorted(
-        self, rows: NDArray[np.int64], order: NDArray[np.int64], out: NDArray[np.int16]
-    ) -> None:
-        """Reads rows[order] into out[order]; neighbours in the file with one system call."""
-        wanted = rows[order]
-        which = self._which(wanted)
-        breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(which) != 0)) + 1
-        row_bytes = 2 * self.clip_samples
-        for run in np.split(np.arange(len(wanted)), breaks):
-            for start in range(0, len(run), MAX_BUFFERS):
-                part = run[start : start + MAX_BUFFERS]
-                shard_index = int(which[part[0]])
-                shard = self._shards[shard_index]
-                first = int(wanted[part[0]]) - shard.first_row
-                buffers = [memoryview(out[place]).cast("B") for place in order[part]]
-                try:
-                    offset = shard.offset + first * row_bytes
-                    got = _preadv_all(self._fd(shard_index), buffers, offset)
-                except OSError as error:
-                    raise Failure(f"{shard.path}: cannot read: {error.strerror}") from error
-                for j, buffer in enumerate(buffers):
-                    row = first + j
-                    if (j + 1) * row_bytes > got or zlib.crc32(buffer) != shard.rows.row_crc[row]:
-                        clip = os.fsdecode(shard.rows.audio_name[row])
-                        raise Failure(
-                            f"{shard.path}: row {row} (clip {clip}) is damaged: its checksum "
-                            "differs; pack the set again"
-                        )
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self._first_rows, row, side="right")) - 1
 
-    def _read_flac(
-        self, rows: NDArray[np.int64], order: NDArray[np.int64], out: NDArray[np.int16]
-    ) -> None:
-        """Reads rows[order], all of them in FLAC shards, into out[order]."""
-        if not len(order):
-            return
-        with self._lock:
-            if self._flac is None:
-                self._flac = FlacReader(num_threads())
-        encoded = []
-        for place, shard_index in zip(
-            order.tolist(), self._which(rows[order]).tolist(), strict=True
-        ):
-            shard = self._shards[shard_index]
-            assert shard.rows.flac_offsets is not None
-            row = int(rows[place]) - shard.first_row
-            start, end = shard.rows.flac_offsets[row : row + 2].tolist()
-            encoded.append(
-                EncodedRow(
-                    place=place,
-                    fd=self._fd(shard_index),
-                    offset=shard.offset + start,
-                    num_bytes=end - start,
-                    crc=int(shard.rows.row_crc[row]),
-                    num_samples=int(shard.rows.num_samples[row]),
-                )
-            )
-        for place, reason in self._flac.read(encoded, out).items():
-            shard = self._shards[int(self._which(rows[place]))]
-            row = int(rows[place]) - shard.first_row
-            clip = os.fsdecode(shard.rows.audio_name[row])
-            raise Failure(f"{shard.path}: row {row} (clip {clip}) {reason}; pack the set again")
-
-    def _which(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The shard of each of ``rows``."""
-        return np.searchsorted(self._first_rows, rows, side="right") - 1
-
-    def _fd(self, shard_index: int) -> int:
-        with self._lock:
-            if shard_index not in self._fds:
-                path = self._shards[shard_index].path
-                try:
-                    self._fds[shard_index] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise Failure(f"cannot open {path}: {error.strerror}") from error
-            return self._fds[shard_index]
-
-    def _find(self, row: int) -> tuple[ShardRows, int]:
-        """What is known of a row's shard, and its place there."""
-        index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        shard = self._shards[index]
-        return shard.rows, row - shard.first_row
+    def _read_sources(self, info: ShardInfo) -> tuple[NDArray[np.bytes_], NDArray[np.float64]]:
+        _, rows = read_shard(self.directory, info, self.clip_samples, len(self.classes))
+        return rows.audio_path, rows.start_seconds
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -390,21 +345,6 @@ def read_shard(
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
         raise Failure(f"{path}: damaged: the checksum of its labels and names differs")
     return offset, rows
-
-
-def _preadv_all(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """preadv until the buffers are full or the file ends; bytes read."""
-    total, left = 0, list(buffers)
-    while left:
-        count = os.preadv(fd, left, offset + total)
-        if count == 0:
-            break
-        total += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if left:
-            left[0] = left[0][count:]
-    return total
 
 
 def _first_line(error: BaseException) -> str:
