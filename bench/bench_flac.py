@@ -67,9 +67,7 @@ def sets(
 
 
 @pytest.mark.parametrize("name", ["ours", "soundfile", "pcm16"])
-def test_rows_a_second(
-    benchmark: BenchmarkFixture, sets: dict[str, PackedSet], name: str
-) -> None:
+def test_rows_a_second(benchmark: BenchmarkFixture, sets: dict[str, PackedSet], name: str) -> None:
     rows = np.random.default_rng(0).integers(0, NUM_CLIPS, NUM_ROWS)
     out = np.empty((NUM_ROWS, sets["flac"].clip_samples), np.int16)
     want = np.empty_like(out)

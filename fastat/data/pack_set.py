@@ -21,7 +21,7 @@ from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Job, Write
 from fastat.data.pack_pool import BATCHES_AHEAD, Pool
 from fastat.data.pack_state import BAD_FILE, FinishedShard, PackState
 from fastat.data.shard_writer import ShardPart
-from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, ShardRows
+from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, ShardRows, codec_of
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.progress import progress
@@ -376,12 +376,12 @@ class _Builder:
     def _index(self) -> dict[str, Any]:
         """dataset.json."""
         plan = self.plan
+        shards = [ShardInfo(*shard[:5]) for shard in self.shards]
         content = {
             "classes": [c._asdict() for c in plan.classes.classes],
             "clip_samples": plan.job.clip_samples,
-            "shards": [ShardInfo(*shard[:5])._asdict() for shard in self.shards],
+            "shards": [info._asdict() for info in shards],
         }
-        codecs = {shard.codec for shard in self.shards}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         return {
             "format": FORMAT,
@@ -393,7 +393,7 @@ class _Builder:
             "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
             "clip_samples": plan.job.clip_samples,
             "sample_rate": SAMPLE_RATE,
-            "codec": codecs.pop() if len(codecs) == 1 else "mixed",
+            "codec": codec_of(shards),
             "options": plan.options,
             "stats": {name: self._stats(name) for name in FEATURES},
             "shards": content["shards"],

@@ -32,6 +32,7 @@ behind its waveform, and its damaged clips are to be named still.
 import json
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -102,6 +103,12 @@ class ShardRows(NamedTuple):
         return crc
 
 
+def codec_of(shards: Iterable[ShardInfo]) -> str:
+    """What the index of a set of these shards says: their codec, or ``mixed``."""
+    codecs = {info.codec for info in shards}
+    return codecs.pop() if len(codecs) == 1 else "mixed"
+
+
 def shard_file(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:05d}.h5"
@@ -118,6 +125,7 @@ class PackedSet:
     num_clips: int
     clip_samples: int
     codec: str
+    """``pcm16``, ``flac`` or ``mixed``."""
     label_counts: NDArray[np.int64]  # [K]
     stats: dict[str, Stats]
     fingerprint: str
