@@ -69,7 +69,8 @@ class _Batch(NamedTuple):
 
 
 class FlacReader:
-    """Reads and decodes FLAC rows; one DALI pipeline serves all batches and threads.
+    """Reads and decodes FLAC rows; one DALI pipeline serves all batches and threads, and ends with
+    this.
 
     Args:
         reader: of the set.
@@ -132,11 +133,6 @@ class FlacReader:
             # Only a pipeline that came to this end has nothing under way; the others are dropped.
             self._idle = pipe
         return bad
-
-    def close(self) -> None:
-        """Frees the pipeline; reading again makes another."""
-        with self._lock:
-            self._idle = None
 
     def _start(self) -> Any:
         pipe = self._build()

@@ -281,9 +281,7 @@ class PackedSet:
     def close(self) -> None:
         """Closes the files; reading again opens them again."""
         with self._lock:
-            if self._flac is not None:
-                self._flac.close()
-                self._flac = None
+            self._flac = None
         self.reader.close()
 
     def _shard_of(self, row: int) -> int:

@@ -232,6 +232,20 @@ def test_cut_short_after_opening(copy: Path) -> None:
     packed.close()
 
 
+def test_a_shard_that_cannot_be_opened(made: dict[str, Path], copy: Path) -> None:
+    packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
+    (copy / "shard-00000.h5").unlink()
+    rows = np.random.default_rng(0).permutation(NUM_CLIPS)
+    out = np.empty((NUM_CLIPS, SAMPLES), np.int16)
+    bad = packed.read(rows, out)
+    first = packed._shards[0].rows
+    assert set(bad) == set(np.flatnonzero(rows < first).tolist())
+    assert set(bad.values()) == {"cannot open its file: No such file or directory"}
+    assert np.array_equal(out[rows >= first], read(pcm, rows[rows >= first]))
+    packed.close()
+    pcm.close()
+
+
 def rewrite(copy: Path, change: Callable[[h5py.File], None]) -> None:
     """Changes the first shard, and makes every checksum but those of the rows right again."""
     path = copy / "shard-00000.h5"
@@ -339,6 +353,20 @@ def test_threads_may_share_a_set(made: dict[str, Path]) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    packed.close()
+
+
+def test_the_kernel_is_told_of_the_bytes(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbouring rows as one range, from the first one's start to the last one's end."""
+    packed = PackedSet.open(made["flac"])
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *span: told.append(span[:2]))
+    packed.reader.advise(np.array([7, 2, 1, 3, 7]))
+    with h5py.File(made["flac"] / "shard-00000.h5") as file:
+        offsets = file["flac_bytes"].id.get_offset() + file["flac_offsets"][()]
+    assert told == [(offsets[a], offsets[b] - offsets[a]) for a, b in ((1, 4), (7, 8))]
     packed.close()
 
 
