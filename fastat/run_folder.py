@@ -1,19 +1,24 @@
 """What a training run leaves in its folder beside the checkpoints, and where it goes on from."""
 
+import csv
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastat.atomic import atomic_write_text
 from fastat.config import TrainConfig
+from fastat.data.shards import PackedSet
 from fastat.environment import environment, numerics
 from fastat.errors import Failure
 from fastat.metrics import finite
+
+BAD_CLIPS_FILE = "bad_clips.csv"
 
 
 @dataclass
@@ -60,6 +65,28 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
     """Adds an epoch to ``metrics.jsonl``."""
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(finite(line)) + "\n")
+
+
+def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
+    """Adds those of ``bad``, rows of ``packed`` with reasons, to ``bad_clips.csv`` that it does not
+    list yet; their number. Columns: shard, row (of the shard), clip, reason."""
+    path = run / BAD_CLIPS_FILE
+    listed = set()
+    if path.exists():
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            listed = {(line[0], line[1]) for line in csv.reader(file) if len(line) == 4}
+    lines = []
+    for row, reason in bad.items():
+        shard, place = packed.place(row)
+        if (shard.name, str(place)) not in listed:
+            lines.append((shard.name, place, packed.names(np.array([row]))[0], reason))
+    if lines:
+        with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            if not listed:
+                writer.writerow(("shard", "row", "clip", "reason"))
+            writer.writerows(lines)
+    return len(lines)
 
 
 def trainer_state(

@@ -35,7 +35,9 @@ from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.metrics import TaggingMetrics, finite
 from fastat.optim import create_adam, train_step
 from fastat.run_folder import (
+    BAD_CLIPS_FILE,
     Progress,
+    append_bad_clips,
     append_metrics,
     open_run_folder,
     restore_trainer_state,
@@ -140,7 +142,12 @@ class Trainer:
             mixup_alpha=config.mixup_alpha,
             time_mask=config.time_mask,
             freq_mask=config.freq_mask,
+            window=config.window,
         )
+        if isinstance(self.source, PackedSource):
+            self.source = PackedSource(
+                self.train_set, self.device, sampler=self.sampler, max_bad=config.max_bad
+            )
 
         # ---- model
         self.raw_model = self.meta.create()
@@ -237,7 +244,10 @@ class Trainer:
                 )
             while self.progress.step < self.last_step:
                 epoch = self.progress.step // steps
-                self._train_epoch(epoch)
+                try:
+                    self._train_epoch(epoch)
+                finally:
+                    self._list_bad_clips()
                 evaluation = self._evaluate()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
@@ -334,6 +344,15 @@ class Trainer:
                 seconds_left=(self.last_step - p.step) * c.batch / rate,
             )
         )
+
+    def _list_bad_clips(self) -> None:
+        """Says how many clips were found damaged since the last time, and lists them."""
+        bad = self.source.bad if isinstance(self.source, PackedSource) else {}
+        if new := append_bad_clips(self.run, self.train_set, bad):
+            self.display.note(
+                f"{new:,} damaged clips were replaced by others, {len(bad):,} in all; "
+                f"{self.run / BAD_CLIPS_FILE} lists them"
+            )
 
     def _evaluate(self) -> Evaluation | None:
         if self.eval_set is None or self.eval_source is None or self.match is None:

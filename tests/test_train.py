@@ -1,5 +1,6 @@
 """fastat train: the run folder, resuming, signals, what may not reach the weights."""
 
+import csv
 import json
 import math
 import os
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from fastat import train as training
 from fastat.checkpoint import ModelMeta, load_model
 from fastat.config import resolve
+from fastat.data.loader import PackedSource
 from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.display import Display
@@ -451,6 +455,48 @@ def trainer(sets: TinySets, run: Path, *, resume: bool = False, **overrides: Any
     }
     config, notes = resolve("A4", "cnn_trans", given | overrides, num_clips=36, clip_seconds=1.0)
     return Trainer(config, run, notes, Display(), resume=resume)
+
+
+def test_damaged_clips_are_replaced_said_and_listed(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose first rows are damaged trains on; resumed, it lists none twice."""
+    data = Path(shutil.copytree(tiny_sets.train, tmp_path / "data"))
+    packed = PackedSet.open(data)
+    path, _ = packed.place(0)
+    with h5py.File(path) as file:
+        offset = file["waveform"].id.get_offset()
+    with path.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write(bytes(3 * 2 * packed.clip_samples))  # three rows of silence
+    sets = replace(tiny_sets, train=data)
+    out = tmp_path / "run"
+    changes: dict[str, Any] = {"balance": False, "mixup": 1.0, "max_bad": 0.2}
+    run = trainer(sets, out, steps=4, **changes)
+    said: list[str] = []
+    monkeypatch.setattr(run.display, "note", said.append)
+    run.run_epochs()
+    assert isinstance(run.source, PackedSource)
+    rows = sorted(run.source.bad)
+    assert rows and set(rows) <= {0, 1, 2}
+    (note,) = [line for line in said if "damaged clips" in line]
+    assert note.startswith(f"{len(rows)} damaged clips were replaced by others")
+    trainer(sets, out, resume=True, **changes).run_epochs()
+    with (out / "bad_clips.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    places = [int(line["row"]) for line in listed]
+    assert len(set(places)) == len(places) and set(rows) <= set(places) <= {0, 1, 2}
+    for line in listed:
+        clip = packed.names(np.array([int(line["row"])]))[0]
+        assert (line["shard"], line["clip"]) == ("shard-00000.h5", clip)
+        assert line["reason"] == "its checksum differs"
+    with pytest.raises(Failure, match="of 36 clips are damaged, more than --max-bad 0.01"):
+        trainer(sets, tmp_path / "other", **changes | {"max_bad": 0.01}).run_epochs()
+    assert (tmp_path / "other" / "bad_clips.csv").exists()
+
+
+def test_windows_reach_the_sampler(tiny_sets: TinySets, tmp_path: Path) -> None:
+    assert trainer(tiny_sets, tmp_path / "run", window=12).sampler.window == 12
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
