@@ -16,13 +16,16 @@ import h5py
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from fastat import train as training
 from fastat.config import resolve
 from fastat.data import flac
+from fastat.data.loader import PackedSource
 from fastat.data.pack import pack
+from fastat.data.sampler import Sampler
 from fastat.data.shards import PackedSet, ShardInfo, ShardRows, codec_of
 from fastat.errors import Failure, UserError
 from tests.conftest import TinySets
@@ -230,6 +233,28 @@ def test_cut_short_after_opening(copy: Path) -> None:
     with pytest.raises(Failure, match=r"shard-00001\.h5: row 3 \(clip .*\) is damaged: the file"):
         read(packed, rows)
     packed.close()
+
+
+def test_damaged_rows_are_replaced_while_training(made: dict[str, Path], copy: Path) -> None:
+    """Some are damaged on the disk, one has another length than it should."""
+    packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
+    assert packed.reader.spans is not None
+    damaged = {1, 2, 30, 40}
+    for row in damaged - {40}:
+        path, _ = packed.place(row)
+        flip(path, int(packed.reader.spans.offset[row]) + 50)
+    packed.num_samples[40] += 1
+    sampler = Sampler(NUM_CLIPS, 16, seed=0, num_frames=20, num_mels=64, mixup=0.5)
+    source = PackedSource(packed, torch.device("cpu"), sampler=sampler, max_bad=0.2)
+    steps = [sampler.plan(epoch, i) for epoch in range(3) for i in range(sampler.steps_per_epoch)]
+    for plan, batch in zip(steps, source.batches(steps), strict=True):
+        good = ~np.isin(plan.rows, list(damaged))
+        assert np.array_equal(batch.rows[good], plan.rows[good])
+        assert not damaged & set(batch.rows.tolist()) and batch.waveform is not None
+        assert np.array_equal(batch.waveform.numpy()[: len(batch.rows)], read(pcm, batch.rows))
+    assert set(source.bad) == damaged
+    source.close()
+    pcm.close()
 
 
 def test_a_shard_that_cannot_be_opened(made: dict[str, Path], copy: Path) -> None:
