@@ -3,10 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,10 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastat.errors import Failure, UserError
-
-if TYPE_CHECKING:
-    from fastat.data.pack import PackSummary
-    from fastat.data.pack_append import AppendSummary
 
 app = typer.Typer(
     name="fastat",
@@ -139,10 +134,14 @@ def pack(
 
     `fastat pack packed/train --verify`
     """
+    from fastat.data.pack_report import print_appended, print_packed, print_verified
+
     if verify:
         if out is not None:
             raise UserError("--verify: expected the packed set alone, got --out too")
-        _verify(source, json_)
+        from fastat.data.verify import verify as verify_set
+
+        print_verified(verify_set(source), as_json=json_)
         return
     if out is None:
         raise UserError("pack needs --out DIR, the folder of the packed set")
@@ -166,7 +165,7 @@ def pack(
         from fastat.data.pack_append import append as append_to_set
 
         appended = append_to_set(source, out, clip_seconds=clip_seconds, codec=codec, **common)
-        _print_appended(appended, json_)
+        print_appended(appended, as_json=json_)
         return
     from fastat.data.pack import pack as pack_set
 
@@ -180,86 +179,7 @@ def pack(
         seed=seed,
         **common,
     )
-    _print_packed(summary, json_)
-
-
-def _print_packed(summary: "PackSummary", as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(asdict(summary), default=str))
-        return
-    if summary.waiting_for:
-        print(_waiting(summary.part, summary.clips + summary.eval_clips, summary.waiting_for))
-        _print_bad(summary.bad, summary.bad_reasons, None)
-        return
-    done = "already packed" if summary.already_packed else "packed"
-    print(f"{done}: {summary.clips:,} clips in {summary.shards} shards, {summary.directory}")
-    if summary.eval_directory is not None:
-        print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
-    _print_bad(summary.bad, summary.bad_reasons, summary.directory)
-    if summary.changed_bad:
-        print(f"changed since: {summary.changed_bad} of the bad files; --append tries them again")
-    if summary.empty_classes:
-        names = ", ".join(summary.empty_classes[:5])
-        more = ", ..." if len(summary.empty_classes) > 5 else ""
-        print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
-
-
-def _print_appended(summary: "AppendSummary", as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(asdict(summary), default=str))
-        return
-    if summary.waiting_for:
-        print(_waiting(summary.part, summary.appended_clips, summary.waiting_for))
-    elif summary.appended_clips:
-        print(
-            f"appended: {summary.appended_clips:,} clips, {summary.directory} now has "
-            f"{summary.clips:,} in {summary.shards} shards; its statistics stay as they were"
-        )
-    else:
-        print(f"nothing new: {summary.directory} still has {summary.clips:,} clips")
-    print(
-        f"skipped: {summary.already_there:,} files that are in the set, {summary.known_bad:,} that "
-        "bad.csv lists unchanged"
-    )
-    _print_bad(summary.bad, summary.bad_reasons, summary.directory)
-
-
-def _waiting(part: str | None, clips: int, others: Sequence[int]) -> str:
-    names = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
-    noun = "other" if len(others) == 1 else "others"
-    return f"part {part} is packed, {clips:,} clips; waiting for {len(others)} {noun}: {names}"
-
-
-def _print_bad(count: int, reasons: dict[str, int], directory: Path | None) -> None:
-    if count:
-        listed = "" if directory is None else f", listed in {directory / 'bad.csv'}"
-        parts = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-        print(f"bad files: {count} ({parts}){listed}")
-
-
-MAX_DAMAGES = 20
-"""Lines of --verify; --json has all."""
-
-
-def _verify(directory: Path, as_json: bool) -> None:
-    from fastat.data.verify import verify as verify_set
-
-    summary = verify_set(directory)
-    damaged = summary.damaged
-    if as_json:
-        found = [damage._asdict() for damage in damaged]
-        print(json.dumps(asdict(summary) | {"damaged": found}, default=str))
-    else:
-        for damage in damaged[:MAX_DAMAGES]:
-            row = "" if damage.row is None else f", row {damage.row} (clip {damage.clip})"
-            print(f"{damage.file}{row}: {damage.reason}")
-        if len(damaged) > MAX_DAMAGES:
-            print(f"... {len(damaged) - MAX_DAMAGES:,} more; --json lists all")
-    if damaged:
-        raise Failure(f"{directory}: {len(damaged):,} damaged; pack the set again")
-    if not as_json:
-        gib = summary.bytes / 2**30
-        print(f"verified: {summary.clips:,} clips, {gib:.2f} GiB, nothing damaged, {directory}")
+    print_packed(summary, as_json=json_)
 
 
 # ------------------------------------------------------------------------------------- training

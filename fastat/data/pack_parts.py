@@ -61,7 +61,7 @@ class Part:
     @classmethod
     def parse(cls, text: str) -> "Part":
         """``--shard i/n``; UserError for anything else."""
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         part = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
         if not 0 <= part.index < part.count <= MAX_PARTS:
             raise UserError(f"--shard: expected i/n, from 0/n to (n-1)/n, got {text}")
@@ -74,7 +74,7 @@ class Part:
         rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
         if rank is None or size is None:
             return None
-        if not (rank.isdigit() and size.isdigit() and int(rank) < int(size) <= MAX_PARTS):
+        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size) <= MAX_PARTS):
             raise UserError(f"expected RANK below WORLD_SIZE, got RANK={rank} WORLD_SIZE={size}")
         return cls(int(rank), int(size)) if int(size) > 1 else None
 
@@ -84,6 +84,8 @@ class Part:
     @property
     def name(self) -> str:
         """Of its folder, and with .json of its note."""
+        if self.count == 1:  # only --append comes here in one part
+            return "append"
         return f"part-{self.index}-of-{self.count}"
 
     def of(self, plan: Plan) -> Plan:
@@ -102,7 +104,7 @@ class Part:
 def default_workers(environment: Mapping[str, str]) -> int | None:
     """This process's share of the cores under torchrun; None for a process alone."""
     here = environment.get("LOCAL_WORLD_SIZE", "")
-    if not here.isdigit() or int(here) < 2:
+    if not here.isdecimal() or int(here) < 2:
         return None
     return max(1, len(os.sched_getaffinity(0)) // int(here))
 
@@ -173,6 +175,7 @@ def settle(directory: Path) -> None:
         claim = read_claim(directory)
         # A state that appends to the set as it is now is at work, or waits to go on.
         if claim is None or claim.base != checksum(read_index(directory)):
+            _remove_temporary(directory)
             _publish_bad(directory)
             _remove_state(directory)
 
@@ -300,6 +303,7 @@ def _joined(plan: Plan, part: Part, base: dict[str, Any] | None) -> _Note:
 def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResult:
     directory, bad = plan.directory, note.bad
     with disk_errors(directory):
+        _remove_temporary(directory)
         if base is None:
             write_bad(directory / BAD_FILE, bad)
             require_clips(directory, note.shards, bad)
@@ -329,6 +333,13 @@ def _publish_bad(directory: Path) -> None:
     if listed.exists():
         os.replace(listed, directory / BAD_FILE)
         fsync(directory)
+
+
+def _remove_temporary(directory: Path) -> None:
+    """What a merge left that was killed while it wrote."""
+    for name in (BAD_FILE, INDEX_FILE):
+        for path in directory.glob(f".{name}.*.tmp"):  # of atomic_path
+            path.unlink()
 
 
 def _remove_state(directory: Path) -> None:
