@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastat.data.shards import PackedSet
 from fastat.errors import UserError
 from fastat.features import FEATURES
 from tests.data.audio import noise, run_python, write_table
+from tests.data.kills import killed_at
 
 SHARD_BYTES = 250_000  # 11 clips of half a second
 OPTIONS: dict[str, Any] = {
@@ -82,34 +83,6 @@ def unmerged(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.raises(KeyboardInterrupt):
             pack(table, out, part=Part(2, 3), **OPTIONS)
     return out
-
-
-def killed_at(step: int, call: Callable[[], object]) -> bool:
-    """Whether ``call``, in a fork, came to its ``step``-th durable step and was killed there.
-
-    Before every fsync, rename and removal of a folder: between any two a power cut finds the same
-    files. ``call`` must not start workers, whose server a fork cannot use.
-    """
-    child = os.fork()
-    if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    left = step
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    os.replace, os.fsync, shutil.rmtree = map(counted, (os.replace, os.fsync, shutil.rmtree))
-    try:
-        call()
-    finally:
-        os._exit(0)
 
 
 def test_parts_in_any_order_make_the_plain_set(table: Path, plain: Path, tmp_path: Path) -> None:
@@ -184,7 +157,7 @@ def test_merge_killed_at_every_step(
     while True:
         step += 1
         out = Path(shutil.copytree(unmerged, tmp_path / str(step)))
-        killed = killed_at(step, lambda out=out: pack(table, out, part=Part(0, 3), **OPTIONS))
+        killed = killed_at(step, partial(pack, table, out, part=Part(0, 3), **OPTIONS))
         pack(table, out, part=Part(step % 3, 3), **OPTIONS)
         whole = whole or files(out)
         assert files(out) == whole, step
