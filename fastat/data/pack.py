@@ -120,6 +120,7 @@ def pack(
             raise UserError(f"{source}: no clips in it")
         plans.append(
             Plan(
+                title=f"pack {directory.name}",
                 directory=directory,
                 inputs=fingerprint(share, job, shard_bytes, {**options, "role": role}),
                 classes=share.classes,

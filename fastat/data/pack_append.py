@@ -201,6 +201,7 @@ def _plan(out: Path, base: _Base, manifest: Manifest, shard_bytes: int) -> Plan:
     clip_samples = base.index["clip_samples"]
     job = Job(clip_samples, base.index["options"]["segments"], min(SAMPLE_RATE, clip_samples))
     return Plan(
+        title=f"append to {out.name}",
         directory=out,
         inputs=fingerprint(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
         classes=manifest.classes,

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from fastat.data.manifest import BadFile
 from fastat.data.pack_bad import BAD_FILE, read_bad, write_bad
 from fastat.data.pack_index import appended, checksum, index_of, label_counts
 from fastat.data.pack_plan import BadCount, Plan, SetResult
-from fastat.data.pack_set import disk_errors, pack_rows, require_clips
+from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
     STATE_FILE,
     Claim,
@@ -94,6 +94,7 @@ class Part:
         total = len(plan.entries)
         block = slice(total * self.index // self.count, total * (self.index + 1) // self.count)
         return plan._replace(
+            title=plan.title if self.count == 1 else f"{plan.title} {self}",
             directory=plan.directory / STATE_FOLDER / self.name,
             entries=plan.entries[block],
             bad=[],
@@ -153,6 +154,8 @@ def pack_parts(
         raise _too_many(known, plans, [plan.bad for plan in plans], base)
     for plan in plans:
         _claim(plan, part, base)
+    for plan in plans:
+        _check_space(plan, known)
     own = [_pack_part(plan, part, num_workers, known) for plan in plans]
     waiting_for = sorted({i for plan in plans for i in _unfinished(plan, part)})
     if waiting_for:
@@ -213,6 +216,16 @@ def _too_many(
                 plan.directory.mkdir(parents=True, exist_ok=True)
                 write_bad(plan.directory / name, files)
     return bad_count.error(plans[0].directory / name)
+
+
+def _check_space(plan: Plan, bad_count: BadCount) -> None:
+    """Raises Failure when the disk cannot hold what all parts have not written yet."""
+    written = 0
+    for path in (plan.directory / STATE_FOLDER).glob("*/shard-*"):
+        with suppress(FileNotFoundError):  # a peer renames it
+            written += 512 * path.stat().st_blocks
+    if (plan.directory / STATE_FOLDER).exists():
+        require_space(plan, len(plan.entries), bad_count, written)
 
 
 def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) -> SetResult:

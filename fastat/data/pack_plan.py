@@ -18,6 +18,8 @@ from fastat.errors import UserError
 class Plan(NamedTuple):
     """A set to be packed."""
 
+    title: str
+    """What progress is shown of."""
     directory: Path
     inputs: str
     """Fingerprint of the command and what it reads."""

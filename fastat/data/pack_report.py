@@ -52,9 +52,9 @@ def print_appended(summary: AppendSummary, *, as_json: bool) -> None:
     else:
         print(f"nothing new: {summary.directory} still has {summary.clips:,} clips")
     if summary.already_there:
-        print(f"skipped: {summary.already_there:,} files that the set has")
+        print(f"already in the set: {summary.already_there:,} files")
     if summary.known_bad:
-        print(f"skipped: {summary.known_bad:,} files that {BAD_FILE} lists and that are the same")
+        print(f"bad before and unchanged: {summary.known_bad:,} files of {BAD_FILE}")
     _print_bad(summary.bad, summary.bad_reasons, None if summary.waiting_for else summary.directory)
 
 

@@ -86,6 +86,22 @@ def require_clips(directory: Path, shards: list[FinishedShard], bad: list[BadFil
         )
 
 
+def require_space(plan: Plan, num_clips: int, bad_count: BadCount, written: int = 0) -> None:
+    """Raises Failure when the disk cannot hold ``num_clips``, of which ``written`` bytes are there:
+    better now than hours later."""
+    if plan.job.segments:
+        return
+    sure = num_clips - bad_count.max_bad * bad_count.num_files
+    needed = int(sure * 2 * plan.job.clip_samples) - written
+    disk = os.statvfs(plan.directory)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise Failure(
+            f"{plan.directory}: {needed / 2**30:.1f} GiB needed for {num_clips:,} clips, "
+            f"the disk has {free / 2**30:.1f} GiB left"
+        )
+
+
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
     """Raises what the disk refuses as Failure."""
@@ -105,7 +121,7 @@ def _run(plan: Plan, builder: "_Builder", num_workers: int) -> None:
     decoded: dict[int, Decoded] = {}
     sent = taken = 0
     with (
-        progress(f"pack {plan.directory.name}", len(plan.entries), "files", starts[0]) as advance,
+        progress(plan.title, len(plan.entries), "files", starts[0]) as advance,
         Pool(num_workers, plan.job) as pool,
     ):
         while taken < len(starts) or builder.writing:
@@ -207,19 +223,8 @@ class _Builder:
             raise self.bad_count.error(listed)
 
     def check_space(self) -> None:
-        """Raises Failure when the disk cannot hold the clips: better now than hours later."""
-        if self.plan.job.segments:
-            return
-        left = len(self.plan.entries) - self.first_entry
-        sure = left - self.bad_count.max_bad * self.bad_count.num_files
-        needed = int(sure * 2 * self.plan.job.clip_samples)
-        disk = os.statvfs(self.plan.directory)
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free:
-            raise Failure(
-                f"{self.plan.directory}: {needed / 2**30:.1f} GiB needed for {left:,} clips, "
-                f"the disk has {free / 2**30:.1f} GiB left"
-            )
+        """As ``require_space``, for what is left."""
+        require_space(self.plan, len(self.plan.entries) - self.first_entry, self.bad_count)
 
     def take(self, first_entry: int, batch: Decoded) -> list[Write]:
         """Rows for the next batch's clips; what its worker must write where."""

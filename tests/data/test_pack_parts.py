@@ -18,7 +18,7 @@ from fastat.data import pack_parts
 from fastat.data.pack import PackSummary, pack
 from fastat.data.pack_parts import Part, default_workers
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from tests.data.audio import noise, run_python, write_table
 from tests.data.kills import killed_at
@@ -254,6 +254,28 @@ def test_too_many_bad_files_are_judged_over_the_whole(table: Path, tmp_path: Pat
     assert os.listdir(tmp_path / "missing") == ["bad.csv"]
     with pytest.raises(UserError, match="2 of 50 files are bad"):
         pack(table, tmp_path / "own", part=Part(0, 3), **OPTIONS | {"max_bad": 0.03})
+
+
+def test_disk_too_small_for_all_parts_is_known_before(
+    table: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part alone would fit; what peers have written needs no room any more."""
+    clip_bytes, free, real = 2 * 8_000, 40 * 16_000, os.statvfs(tmp_path)
+    assert 17 * clip_bytes < free < (49 - 0.1 * 50) * clip_bytes
+
+    class Small:
+        f_bavail, f_frsize = free, 1
+
+    out = tmp_path / "set"
+    monkeypatch.setattr(os, "statvfs", lambda path: Small)
+    with pytest.raises(Failure, match=r"GiB needed for 49 clips, the disk has"):
+        pack(table, out, part=Part(0, 3), **OPTIONS)
+    monkeypatch.setattr(os, "statvfs", lambda path: real)
+    pack(table, out, part=Part(0, 3), **OPTIONS)
+    monkeypatch.setattr(os, "statvfs", lambda path: Small)
+    for index in (1, 2):
+        pack(table, out, part=Part(index, 3), **OPTIONS)
+    same_rows(out, plain)
 
 
 def test_other_commands_are_refused(table: Path, unmerged: Path, tmp_path: Path) -> None:
