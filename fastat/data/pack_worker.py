@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from fastat.data.decode import BadAudio, decode, to_int16
 from fastat.data.flac import encode
+from fastat.data.hdf5_source import Hdf5Rows, is_row
 from fastat.data.moments import Meter
 from fastat.data.pack_messages import (
     Bad,
@@ -51,6 +52,7 @@ def serve(connection: Connection, job: Job) -> None:
     sys.stderr = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     measure = Meter()
+    hdf5 = Hdf5Rows()
     held: dict[int, list[bytes]] = {}
     target = _Target()
     while True:
@@ -61,7 +63,7 @@ def serve(connection: Connection, job: Job) -> None:
         match message:
             case Decode():
                 held[message.batch] = []
-                reply: Reply = _decode(message, job, measure, held[message.batch])
+                reply: Reply = _decode(message, job, hdf5, measure, held[message.batch])
             case Write():
                 rows = held[message.batch][message.first : message.first + message.num_clips]
                 reply = target.write(message, rows)
@@ -96,12 +98,18 @@ def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
     ]
 
 
-def _decode(message: Decode, job: Job, measure: Meter, rows: list[bytes]) -> Decoded | Refused:
+def _decode(
+    message: Decode, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
+) -> Decoded | Refused:
     files: list[list[Clip] | Bad] = []
     seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
     for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
         try:
-            pieces = cut(decode(Path(path), SAMPLE_RATE, seconds=seconds), job)
+            if is_row(path):
+                samples = hdf5.decode(path, SAMPLE_RATE, seconds)
+            else:
+                samples = decode(Path(path), SAMPLE_RATE, seconds=seconds)
+            pieces = cut(samples, job)
         except BadAudio as bad:
             files.append(Bad(bad.reason, bad.detail))
             continue

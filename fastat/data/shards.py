@@ -95,6 +95,12 @@ class ShardRows(NamedTuple):
         """What of this the shard holds, by the datasets' names."""
         return {name: array for name, array in self._asdict().items() if array is not None}
 
+    def offsets(self, clip_samples: int) -> NDArray[np.int64]:
+        """Where each row starts behind the first one's start, and the last one ends: [N + 1]."""
+        if self.flac_offsets is not None:
+            return self.flac_offsets
+        return np.arange(len(self.row_crc) + 1, dtype=np.int64) * 2 * clip_samples
+
     def crc32(self) -> int:
         """One checksum over all of it."""
         crc = 0
@@ -172,11 +178,9 @@ class PackedSet:
             row_crc[place] = rows.row_crc
             self._names.append(rows.audio_name)
             if spans is not None:
-                ends = rows.flac_offsets
-                if ends is None:
-                    ends = np.arange(info.rows + 1) * 2 * self.clip_samples
-                spans.offset[place] = offset + ends[:-1]
-                spans.size[place] = np.diff(ends)
+                starts = rows.offsets(self.clip_samples)
+                spans.offset[place] = offset + starts[:-1]
+                spans.size[place] = np.diff(starts)
         self.reader = RowReader(files, row_crc, 2 * self.clip_samples, spans)
         self._flac: FlacReader | None = None
         self._lock = threading.Lock()
