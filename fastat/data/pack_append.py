@@ -13,7 +13,7 @@ import numpy as np
 
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Manifest, read_manifest
-from fastat.data.pack import NUM_CORES, SHARD_BYTES, fingerprint, named, rows_per_shard
+from fastat.data.pack import NUM_CORES, SHARD_BYTES, inputs_of, named, rows_per_shard
 from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
 from fastat.data.pack_index import checksum
 from fastat.data.pack_messages import Job
@@ -203,7 +203,7 @@ def _plan(out: Path, base: _Base, manifest: Manifest, shard_bytes: int) -> Plan:
     return Plan(
         title=f"append to {out.name}",
         directory=out,
-        inputs=fingerprint(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
+        inputs=inputs_of(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
         classes=manifest.classes,
         entries=manifest.entries,
         bad=manifest.bad,

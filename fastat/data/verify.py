@@ -84,8 +84,7 @@ def verify(directory: Path) -> VerifySummary:
             reason = str(failure).removeprefix(f"{directory / info.file}: ")
             damaged.append(Damage(info.file, None, None, reason))
             continue
-        ends = offset + np.arange(info.rows + 1, dtype=np.int64) * 2 * index["clip_samples"]
-        shards[number] = ends, rows
+        shards[number] = _row_ends(index, info, offset), rows
         counts += np.unpackbits(rows.target, axis=1, count=len(counts)).sum(axis=0, dtype=np.int64)
     if len(shards) == len(infos) and counts.tolist() != index["label_counts"]:
         damaged.append(Damage(INDEX_FILE, None, None, "its label counts are not those of the rows"))
@@ -123,6 +122,11 @@ def _check_index(index: dict[str, Any]) -> list[Damage]:
     except (KeyError, TypeError, AttributeError) as error:  # JSON, but not as pack writes it
         return damage(f"damaged: {error!r}")
     return []
+
+
+def _row_ends(index: dict[str, Any], info: ShardInfo, offset: int) -> NDArray[np.int64]:
+    """Where in its file each row's bytes begin, and where the last row's end, [N + 1]."""
+    return offset + np.arange(info.rows + 1, dtype=np.int64) * 2 * int(index["clip_samples"])
 
 
 def _checked(
