@@ -123,7 +123,7 @@ def pack(
             Plan(
                 title=f"pack {directory.name}",
                 directory=directory,
-                inputs=fingerprint(share, job, shard_bytes, {**options, "role": role}),
+                inputs=inputs_of(share, job, shard_bytes, {**options, "role": role}),
                 classes=share.classes,
                 entries=share.entries,
                 bad=share.bad,
@@ -225,7 +225,7 @@ def _roles(
     ]
 
 
-def fingerprint(manifest: Manifest, job: Job, shard_bytes: int, options: dict[str, object]) -> str:
+def inputs_of(manifest: Manifest, job: Job, shard_bytes: int, options: dict[str, object]) -> str:
     """Of everything that decides the rows, but for the content of the audio files."""
     digest = hashlib.sha256()
     head = [VERSION, job, shard_bytes, options, manifest.classes.classes]

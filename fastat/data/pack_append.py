@@ -18,7 +18,7 @@ from fastat.data.pack import (
     NUM_CORES,
     SHARD_BYTES,
     SHARD_OVERHEAD,
-    fingerprint,
+    inputs_of,
     label_bytes,
     named,
 )
@@ -217,7 +217,7 @@ def _plan(out: Path, base: _Base, manifest: Manifest, codec: str | None, shard_b
     return Plan(
         title=f"append to {out.name}",
         directory=out,
-        inputs=fingerprint(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
+        inputs=inputs_of(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
         classes=manifest.classes,
         entries=manifest.entries,
         bad=manifest.bad,
