@@ -197,7 +197,8 @@ class PackedSet:
         index = read_index(directory)
         try:
             return cls(directory, index)
-        except (KeyError, TypeError, AttributeError) as error:  # JSON, but not as pack writes it
+        # JSON, but not as pack writes it; MemoryError: of impossibly many clips.
+        except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
             raise Failure(f"{directory / INDEX_FILE}: damaged: {error!r}") from error
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -222,6 +222,16 @@ def test_not_a_packed_set(copy: Path, tmp_path: Path) -> None:
         PackedSet.open(copy)
 
 
+@pytest.mark.parametrize("rows", [-50, 10**18])
+def test_an_impossible_number_of_rows_is_damage(copy: Path, rows: int) -> None:
+    index = json.loads((copy / "dataset.json").read_text())
+    index["clips"] += rows - index["shards"][0]["rows"]
+    index["shards"][0]["rows"] = rows
+    (copy / "dataset.json").write_text(json.dumps(index))
+    with pytest.raises(Failure, match="damaged"):
+        PackedSet.open(copy)
+
+
 def test_fingerprint_is_of_the_content(made: Path, copy: Path, tmp_path: Path) -> None:
     assert PackedSet.open(copy).fingerprint == PackedSet.open(made).fingerprint
     other = write_table(tmp_path / "other", 20)
