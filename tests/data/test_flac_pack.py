@@ -5,13 +5,18 @@ import os
 import signal
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import soundfile as sf
+from numpy.typing import NDArray
 
 from fastat.data.flac import PCM_SHARE
 from fastat.data.pack import pack
+from fastat.data.pack_append import append
+from fastat.data.pack_parts import Part
 from fastat.data.shards import PackedSet
+from fastat.data.verify import verify
 from fastat.errors import Failure, UserError
 from tests.data.audio import noise, reference, run_python, write_table
 from tests.data.test_pack import KILL_AT, content
@@ -39,6 +44,13 @@ def undisturbed(table: Path) -> Path:
     out = table.parent / "undisturbed"
     summary = pack(table, out, workers=1, **OPTIONS)  # type: ignore[arg-type]
     assert (summary.clips, summary.bad) == (57, 3)
+    return out
+
+
+def rows_of(packed: PackedSet) -> NDArray[np.int16]:
+    out = np.empty((packed.num_clips, packed.clip_samples), np.int16)
+    packed.read_rows(np.arange(packed.num_clips), out)
+    packed.close()
     return out
 
 
@@ -108,6 +120,45 @@ def test_segments(tmp_path: Path) -> None:
     packed.read_rows(np.arange(5), out)
     assert np.array_equal(out.ravel(), reference(path)[:80_000])
     packed.close()
+
+
+def test_parts_make_the_same_rows(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for i in range(2):
+        summary = pack(table, tmp_path / "set", part=Part(i, 2), workers=1, **OPTIONS)  # type: ignore[arg-type]
+    assert summary.clips == 57
+    whole, parts = PackedSet.open(undisturbed), PackedSet.open(tmp_path / "set")
+    assert parts.codec == "flac"
+    assert np.array_equal(rows_of(parts), rows_of(whole))
+
+
+def test_appended_to_pcm_and_verified(table: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Half of the table as PCM, then all of it as FLAC: a mixed set with the rows of one pack."""
+    lines = table.read_text().splitlines()
+    half = table.parent / "half.csv"
+    half.write_text("\n".join(lines[:31]) + "\n")
+    out = tmp_path / "set"
+    pack(half, out, workers=1, **OPTIONS | {"codec": "pcm16"})  # type: ignore[arg-type]
+    added = {name: OPTIONS[name] for name in ("max_bad", "shard_bytes")}
+    summary = append(table, out, codec="flac", workers=1, **added)  # type: ignore[arg-type]
+    assert (summary.clips, summary.appended_clips) == (57, 57 - 28)
+    whole, mixed = PackedSet.open(undisturbed), PackedSet.open(out)
+    assert mixed.codec == "mixed"
+    assert [info.codec for info in mixed._shards] == sorted(
+        (info.codec for info in mixed._shards), reverse=True
+    )
+    assert np.array_equal(rows_of(mixed), rows_of(whole))
+    assert mixed.names(np.arange(57)) == whole.names(np.arange(57))
+    found = verify(out)
+    assert (found.clips, found.damaged) == (57, ())
+
+    last = out / mixed._shards[-1].file
+    with h5py.File(last) as file:
+        offset = file["flac_bytes"].id.get_offset() + int(file["flac_offsets"][2])
+        name = file["audio_name"][2].decode()
+    with last.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write(b"\0")
+    assert [(d.file, d.row, d.clip) for d in verify(out).damaged] == [(last.name, 2, name)]
 
 
 def test_the_disk_may_have_less_than_pcm_needs(
