@@ -332,6 +332,8 @@ class _Builder:
     def finish(self) -> list[FinishedShard]:
         """Closes the last shard; all shards, in order."""
         if self._rows is not None:
+            # With the bad files behind its last clip: a run that goes on must not try them again.
+            self._rows.next_entry, self._rows.next_clip = len(self.plan.entries), 0
             self._complete(self._rows)
         self._seal()
         while self._sealing:
