@@ -79,10 +79,11 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, or class folders."
+            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, class folders, or "
+            "HDF5 of PANNs or PaSST; with --verify, a packed set."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the packed set.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the packed set.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Folder of the audio files.")] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Class list (index, mid, display_name).")
@@ -96,12 +97,19 @@ def pack(
     group_by: Annotated[
         str | None, typer.Option(help="Column whose groups stay on one side of --holdout.")
     ] = None,
-    clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 10.0,
+    clip_seconds: Annotated[
+        float | None, typer.Option(help="Length of a clip; default: 10, the set's with --append.")
+    ] = None,
     segments: Annotated[
         bool,
         typer.Option("--segments", help="Split long files into clips instead of cutting them."),
     ] = False,
-    codec: Annotated[str, typer.Option(help="pcm16")] = "pcm16",
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="pcm16 (default), or flac: about 58 % of the bytes, decoded while training."
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Decoding processes; default: one a core.")
     ] = None,
@@ -109,6 +117,16 @@ def pack(
         float, typer.Option(help="Share of bad files that fails the command.")
     ] = 0.01,
     seed: Annotated[int, typer.Option(help="Of --holdout and of the statistics' sample.")] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="i/n, from 0/n on: pack one of n parts; the last makes the set."),
+    ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the set in --out what it does not have.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a packed set and check every checksum.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Decode audio once into a packed set: 16 kHz mono rows, labels, statistics, checksums.
@@ -118,38 +136,59 @@ def pack(
     `fastat pack train.csv --audio wavs --labels class_labels_indices.csv --out packed/train`
 
     `fastat pack my_sounds/ --holdout 0.1 --out packed/mine`
+
+    `fastat pack train.csv --audio wavs --out packed/train --shard $SLURM_ARRAY_TASK_ID/8`
+
+    `fastat pack more.csv --audio wavs --out packed/train --append`
+
+    `fastat pack packed/train --verify`
     """
+    from fastat.data.pack_report import print_appended, print_packed, print_verified
+
+    if verify:
+        if out is not None:
+            raise UserError("--verify: expected the packed set alone, got --out too")
+        from fastat.data.verify import verify as verify_set
+
+        print_verified(verify_set(source), as_json=json_)
+        return
+    if out is None:
+        raise UserError("pack needs --out DIR, the folder of the packed set")
+    from fastat.data.pack_parts import Part, default_workers
+
+    part = Part.parse(shard) if shard is not None else Part.from_environment(os.environ)
+    if workers is None and shard is None:
+        workers = default_workers(os.environ)
+    common: dict[str, Any] = {
+        "audio": audio,
+        "labels": labels,
+        "classes_from": classes_from,
+        "segments": segments,
+        "workers": workers,
+        "max_bad": max_bad,
+        "part": part,
+    }
+    if append:
+        if holdout is not None or group_by is not None:
+            raise UserError("--append adds to one set: expected no --holdout and no --group-by")
+        from fastat.data.pack_append import append as append_to_set
+
+        appended = append_to_set(source, out, clip_seconds=clip_seconds, codec=codec, **common)
+        print_appended(appended, as_json=json_)
+        return
     from fastat.data.pack import pack as pack_set
 
     summary = pack_set(
         source,
         out,
-        audio=audio,
-        labels=labels,
-        classes_from=classes_from,
         holdout=holdout,
         group_by=group_by,
-        clip_seconds=clip_seconds,
-        segments=segments,
-        codec=codec,
-        workers=workers,
-        max_bad=max_bad,
+        clip_seconds=10.0 if clip_seconds is None else clip_seconds,
+        codec=codec or "pcm16",
         seed=seed,
+        **common,
     )
-    if json_:
-        print(json.dumps(asdict(summary), default=str))
-        return
-    done = "already packed" if summary.already_packed else "packed"
-    print(f"{done}: {summary.clips:,} clips in {summary.shards} shards, {summary.directory}")
-    if summary.eval_directory is not None:
-        print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
-    if summary.bad:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in summary.bad_reasons.items())
-        print(f"bad files: {summary.bad} ({reasons}), listed in {summary.directory / 'bad.csv'}")
-    if summary.empty_classes:
-        names = ", ".join(summary.empty_classes[:5])
-        more = ", ..." if len(summary.empty_classes) > 5 else ""
-        print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
+    print_packed(summary, as_json=json_)
 
 
 # ------------------------------------------------------------------------------------- training

@@ -1,4 +1,4 @@
-"""One audio file -> float32 mono at 16 kHz, or the reason why not.
+"""One audio file, or the bytes of one -> float32 mono at 16 kHz, or the reason why not.
 
 libsndfile reads what it can (WAV, FLAC, OGG, MP3, AIFF, AU, ...); the rest goes to FFmpeg when the
 extra ``av`` is installed. Channels are averaged and soxr HQ resamples, in blocks: a long file
@@ -6,6 +6,7 @@ costs the memory of its 16 kHz samples, and the result is bit-identical to resam
 piece.
 """
 
+import io
 import itertools
 import os
 import re
@@ -54,26 +55,30 @@ class _Span(NamedTuple):
 
 
 def decode(
-    path: Path,
+    source: Path | bytes,
     sample_rate: int = 16_000,
     start_seconds: float = 0.0,
     seconds: float | None = None,
 ) -> NDArray[np.float32]:
-    """Samples of a file, [S] float32, mono, full scale 1; at most ``seconds`` from
-    ``start_seconds`` on.
+    """Samples of a file, or of a file's bytes, [S] float32, mono, full scale 1; at most ``seconds``
+    from ``start_seconds`` on.
 
     Raises:
         BadAudio: missing, unreadable, empty (no sample from ``start_seconds`` on), non-finite, or
             truncated: its header promises frames, among those asked for, that are not there.
     """
-    if not path.exists():
-        raise BadAudio("missing")
-    if path.is_file() and path.stat().st_size == 0:
+    if isinstance(source, Path):
+        if not source.exists():
+            raise BadAudio("missing")
+        empty = source.is_file() and source.stat().st_size == 0
+    else:
+        empty = not source
+    if empty:
         raise BadAudio("empty", "0 bytes")
     try:
-        sound = sf.SoundFile(os.fsencode(path))
+        sound = sf.SoundFile(_readable(source))
     except sf.LibsndfileError as error:
-        return _decode_av(path, error.error_string, sample_rate, start_seconds, seconds)
+        return _decode_av(source, error.error_string, sample_rate, start_seconds, seconds)
     with sound:
         rate = sound.samplerate
         if rate not in SAMPLE_RATES:
@@ -83,12 +88,28 @@ def decode(
         return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)
 
 
+def resample_clip(
+    x: NDArray[np.int16], rate: int, sample_rate: int = 16_000, seconds: float | None = None
+) -> NDArray[np.float32]:
+    """Samples that need no decoding, [n] at ``rate`` -> as ``decode`` gives them, at most
+    ``seconds``; raises BadAudio as it does."""
+    span = _span(rate, 0.0, seconds, seek=False)
+    end = None if span.seconds is None else int(np.ceil(span.seconds * rate))
+    blocks = iter([x[:end] * np.float32(1 / 32768)])
+    return _resample(blocks, rate, sample_rate, span, 0.0, seconds)
+
+
 def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
     """Full scale 1 -> 32768, rounded to the nearest (ties to even), clipped to int16's range."""
     scaled = np.multiply(x, np.float32(32768.0), dtype=np.float32)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768.0, 32767.0, out=scaled)
     return scaled.astype(np.int16)
+
+
+def _readable(source: Path | bytes) -> bytes | io.BytesIO:
+    """What libsndfile opens: a path, or a stream over a file's bytes."""
+    return io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
 
 
 def _span(rate: int, start_seconds: float, seconds: float | None, *, seek: bool) -> _Span:
@@ -189,8 +210,10 @@ def _soundfile_blocks(sound: sf.SoundFile, span: _Span) -> Iterator[NDArray[np.f
 
 def _has_last_frame(sound: sf.SoundFile) -> bool:
     """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
+    name = sound.name
+    source = io.BytesIO(name.getvalue()) if isinstance(name, io.BytesIO) else name
     try:
-        with sf.SoundFile(sound.name) as again:  # the first one's decoder gave up
+        with sf.SoundFile(source) as again:  # the first one's decoder gave up
             again.seek(again.frames - 1)
             return len(again.read(1)) == 1
     except sf.LibsndfileError:
@@ -198,7 +221,7 @@ def _has_last_frame(sound: sf.SoundFile) -> bool:
 
 
 def _decode_av(
-    path: Path, why: str, sample_rate: int, start_seconds: float, seconds: float | None
+    source: Path | bytes, why: str, sample_rate: int, start_seconds: float, seconds: float | None
 ) -> NDArray[np.float32]:
     """As ``decode``, with FFmpeg; ``why`` is what libsndfile said."""
     try:
@@ -207,7 +230,8 @@ def _decode_av(
         hint = "not readable by libsndfile; with fastat[av] installed FFmpeg would be tried"
         raise BadAudio("unreadable", f"{why.rstrip('.')} ({hint})") from None
     try:
-        with av.open(os.fspath(path)) as container:
+        opened = os.fspath(source) if isinstance(source, Path) else io.BytesIO(source)
+        with av.open(opened) as container:
             if not container.streams.audio:
                 raise BadAudio("unreadable", "no audio stream")
             stream = container.streams.audio[0]
