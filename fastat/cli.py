@@ -243,6 +243,7 @@ def train(
     """
     from fastat.config import parse_settings, parse_stride
     from fastat.launch import configure
+    from fastat.signals import Interrupted, leaving_at_once
 
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -276,18 +277,18 @@ def train(
         if model not in (None, "ast"):
             raise UserError(f"--stride is for ast, got --model {model}")
         settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
-    config, out, notes = configure(proc, model, overrides | settings, out, resume=resume)
-
-    from fastat.signals import Interrupted
-    from fastat.train import train as run_training
 
     try:
-        run_training(config, out, notes, resume=resume)
+        with leaving_at_once():
+            config, out, notes = configure(proc, model, overrides | settings, out, resume=resume)
+
+            from fastat.train import train as run_training
+
+            run_training(config, out, notes, resume=resume)
     except Interrupted as stop:
-        print(
-            f"fastat: stopped; saved in {out}; go on with: fastat train --resume --out {out}",
-            file=sys.stderr,
-        )
+        saved = f"saved in {out}; go on with: fastat train --resume --out {out}"
+        why = saved if stop.saved else "there was nothing to save"
+        print(f"fastat: stopped; {why}", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from stop
 
 
