@@ -1,10 +1,12 @@
 """The trainer: read it from top to bottom."""
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,31 +14,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from fastat import nonfinite
 from fastat.checkpoint import (
     ModelMeta,
+    best_there,
     build_frontend,
-    find_checkpoint,
-    load_trainer_state,
-    load_weights,
-    save_checkpoint,
+    go_back,
+    linked_step,
+    newest_whole,
+    put_weights,
+    saved_steps,
+    step_name,
 )
+from fastat.checkpoint_writer import CheckpointWriter
 from fastat.config import TrainConfig
 from fastat.data.loader import Batch, PackedSource, Source
-from fastat.data.sampler import Sampler, balanced_weights
+from fastat.data.sampler import Sampler, StepPlan, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.display import Display, Status
 from fastat.environment import autocast, default_device, device_name, peak_memory_gib
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate, match_classes, save_predictions
+from fastat.event_file import EventFile
 from fastat.features import FEATURES
 from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.metrics import TaggingMetrics, finite
 from fastat.optim import create_adam, train_step
 from fastat.run_folder import (
     Progress,
+    Records,
+    RunLock,
     append_metrics,
+    check_writable,
+    drop_metrics,
     open_run_folder,
     restore_trainer_state,
     trainer_state,
@@ -55,9 +66,9 @@ def train(
     """Trains ``config`` into the folder ``run``; returns the last epoch's metrics, if any.
 
     Raises:
-        UserError: data, model and options do not fit together.
+        UserError: data, model and options do not fit together, or the run is under way already.
         Failure: a damaged row, a full disk, a loss that is not finite.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1; a checkpoint was saved.
     """
     with Display() as display:
         try:
@@ -84,6 +95,10 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.display = config, run, display
         self.notes = list(notes)  # shown once everything fits together
+        check_writable(run)
+        self.lock = RunLock(run)
+        if run.exists():
+            self.lock.acquire()
         torch.manual_seed(config.seed)
         self.device = default_device()
         set_kernels(parse_kernels(config.kernels))
@@ -144,7 +159,7 @@ class Trainer:
 
         # ---- model
         self.raw_model = self.meta.create()
-        resuming = resume and (run / "checkpoints" / "last").exists()
+        resuming = resume and bool(self._saved())
         if not resuming:
             self.notes += self._start_weights()
         self.raw_model.to(self.device).to(memory_format=torch.channels_last)
@@ -165,13 +180,15 @@ class Trainer:
         # ---- where it stands
         self.progress = Progress()
         self.pending: deque[tuple[int, Tensor]] = deque()
+        self.guard = nonfinite.BufferGuard(self.raw_model)
+        self.lock.acquire()
+        if not resume and (run / "config.json").exists():  # made since the command line was read
+            raise UserError(f"{run} already holds a run: --resume goes on with it")
         if resuming:
-            self._restore()
+            self.notes += self._restore()
         total_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(total_steps, config.steps or total_steps)
-        unfinished = self.progress.step < self.last_step
-        whole_epochs = self.progress.step // self.sampler.steps_per_epoch
-        open_run_folder(run, config, self.device, whole_epochs if unfinished else None)
+        open_run_folder(run, config, self.device, self._whole_epochs())
         size = sum(p.numel() for p in self.raw_model.parameters())
         self.notes.append(
             f"{config.model}: {size:,} parameters, {config.proc}, {feature.name} "
@@ -225,43 +242,72 @@ class Trainer:
     # ------------------------------------------------------------------ epochs
     def run_epochs(self) -> TaggingMetrics | None:
         """Trains from where the run stands to its end."""
-        steps = self.sampler.steps_per_epoch
         metrics = None
+        self.records = Records(self.display.note)
+        self.due, self.saved_at = False, time.monotonic()
+        purge = self.progress.step
         with (
             StopSignals() as self.stop,
-            SummaryWriter(str(self.run / "tb"), purge_step=self.progress.step) as self.tensorboard,
+            CheckpointWriter(self.run / "checkpoints", self.display.note) as self.writer,
+            EventFile(self.run / "tb", purge_step=purge, note=self.display.note) as self.curves,
         ):
-            if self.progress.step >= self.last_step:
+            if not self._unfinished():
                 self.display.note(
                     f"{self.run} has its {self.last_step:,} steps: nothing left to train"
                 )
-            while self.progress.step < self.last_step:
-                epoch = self.progress.step // steps
-                self._train_epoch(epoch)
+            elif self.config.on_nan == "rollback" and not self._saved():
+                self._save(best=False)  # to go back to
+            while self._unfinished():
+                epoch = self._epoch()
+                try:
+                    self._train_epoch(epoch)
+                except nonfinite.RollBack:
+                    self._roll_back()
+                    continue
+                self.progress.unscored = True
                 evaluation = self._evaluate()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
-                if self.stop.signum is not None and self.progress.step < self.last_step:
+                if self.stop.signum is not None and self._unfinished():
+                    self._finish_writing()
                     raise Interrupted(self.stop.signum)
+            self._finish_writing()
+            self.records.close()
         self.display.note(f"saved in {self.run}; tag a sound with: fastat predict {self.run} FILE")
         self.source.close()
         if self.eval_source is not None:
             self.eval_source.close()
+        self.lock.release()
         return metrics
+
+    def _unfinished(self) -> bool:
+        """Whether there is something left to train, or to score."""
+        return self.progress.step < self.last_step or self.progress.unscored
+
+    def _epoch(self) -> int:
+        """The epoch, from 0, that the run is in."""
+        p = self.progress
+        return (p.step - p.unscored) // self.sampler.steps_per_epoch
+
+    def _whole_epochs(self) -> int | None:
+        """How many epochs' metrics stay; None: all."""
+        return self._epoch() if self._unfinished() else None
 
     def _train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, from the run's current step."""
         c, p = self.config, self.progress
-        steps = self.sampler.steps_per_epoch
-        end = min((epoch + 1) * steps, self.last_step)
+        first = epoch * self.sampler.steps_per_epoch
+        end = min(first + self.sampler.steps_per_epoch, self.last_step)
         train_mode(self.model)
-        plans = (self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end))
-        for batch, waited in timed(self.source.batches(plans)):
+        steps = [step for step in range(p.step, end) if step not in p.left_out]
+        plans = (self.sampler.plan(epoch, step - first) for step in steps)
+        for step, (batch, waited) in zip(steps, timed(self.source.batches(plans)), strict=True):
             started = time.perf_counter()
             features = batch.features(self.frontend)
-            lr = self._lr(p.step)
+            lr = self._lr(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
+            self.guard.remember()
             loss, norm, found_inf = train_step(
                 self.model,
                 self.params,
@@ -271,22 +317,19 @@ class Trainer:
                 autocast(self.device, c.precision),
                 c.accumulate,
             )
-            p.loss_sum += loss
-            self.pending.append((p.step, found_inf))
-            p.step += 1
+            self.guard.undo_if(found_inf)
+            p.loss_sum += torch.where(found_inf > 0, torch.zeros_like(loss), loss)
+            self.pending.append((step, found_inf))
+            p.step = step + 1
             self._look_for_nonfinite()
 
             p.wait_seconds += waited
             p.train_seconds += waited + time.perf_counter() - started
             if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
                 self._report(epoch, loss, norm, lr)
-            if self.stop.signum is not None and p.step < end:
-                self._look_for_nonfinite(wait=True)
-                self._save(best=False)
-                raise Interrupted(self.stop.signum)
-            if c.checkpoint_every_steps and p.step % c.checkpoint_every_steps == 0 and p.step < end:
-                self._look_for_nonfinite(wait=True)
-                self._save(best=False)
+            if p.step < end:
+                self._save_in_mid_epoch()
+        p.step = end  # the last steps may be left out
         self._look_for_nonfinite(wait=True)
 
     def _lr(self, step: int) -> float:
@@ -305,22 +348,64 @@ class Trainer:
         while len(self.pending) > keep:
             step, flag = self.pending.popleft()
             if flag.item():
-                plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
-                clips = ", ".join(self.train_set.names(plan.rows))
-                partners = ", ".join(self.train_set.names(plan.partners))
-                mixed = f"; mixed in: {partners}" if partners else ""
-                raise Failure(
-                    f"the loss or a gradient is not finite at step {step + 1}; "
-                    f"that step was not taken. Its clips: {clips}{mixed}"
-                )
+                self._leave_out(step)
+
+    def _leave_out(self, step: int) -> None:
+        """What ``on_nan`` says of a step that is not finite."""
+        p, c = self.progress, self.config
+        plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
+        clips, partners = self.train_set.names(plan.rows), self.train_set.names(plan.partners)
+        kept = self._record(step, plan, clips, partners)
+        text = f"not finite at step {step + 1}; that step was not taken{kept}"
+        reason = nonfinite.why_stop(c.on_nan, step, p.left_out, self.sampler.steps_per_epoch)
+        if reason is not None:
+            mixed = f"; mixed in: {', '.join(partners)}" if partners else ""
+            raise Failure(
+                f"the loss or a gradient is {text}; {reason}. Its clips: {', '.join(clips)}{mixed}"
+            )
+        p.left_out.append(step)
+        self.display.note(
+            f"the loss or a gradient is {text}; {c.on_nan}: {len(p.left_out)} left out so far"
+        )
+        if c.on_nan == "rollback":
+            raise nonfinite.RollBack
+
+    def _record(self, step: int, plan: StepPlan, clips: list[str], partners: list[str]) -> str:
+        """Keeps the step in the run folder; what there is to say about that."""
+        folder = self.run / "nonfinite" / step_name(step + 1)
+        if folder.exists() or len(list(folder.parent.glob("step-*"))) >= nonfinite.MAX_RECORDED:
+            return ""
+        batch = next(iter(self.source.batches([plan])))
+        names = (clips, partners)
+        try:
+            bad = nonfinite.record(
+                folder, plan, batch, names, self.raw_model, self.meta, self.frontend,
+                self.config.precision,
+            )  # fmt: skip
+        except OSError as error:
+            return f" (and could not be kept in {folder}: {error.strerror})"
+        finally:
+            train_mode(self.model)
+        alone = f": alone not finite: {', '.join(bad)}" if bad else ""
+        return f" (kept in {folder}{alone})"
+
+    def _roll_back(self) -> None:
+        """To the newest whole checkpoint; what is left out stays so."""
+        left_out = self.progress.left_out
+        self.pending.clear()
+        self._heed_writer(wait=True)
+        for note in self._restore():
+            self.display.note(note)
+        self.progress.left_out = sorted({*self.progress.left_out, *left_out})
+        drop_metrics(self.run, self._epoch())
 
     def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         p, c = self.progress, self.config
-        done = p.step - epoch * self.sampler.steps_per_epoch
+        done = p.taken(epoch * self.sampler.steps_per_epoch) or 1
         rate = done * c.batch / p.train_seconds
-        self.tensorboard.add_scalar("train/loss", loss.item(), p.step)
-        self.tensorboard.add_scalar("train/grad_norm", norm.item(), p.step)
-        self.tensorboard.add_scalar("train/lr", lr, p.step)
+        self.curves.add_scalar("train/loss", loss.item(), p.step)
+        self.curves.add_scalar("train/grad_norm", norm.item(), p.step)
+        self.curves.add_scalar("train/lr", lr, p.step)
         self.display.status(
             Status(
                 epoch=epoch + 1,
@@ -348,20 +433,29 @@ class Trainer:
             precision=self.config.precision,
             batch=self.config.eval_batch,
             rows=self.eval_rows,
+            on_batch=self._leave_evaluation,
         )
+
+    def _leave_evaluation(self, _clips: int) -> None:
+        """A signal leaves an evaluation little time; what it did not score, a resume scores."""
+        if self.stop.overdue and self.stop.signum is not None:
+            self._save(best=False)
+            self._finish_writing()
+            raise Interrupted(self.stop.signum)
 
     def _finish_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
         """Records the epoch, saves it, and starts the next one's sums."""
         p, c = self.progress, self.config
         steps = self.sampler.steps_per_epoch
-        done = p.step - epoch * steps
+        first = epoch * steps
+        done = p.taken(first)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": p.step,
             "lr": self._lr(p.step - 1),
-            "train_loss": p.loss_sum.item() / done,
-            "clips_per_s": done * c.batch / p.train_seconds,
-            "data_wait_fraction": p.wait_seconds / p.train_seconds,
+            "train_loss": p.loss_sum.item() / done if done else math.nan,
+            "clips_per_s": done * c.batch / p.train_seconds if done else 0.0,
+            "data_wait_fraction": p.wait_seconds / p.train_seconds if done else 0.0,
             "epoch_s": p.train_seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
@@ -377,7 +471,8 @@ class Trainer:
                 "classes_scored": m.classes_scored,
             }
             best = m.mAP > p.best_map
-            p.best_map = max(p.best_map, m.mAP)
+            if best:
+                p.best_map, p.best_step = m.mAP, p.step
             text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}"
             text += f"  d' {m.d_prime:.3f}"
             if m.classes_scored < len(self.meta.classes):
@@ -385,19 +480,52 @@ class Trainer:
         text += f"  {line['clips_per_s']:.1f} clips/s  data wait {line['data_wait_fraction']:.1%}"
         for name, value in line.items():
             if name not in ("epoch", "step"):
-                self.tensorboard.add_scalar(f"epoch/{name}", value, epoch + 1)
-        if done == steps:  # an epoch that --steps cut short goes on from its sums on resume
+                self.curves.add_scalar(f"epoch/{name}", value, epoch + 1)
+        p.unscored = False
+        if (
+            p.step == first + steps
+        ):  # an epoch that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
-        append_metrics(self.run, line)
+        self.records.write(f"metrics of epoch {epoch + 1}", partial(append_metrics, self.run, line))
         if evaluation is not None and best:
             assert self.eval_set is not None and self.match is not None
             classes = [self.meta.classes[k] for k in self.match.model_columns]
-            save_predictions(self.run / "predictions.h5", evaluation, self.eval_set, classes)
+            path = self.run / "predictions.h5"
+            write = partial(save_predictions, path, evaluation, self.eval_set, classes)
+            self.records.write(path.name, write)
         self._save(best=best)
         self.display.note(text + ("  *" if best else ""))
 
     # -------------------------------------------------------------- checkpoints
+    def _saved(self) -> list[int]:
+        """The steps that there is, or was, a checkpoint of."""
+        last = linked_step(self.run / "checkpoints", "last")
+        return saved_steps(self.run / "checkpoints") or ([] if last is None else [last])
+
+    def _save_in_mid_epoch(self) -> None:
+        """After a signal, every so many steps, and every so many minutes.
+
+        While a checkpoint is still being written, the next one waits until a step finds it done.
+        """
+        c, p = self.config, self.progress
+        if self.stop.signum is not None:
+            self._look_for_nonfinite(wait=True)
+            self._save(best=False)
+            self._finish_writing()
+            raise Interrupted(self.stop.signum)
+        self._heed_writer()
+        if c.checkpoint_every_steps and p.step % c.checkpoint_every_steps == 0:
+            self.due = True
+        minutes = (time.monotonic() - self.saved_at) / 60
+        if c.checkpoint_every_minutes and minutes >= c.checkpoint_every_minutes:
+            self.due = True
+        if self.due and not self.writer.busy:
+            self._look_for_nonfinite(wait=True)
+            self._save(best=False)
+
     def _save(self, *, best: bool) -> None:
+        """Takes a snapshot, once the one before is written; it is written in the background."""
+        self._heed_writer(wait=True)
         p = self.progress
         trained = {
             "procedure": self.config.proc,
@@ -407,16 +535,36 @@ class Trainer:
         }
         meta = replace(self.meta, trained=finite(trained))
         state = trainer_state(self.optimizer, p, self.train_set.fingerprint, self.device)
-        save_checkpoint(self.run / "checkpoints", p.step, self.raw_model, meta, state, best=best)
+        self.writer.start(p.step, self.raw_model.state_dict(), meta, state, best=best)
+        self.due, self.saved_at = False, time.monotonic()
 
-    def _restore(self) -> None:
-        checkpoint = find_checkpoint(self.run, prefer="last")
-        state = load_trainer_state(checkpoint)
-        if state["data"] != self.train_set.fingerprint:
+    def _heed_writer(self, *, wait: bool = False) -> None:
+        """Says that a checkpoint could not be written, if so; the next occasion tries again."""
+        unwritten = self.writer.outcome(wait=wait)
+        if unwritten is not None:
+            self.display.note(f"{unwritten.failure}; training goes on, and tries again")
+            if unwritten.best:  # the best is the best that there is
+                self.progress.best_map, self.progress.best_step = best_there(self.writer.folder)
+
+    def _finish_writing(self) -> None:
+        """Waits for the write under way. Raises Failure when it fails: nothing comes after it."""
+        unwritten = self.writer.outcome(wait=True)
+        if unwritten is not None:
+            raise unwritten.failure
+
+    def _restore(self) -> list[str]:
+        """Puts the newest whole checkpoint back; returns notes on it."""
+        folder = self.run / "checkpoints"
+        newest = newest_whole(folder)
+        if newest.trainer["data"] != self.train_set.fingerprint:
             raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
-        load_weights(self.raw_model, checkpoint)
-        self.progress, notes = restore_trainer_state(state, self.optimizer, self.device)
-        self.notes += [f"resuming {self.run} at step {self.progress.step:,}", *notes]
+        put_weights(self.raw_model, newest.state, folder / step_name(newest.step))
+        self.progress, notes = restore_trainer_state(newest.trainer, self.optimizer, self.device)
+        p = self.progress
+        if lost := go_back(folder, p.step, p.best_step):
+            p.best_map, p.best_step = -math.inf, None
+            notes.append(lost)
+        return [*newest.notes, f"resuming {self.run} at step {p.step:,}", *notes]
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
