@@ -188,6 +188,11 @@ class Trainer:
             self.notes += self._restore()
         total_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(total_steps, config.steps or total_steps)
+        if (
+            self.progress.step != self.last_step
+            and self.progress.step % self.sampler.steps_per_epoch
+        ):
+            self.progress.unscored = False  # at an end that --steps set, and does not any more
         open_run_folder(run, config, self.device, self._whole_epochs())
         size = sum(p.numel() for p in self.raw_model.parameters())
         self.notes.append(
@@ -259,11 +264,12 @@ class Trainer:
                 self._save(best=False)  # to go back to
             while self._unfinished():
                 epoch = self._epoch()
-                try:
-                    self._train_epoch(epoch)
-                except nonfinite.RollBack:
-                    self._roll_back()
-                    continue
+                if not self.progress.unscored:
+                    try:
+                        self._train_epoch(epoch)
+                    except nonfinite.RollBack:
+                        self._roll_back()
+                        continue
                 self.progress.unscored = True
                 evaluation = self._evaluate()
                 metrics = evaluation.metrics if evaluation else None
