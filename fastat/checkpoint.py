@@ -130,7 +130,8 @@ def write_checkpoint(
         # One is there already when it is damaged, was not scored, or last never pointed at it.
         with atomic_path(target, over_folder=True) as temporary:
             temporary.mkdir()
-            torch.save(trainer, temporary / TRAINER_FILE)
+            with (temporary / TRAINER_FILE).open("wb") as file:  # its errors say what is wrong
+                torch.save(trainer, file)
             write_model(temporary, state, meta)
         # last comes last: killed in between, the run takes this epoch again, and finds both.
         for name in ("best", "last") if best else ("last",):

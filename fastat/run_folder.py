@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
@@ -72,7 +72,11 @@ class RunLock:
             raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
         self._file = file
 
-    def release(self) -> None:
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Lets the next one in."""
         if self._file is not None:
             self._file.close()

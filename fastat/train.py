@@ -252,6 +252,7 @@ class Trainer:
         self.due, self.saved_at = False, time.monotonic()
         purge = self.progress.step
         with (
+            self.lock,
             StopSignals() as self.stop,
             CheckpointWriter(self.run / "checkpoints", self.display.note) as self.writer,
             EventFile(self.run / "tb", purge_step=purge, note=self.display.note) as self.curves,
@@ -283,7 +284,6 @@ class Trainer:
         self.source.close()
         if self.eval_source is not None:
             self.eval_source.close()
-        self.lock.release()
         return metrics
 
     def _unfinished(self) -> bool:
