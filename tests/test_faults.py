@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,9 @@ def test_a_best_that_was_not_written_is_not_the_best(
 ) -> None:
     """The best is the best of those there are, and what comes after is measured against it."""
     scores = iter((0.3, 0.9, 0.5, 0.4))
-    real = training.evaluate
 
     def scored(*args: Any, **options: Any) -> evaluate.Evaluation:
-        result = real(*args, **options)
+        result = evaluate.evaluate(*args, **options)
         object.__setattr__(result.metrics, "mAP", next(scores))
         return result
 
@@ -154,7 +154,7 @@ def test_a_best_that_was_not_written_is_not_the_best(
             raise Failure("cannot write checkpoint 8")
         write_checkpoint(folder, step, *args, **options)
 
-    monkeypatch.setattr(training, "evaluate", scored)
+    monkeypatch.setattr("fastat.train.evaluate", scored)
     monkeypatch.setattr(checkpoint_writer, "write_checkpoint", full_at_8)
     run = trainer(tiny_sets, tmp_path / "run", epochs=4)
     run.run_epochs()
@@ -330,7 +330,7 @@ def test_minutes_between_checkpoints(
     monkeypatch.setattr(checkpoint_writer, "write_checkpoint", noted)
     now = [0.0]
     at_step(monkeypatch, **{f"step_{k}": lambda: now.append(now[-1] + 60) for k in range(1, 9)})
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[-1])
+    monkeypatch.setattr(time, "monotonic", lambda: now[-1])
     run = trainer(tiny_sets, tmp_path / "run", checkpoint_every_minutes=1.5, eval=None)
     monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "busy", property(lambda self: False))
     run.run_epochs()

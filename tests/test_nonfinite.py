@@ -228,7 +228,7 @@ def kept(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     log_mel[3] = torch.inf
     batch = Batch(batch.rows, batch.target, batch.num_samples, batch.augment, log_mel=log_mel)
     folder = run.run / "nonfinite" / "step-00000001"
-    names = (run.train_set.names(plan.rows), [])
+    names: tuple[list[str], list[str]] = (run.train_set.names(plan.rows), [])
     bad = nonfinite.record(
         folder, plan, batch, names, run.raw_model, run.meta, run.frontend, "bf16"
     )
