@@ -199,6 +199,11 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted((int(n) for name in names if (n := name[5:]).isdigit()), reverse=True)
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether there is, or was, a checkpoint to go on from."""
+    return bool(saved_steps(folder)) or os.path.lexists(folder / "last")
+
+
 def linked_step(folder: Path, link: str) -> int | None:
     """The step that ``last`` or ``best`` points at, also where nothing is there any more."""
     try:

@@ -1,6 +1,8 @@
 """Checkpoints written by a thread of their own, while training goes on."""
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +104,37 @@ class CheckpointWriter:
         if not isinstance(error, Failure):
             raise error
         return Unwritten(error, self._best)
+
+    def finish(self) -> None:
+        """Waits for the write under way.
+
+        Raises:
+            Failure: it could not be written.
+        """
+        if (unwritten := self.outcome(wait=True)) is not None:
+            raise unwritten.failure
+
+
+class Due:
+    """When a checkpoint in mid-epoch is due.
+
+    One that comes due while another is being written stays due until a step finds that done.
+    """
+
+    def __init__(self, every_steps: int | None, every_minutes: float | None) -> None:
+        self.every_steps = every_steps or math.inf
+        self.every_seconds = 60 * (every_minutes or math.inf)
+        self.saved()
+
+    def saved(self) -> None:
+        """Starts anew."""
+        self._due, self._since = False, time.monotonic()
+
+    def after(self, step: int) -> bool:
+        """Whether one is due after ``step`` steps."""
+        waited = time.monotonic() - self._since
+        self._due |= step % self.every_steps == 0 or waited >= self.every_seconds
+        return self._due
 
 
 def to_host(tree: Any) -> Any:

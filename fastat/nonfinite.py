@@ -10,26 +10,28 @@ statistics too. ``TrainConfig.on_nan`` decides what follows:
   is the one that never had the step. More than ``MAX_ROLLBACKS`` in an epoch end it.
 
 A step left out counts as a step for the schedule and the length of the run, and not in the mean
-loss. ``python -m fastat.nonfinite FOLDER`` reproduces a step from what ``record`` kept of it.
+loss. ``python -m fastat.nonfinite FOLDER`` reproduces a step from what a ``Recorder`` kept of it.
 """
 
 import csv
 import sys
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastat.atomic import atomic_path
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, write_model
-from fastat.data.loader import Batch
-from fastat.data.sampler import StepPlan
+from fastat.checkpoint import ModelMeta, build_frontend, load_model, step_name, write_model
+from fastat.data.loader import Batch, Source
+from fastat.data.sampler import Sampler, StepPlan
+from fastat.data.shards import PackedSet
 from fastat.environment import autocast, default_device
 from fastat.errors import Failure, UserError
 from fastat.frontend import Augment, Frontend
@@ -39,6 +41,9 @@ MAX_ROLLBACKS = 3
 CLIPS_AT_ONCE = 64
 MAX_RECORDED = 10
 """Steps of a run that are kept: each takes the space of a batch and of the weights."""
+
+BATCH_FILE = "batch.safetensors"
+CLIPS_HEADER = ["place", "row", "clip", "partner_row", "partner", "lambda", "features", "loss"]
 
 README = """\
 The loss or a gradient was not finite at step {step}; that step was not taken.
@@ -113,53 +118,74 @@ def finite_alone(
     return list(zip(sound.tolist(), torch.isfinite(loss).tolist(), strict=True))
 
 
-def record(
-    folder: Path,
-    plan: StepPlan,
-    batch: Batch,
-    names: tuple[list[str], list[str]],
-    model: nn.Module,
-    meta: ModelMeta,
-    frontend: Frontend,
-    precision: str,
-) -> list[str]:
-    """Keeps a step in ``folder``; leaves the model in evaluation mode.
+@dataclass(frozen=True)
+class Recorder:
+    """Keeps steps that are not finite in ``folder``, for ``reproduce``."""
 
-    Args:
-        names: of the plan's clips and of its partners.
+    folder: Path
+    packed: PackedSet
+    sampler: Sampler
+    source: Source
+    model: nn.Module
+    meta: ModelMeta
+    frontend: Frontend
+    precision: str
 
-    Returns:
-        the names of the clips that alone give a loss that is not finite.
+    def clips(self, step: int) -> str:
+        """The names of the step's clips and of what is mixed into them."""
+        plan = self._plan(step)
+        clips, partners = self.packed.names(plan.rows), self.packed.names(plan.partners)
+        mixed = f"; mixed in: {', '.join(partners)}" if partners else ""
+        return f"Its clips: {', '.join(clips)}{mixed}"
 
-    Raises:
-        OSError: the folder cannot be written; nothing is left of it.
-    """
-    clips, partners = names
-    context = autocast(batch.target.device, precision)
-    verdicts = finite_alone(model, batch.features(frontend), batch.target, context)
-    mixed = {int(i): m for m, i in enumerate(plan.mix_into)}
-    folder.parent.mkdir(exist_ok=True)
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        with (temporary / "clips.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["place", "row", "clip", "partner_row", "partner", "lambda", "features", "loss"]
-            )
-            for i, (row, clip, verdict) in enumerate(zip(plan.rows, clips, verdicts, strict=True)):
-                m = mixed.get(i)
-                mix = ("", "", "") if m is None else (plan.partners[m], partners[m], plan.lam[m])
-                words = ("finite" if v else "not finite" for v in verdict)
-                writer.writerow([i, row, clip, *mix, *words])
-        save_file(_tensors(batch), temporary / "batch.safetensors")
-        write_model(temporary, model.state_dict(), _with_precision(meta, precision))
-        step = int(folder.name.removeprefix("step-"))
-        (temporary / "README.txt").write_text(README.format(step=step, folder=folder.absolute()))
-    return [clip for clip, (_, loss) in zip(clips, verdicts, strict=True) if not loss]
+    def keep(self, step: int) -> str:
+        """Keeps the step, unless there are enough; leaves the model in evaluation mode.
 
+        Returns:
+            what there is to say about it, to be put into a sentence.
+        """
+        folder = self.folder / step_name(step + 1)
+        if folder.exists() or len(list(self.folder.glob("step-*"))) >= MAX_RECORDED:
+            return ""
+        plan = self._plan(step)
+        batch = next(iter(self.source.batches([plan])))
+        try:
+            bad = self.write(folder, plan, batch)
+        except (OSError, SafetensorError) as error:
+            return f" (and could not be kept in {folder}: {error})"
+        return f" (kept in {folder}{': alone not finite: ' if bad else ''}{', '.join(bad)})"
 
-def _with_precision(meta: ModelMeta, precision: str) -> ModelMeta:
-    return replace(meta, trained=meta.trained | {"precision": precision})
+    def write(self, folder: Path, plan: StepPlan, batch: Batch) -> list[str]:
+        """Writes ``folder``; returns the clips that alone give a loss that is not finite.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; nothing is left of it.
+        """
+        clips, partners = self.packed.names(plan.rows), self.packed.names(plan.partners)
+        context = autocast(batch.target.device, self.precision)
+        verdicts = finite_alone(self.model, batch.features(self.frontend), batch.target, context)
+        mixed = {int(i): m for m, i in enumerate(plan.mix_into)}
+        lines: list[list[object]] = []
+        for i, (row, clip, verdict) in enumerate(zip(plan.rows, clips, verdicts, strict=True)):
+            m = mixed.get(i)
+            mix = ("", "", "") if m is None else (plan.partners[m], partners[m], plan.lam[m])
+            lines.append([i, row, clip, *mix, *("finite" if v else "not finite" for v in verdict)])
+        meta = replace(self.meta, trained=self.meta.trained | {"precision": self.precision})
+        readme = README.format(
+            step=int(folder.name.removeprefix("step-")), folder=folder.absolute()
+        )
+        folder.parent.mkdir(exist_ok=True)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            with (temporary / "clips.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([CLIPS_HEADER, *lines])
+            save_file(_tensors(batch), temporary / BATCH_FILE)
+            write_model(temporary, self.model.state_dict(), meta)
+            (temporary / "README.txt").write_text(readme)
+        return [clip for clip, (_, loss) in zip(clips, verdicts, strict=True) if not loss]
+
+    def _plan(self, step: int) -> StepPlan:
+        return self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
@@ -178,14 +204,14 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
         place in the batch, whether its loss is finite, whether its gradient is: of each clip.
 
     Raises:
-        UserError: ``folder`` is none that ``record`` wrote.
+        UserError: ``folder`` is none that a ``Recorder`` wrote.
         Failure: it is damaged.
     """
-    if not (folder / "batch.safetensors").is_file():
+    if not (folder / BATCH_FILE).is_file():
         raise UserError(f"{folder} is no recorded step: expected RUN/nonfinite/step-...")
     device = default_device()
     model, meta = load_model(folder, device)
-    tensors = {k: v.to(device) for k, v in load_file(folder / "batch.safetensors").items()}
+    tensors = {k: v.to(device) for k, v in load_file(folder / BATCH_FILE).items()}
     target, num_samples = tensors["target"], tensors["num_samples"]
     augment = Augment(*(tensors[name] for name in Augment._fields))
     frontend = build_frontend(meta).to(device)

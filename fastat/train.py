@@ -21,16 +21,15 @@ from fastat.checkpoint import (
     best_there,
     build_frontend,
     go_back,
-    linked_step,
+    holds_checkpoints,
     newest_whole,
     put_weights,
-    saved_steps,
     step_name,
 )
-from fastat.checkpoint_writer import CheckpointWriter
+from fastat.checkpoint_writer import CheckpointWriter, Due
 from fastat.config import TrainConfig
 from fastat.data.loader import Batch, PackedSource, Source
-from fastat.data.sampler import Sampler, StepPlan, balanced_weights
+from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.display import Display, Status
 from fastat.environment import autocast, default_device, device_name, peak_memory_gib
@@ -159,7 +158,7 @@ class Trainer:
 
         # ---- model
         self.raw_model = self.meta.create()
-        resuming = resume and bool(self._saved())
+        resuming = resume and holds_checkpoints(run / "checkpoints")
         if not resuming:
             self.notes += self._start_weights()
         self.raw_model.to(self.device).to(memory_format=torch.channels_last)
@@ -181,6 +180,16 @@ class Trainer:
         self.progress = Progress()
         self.pending: deque[tuple[int, Tensor]] = deque()
         self.guard = nonfinite.BufferGuard(self.raw_model)
+        self.recorder = nonfinite.Recorder(
+            run / "nonfinite",
+            self.train_set,
+            self.sampler,
+            self.source,
+            self.raw_model,
+            self.meta,
+            self.frontend,
+            config.precision,
+        )
         self.lock.acquire()
         if not resume and (run / "config.json").exists():  # made since the command line was read
             raise UserError(f"{run} already holds a run: --resume goes on with it")
@@ -249,7 +258,7 @@ class Trainer:
         """Trains from where the run stands to its end."""
         metrics = None
         self.records = Records(self.display.note)
-        self.due, self.saved_at = False, time.monotonic()
+        self.due = Due(self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes)
         purge = self.progress.step
         with (
             self.lock,
@@ -261,7 +270,7 @@ class Trainer:
                 self.display.note(
                     f"{self.run} has its {self.last_step:,} steps: nothing left to train"
                 )
-            elif self.config.on_nan == "rollback" and not self._saved():
+            elif self.config.on_nan == "rollback" and not holds_checkpoints(self.writer.folder):
                 self._save(best=False)  # to go back to
             while self._unfinished():
                 epoch = self._epoch()
@@ -276,9 +285,9 @@ class Trainer:
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
                 if self.stop.signum is not None and self._unfinished():
-                    self._finish_writing()
+                    self.writer.finish()
                     raise Interrupted(self.stop.signum)
-            self._finish_writing()
+            self.writer.finish()
             self.records.close()
         self.display.note(f"saved in {self.run}; tag a sound with: fastat predict {self.run} FILE")
         self.source.close()
@@ -358,42 +367,20 @@ class Trainer:
 
     def _leave_out(self, step: int) -> None:
         """What ``on_nan`` says of a step that is not finite."""
-        p, c = self.progress, self.config
-        plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
-        clips, partners = self.train_set.names(plan.rows), self.train_set.names(plan.partners)
-        kept = self._record(step, plan, clips, partners)
-        text = f"not finite at step {step + 1}; that step was not taken{kept}"
-        reason = nonfinite.why_stop(c.on_nan, step, p.left_out, self.sampler.steps_per_epoch)
-        if reason is not None:
-            mixed = f"; mixed in: {', '.join(partners)}" if partners else ""
-            raise Failure(
-                f"the loss or a gradient is {text}; {reason}. Its clips: {', '.join(clips)}{mixed}"
-            )
-        p.left_out.append(step)
-        self.display.note(
-            f"the loss or a gradient is {text}; {c.on_nan}: {len(p.left_out)} left out so far"
+        p, on_nan = self.progress, self.config.on_nan
+        kept = self.recorder.keep(step)
+        train_mode(self.model)
+        text = (
+            f"the loss or a gradient is not finite at step {step + 1}; "
+            f"that step was not taken{kept}; "
         )
-        if c.on_nan == "rollback":
+        reason = nonfinite.why_stop(on_nan, step, p.left_out, self.sampler.steps_per_epoch)
+        if reason is not None:
+            raise Failure(f"{text}{reason}. {self.recorder.clips(step)}")
+        p.left_out.append(step)
+        self.display.note(f"{text}{on_nan}: {len(p.left_out)} left out so far")
+        if on_nan == "rollback":
             raise nonfinite.RollBack
-
-    def _record(self, step: int, plan: StepPlan, clips: list[str], partners: list[str]) -> str:
-        """Keeps the step in the run folder; what there is to say about that."""
-        folder = self.run / "nonfinite" / step_name(step + 1)
-        if folder.exists() or len(list(folder.parent.glob("step-*"))) >= nonfinite.MAX_RECORDED:
-            return ""
-        batch = next(iter(self.source.batches([plan])))
-        names = (clips, partners)
-        try:
-            bad = nonfinite.record(
-                folder, plan, batch, names, self.raw_model, self.meta, self.frontend,
-                self.config.precision,
-            )  # fmt: skip
-        except OSError as error:
-            return f" (and could not be kept in {folder}: {error.strerror})"
-        finally:
-            train_mode(self.model)
-        alone = f": alone not finite: {', '.join(bad)}" if bad else ""
-        return f" (kept in {folder}{alone})"
 
     def _roll_back(self) -> None:
         """To the newest whole checkpoint; what is left out stays so."""
@@ -446,7 +433,7 @@ class Trainer:
         """A signal leaves an evaluation little time; what it did not score, a resume scores."""
         if self.stop.overdue and self.stop.signum is not None:
             self._save(best=False)
-            self._finish_writing()
+            self.writer.finish()
             raise Interrupted(self.stop.signum)
 
     def _finish_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
@@ -454,6 +441,7 @@ class Trainer:
         p, c = self.progress, self.config
         steps = self.sampler.steps_per_epoch
         first = epoch * steps
+        self._heed_writer(wait=True)  # it may say that the best so far was not written
         done = p.taken(first)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
@@ -488,9 +476,7 @@ class Trainer:
             if name not in ("epoch", "step"):
                 self.curves.add_scalar(f"epoch/{name}", value, epoch + 1)
         p.unscored = False
-        if (
-            p.step == first + steps
-        ):  # an epoch that --steps cut short goes on from its sums on resume
+        if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
         self.records.write(f"metrics of epoch {epoch + 1}", partial(append_metrics, self.run, line))
         if evaluation is not None and best:
@@ -503,29 +489,15 @@ class Trainer:
         self.display.note(text + ("  *" if best else ""))
 
     # -------------------------------------------------------------- checkpoints
-    def _saved(self) -> list[int]:
-        """The steps that there is, or was, a checkpoint of."""
-        last = linked_step(self.run / "checkpoints", "last")
-        return saved_steps(self.run / "checkpoints") or ([] if last is None else [last])
-
     def _save_in_mid_epoch(self) -> None:
-        """After a signal, every so many steps, and every so many minutes.
-
-        While a checkpoint is still being written, the next one waits until a step finds it done.
-        """
-        c, p = self.config, self.progress
+        """After a signal, and when a checkpoint is due."""
         if self.stop.signum is not None:
             self._look_for_nonfinite(wait=True)
             self._save(best=False)
-            self._finish_writing()
+            self.writer.finish()
             raise Interrupted(self.stop.signum)
         self._heed_writer()
-        if c.checkpoint_every_steps and p.step % c.checkpoint_every_steps == 0:
-            self.due = True
-        minutes = (time.monotonic() - self.saved_at) / 60
-        if c.checkpoint_every_minutes and minutes >= c.checkpoint_every_minutes:
-            self.due = True
-        if self.due and not self.writer.busy:
+        if self.due.after(self.progress.step) and not self.writer.busy:
             self._look_for_nonfinite(wait=True)
             self._save(best=False)
 
@@ -542,7 +514,7 @@ class Trainer:
         meta = replace(self.meta, trained=finite(trained))
         state = trainer_state(self.optimizer, p, self.train_set.fingerprint, self.device)
         self.writer.start(p.step, self.raw_model.state_dict(), meta, state, best=best)
-        self.due, self.saved_at = False, time.monotonic()
+        self.due.saved()
 
     def _heed_writer(self, *, wait: bool = False) -> None:
         """Says that a checkpoint could not be written, if so; the next occasion tries again."""
@@ -551,12 +523,6 @@ class Trainer:
             self.display.note(f"{unwritten.failure}; training goes on, and tries again")
             if unwritten.best:  # the best is the best that there is
                 self.progress.best_map, self.progress.best_step = best_there(self.writer.folder)
-
-    def _finish_writing(self) -> None:
-        """Waits for the write under way. Raises Failure when it fails: nothing comes after it."""
-        unwritten = self.writer.outcome(wait=True)
-        if unwritten is not None:
-            raise unwritten.failure
 
     def _restore(self) -> list[str]:
         """Puts the newest whole checkpoint back; returns notes on it."""

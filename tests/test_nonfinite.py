@@ -228,11 +228,7 @@ def kept(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     log_mel[3] = torch.inf
     batch = Batch(batch.rows, batch.target, batch.num_samples, batch.augment, log_mel=log_mel)
     folder = run.run / "nonfinite" / "step-00000001"
-    names: tuple[list[str], list[str]] = (run.train_set.names(plan.rows), [])
-    bad = nonfinite.record(
-        folder, plan, batch, names, run.raw_model, run.meta, run.frontend, "bf16"
-    )
-    assert bad == [names[0][3]]
+    assert run.recorder.write(folder, plan, batch) == [run.train_set.names(plan.rows)[3]]
     return folder
 
 
@@ -281,7 +277,7 @@ def test_what_cannot_be_kept_does_not_hide_the_step(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nonfinite, "record", full)
+    monkeypatch.setattr(nonfinite.Recorder, "write", full)
     with pytest.raises(Failure, match=r"step 2; .*could not be kept in .*No space left"):
         run.run_epochs()
     assert run.progress.step == 2
