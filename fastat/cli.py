@@ -1,6 +1,7 @@
 """The commands. A user's mistake is one line, exit code 2; a failure one line, exit code 1."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -290,6 +291,9 @@ def train(
         why = saved if stop.saved else "there was nothing to save"
         print(f"fastat: stopped; {why}", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from stop
+    except KeyboardInterrupt:
+        print("fastat: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
 
 
 @app.command("eval")

@@ -54,10 +54,12 @@ def _ignore() -> None:
 
 
 class StopSignals:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1.
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1; main thread only.
 
-    More of the latter two change nothing: they come twice from a scheduler and must not kill a
-    process that is saving. Ctrl-C while the run is stopping ends it at once.
+    Python hears of a signal between two operations of its own: a compilation, or a kernel that
+    runs on the processor, ends first. More of SIGTERM and SIGUSR1 change nothing: they come twice
+    from a scheduler and must not kill a process that is saving. Ctrl-C while the run is stopping
+    ends it at once.
     """
 
     def __init__(self) -> None:

@@ -24,7 +24,16 @@ from fastat.run_folder import RunLock, append_metrics
 from fastat.signals import Interrupted
 from tests.conftest import TinySets, fastat, one_line
 from tests.test_checkpoint import damage
-from tests.test_train import arguments, assert_same_run, metrics, start, trainer, wait_for_step
+from tests.test_train import (
+    SLOW_WRITES,
+    arguments,
+    assert_same_run,
+    metrics,
+    start,
+    trainer,
+    wait_for_step,
+    wait_for_write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +288,20 @@ def test_the_last_evaluation_may_be_cut_off_too(
     assert not again.progress.unscored
 
 
+def test_an_end_that_steps_set_is_not_scored_when_it_is_none_any_more(
+    whole: Path, tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    run = trainer(tiny_sets, out, steps=6)
+    monkeypatch.setattr(signals, "GRACE_SECONDS", -1.0)
+    at_step(monkeypatch, step_6=kill_myself(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run.run_epochs()
+    monkeypatch.undo()
+    trainer(tiny_sets, out, resume=True).run_epochs()
+    assert_same_run(out, whole)
+
+
 def test_signals_while_a_checkpoint_is_written(
     whole: Path, tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +339,20 @@ def test_usr1_saves_and_leaves_with_143(tiny_sets: TinySets, tmp_path: Path) -> 
     assert f"go on with: fastat train --resume --out {out}" in stderr
     assert "Traceback" not in stderr
     load_model(out)
+
+
+def test_ctrl_c_does_not_wait_for_a_write(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """The second: the first waits for a checkpoint, which this disk takes minutes for."""
+    program = SLOW_WRITES.replace("0.2", "30 if 'step' in str(path) else 0")
+    process = start(*arguments(tiny_sets, tmp_path / "run"), program=program)
+    wait_for_write(process, tmp_path / "run", 4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "fastat: interrupted"
 
 
 # ------------------------------------------------------------------------------- checkpoints
