@@ -128,7 +128,7 @@ ALONE = Ranks()
 
 
 class Vote:
-    """A number that every rank proposes at every step, and whose maximum all of them learn.
+    """Numbers that every rank proposes at every step, and whose maxima all of them learn.
 
     The exchange of a step goes on while the step is computed; its outcome is known at the next.
     """
@@ -137,30 +137,31 @@ class Vote:
         self.ranks = ranks
         self.under_way: tuple[Tensor, dist.Work] | None = None
 
-    def __call__(self, value: int) -> int:
-        """Proposes ``value``; returns the maximum of the step before, alone that of this one."""
+    def __call__(self, *values: int) -> list[int]:
+        """Proposes ``values``; returns the maxima of the step before, alone those of this one."""
         if self.ranks.control is None:
-            return value
-        outcome = self._outcome()
-        box = torch.tensor(value)
+            return list(values)
+        outcome = self._outcome(len(values))
+        box = torch.tensor(values)
         work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
         assert work is not None
         self.under_way = box, work
         return outcome
 
-    def now(self, value: int) -> int:
-        """Proposes ``value`` and waits for the others; the maximum."""
+    def now(self, *values: int) -> list[int]:
+        """Proposes ``values`` and waits for the others; the maxima."""
         if self.ranks.control is None:
-            return value
-        return max(self(value), self._outcome())
+            return list(values)
+        before = self(*values)
+        return list(map(max, before, self._outcome(len(values))))
 
-    def _outcome(self) -> int:
+    def _outcome(self, count: int) -> list[int]:
         if self.under_way is None:
-            return 0
+            return [0] * count
         box, work = self.under_way
         self.under_way = None
         work.wait()
-        return int(box.item())
+        return [int(x) for x in box.tolist()]
 
 
 @contextmanager

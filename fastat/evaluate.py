@@ -85,11 +85,16 @@ def evaluate(
     rows: NDArray[np.int64] | None = None,
     ranks: Ranks = ALONE,
     on_batch: Callable[[int], object] = lambda clips: None,
-) -> Evaluation:
+    given_up: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Every clip (or those in ``rows``) once, in order, un-augmented.
 
     Each rank takes a stretch of the clips, and all of them get the whole result. Leaves the model
-    in evaluation mode. ``on_batch`` hears the clips of each batch done.
+    in evaluation mode.
+
+    Args:
+        on_batch: hears the clips of each batch done.
+        given_up: asked after each batch; once it is true on one rank, all return None.
     """
     model.eval()
     rows = np.arange(packed.num_clips) if rows is None else rows
@@ -102,7 +107,12 @@ def evaluate(
             out = model(features)
         logits.append(out.float()[:, columns.to(device)])
         on_batch(len(data.rows))
-    scores = torch.cat(ranks.gather(torch.cat([x.cpu() for x in logits])))
+        if given_up():
+            break
+    parts = ranks.gather((given_up(), torch.cat([x.cpu() for x in logits])))
+    if any(left for left, _ in parts):
+        return None
+    scores = torch.cat([part for _, part in parts])
     if not torch.isfinite(scores).all():
         raise Failure("the model's scores are not finite: its weights have diverged")
     targets = packed.targets(rows)[:, match.set_columns]
@@ -175,6 +185,7 @@ def evaluate_checkpoint(
             batch=batch,
             on_batch=advance,
         )
+        assert result is not None, "nobody gives up"
     classes = [meta.classes[k] for k in match.model_columns]
     if predictions is not None:
         save_predictions(predictions, result, packed, classes)

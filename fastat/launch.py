@@ -6,16 +6,15 @@ Mistakes are found in the order of what finding them costs; torch is imported af
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastat.config import TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.procedures import PROCEDURES
-
-if TYPE_CHECKING:
-    from fastat.distributed import Ranks
+from fastat.signals import Interrupted, leaving_at_once
 
 PATHS = ("data", "eval", "init")
 """Options that are paths; a run keeps them absolute."""
@@ -41,37 +40,34 @@ def run_training(
     Raises:
         UserError, Failure: as ``configure`` and ``train``.
     """
-    if not launched():
-        config, out, notes = configure(proc, model, overrides, out, resume=resume)
-        from fastat.distributed import ALONE
-
-        return _train(config, out, notes, resume, ALONE)
-    from fastat.distributed import started
-
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
-    with started() as ranks:
-        config, out, notes = ranks.from_first(
-            lambda: configure(proc, model, overrides, out, resume=resume)
-        )
-        return _train(config, out, notes, resume, ranks)
-
-
-def _train(config: TrainConfig, out: Path, notes: list[str], resume: bool, ranks: "Ranks") -> int:
-    from fastat.signals import Interrupted
-    from fastat.train import train
-
+    make = partial(configure, proc, model, overrides, out, resume=resume)
     try:
-        train(config, out, notes, resume=resume, ranks=ranks)
+        with leaving_at_once():
+            if not launched():
+                config, out, notes = make()
+                from fastat.train import train
+
+                train(config, out, notes, resume=resume)
+                return 0
+            from fastat.distributed import started
+            from fastat.train import train
+
+            with started() as ranks:
+                config, out, notes = ranks.from_first(make)
+                train(config, out, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
-        if ranks.first:
-            print(
-                f"fastat: stopped; saved in {out}; go on with: fastat train --resume --out {out}",
-                file=sys.stderr,
-            )
+        saved = f"saved in {out}; go on with: fastat train --resume --out {out}"
+        why = saved if stop.saved else "there was nothing to save"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastat: stopped; {why}", file=sys.stderr)
         return stop.exit_code
+    except KeyboardInterrupt:
+        print("fastat: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
     return 0
 
 

@@ -60,7 +60,7 @@ def first_step(ranks: Ranks, config: TrainConfig, run: Path) -> dict[str, Any]:
     """Batch, loss and gradients of a run's first step, which is not taken."""
     t = trainer(config, run, ranks)
     seen: dict[str, Any] = {}
-    batches = t.source.batches
+    batches = t.data.source.batches
 
     def kept(plans: Any) -> Any:
         for batch in batches(plans):
@@ -73,7 +73,7 @@ def first_step(ranks: Ranks, config: TrainConfig, run: Path) -> dict[str, Any]:
         seen["buffers"] = {n: b.clone() for n, b in t.raw_model.named_buffers()}
         raise Taken
 
-    t.source.batches = kept  # type: ignore[method-assign]
+    t.data.source.batches = kept  # type: ignore[method-assign]
     t.optimizer.register_step_pre_hook(stop)
     with pytest.raises(Taken):
         t.run_epochs()
@@ -166,7 +166,7 @@ def test_batchnorm_over_ranks_is_that_of_the_whole_batch() -> None:
 # ------------------------------------------------------------------------------------- evaluation
 def scores(ranks: Ranks, config: TrainConfig, run: Path, rows: list[int]) -> tuple[Any, ...]:
     t = trainer(config, run, ranks)
-    t.eval_rows = np.array(rows)
+    t.data.eval_rows = np.array(rows)
     result = t._evaluate()
     assert result is not None
     return result.rows.tolist(), result.probabilities, result.targets, result.metrics.mAP

@@ -86,7 +86,7 @@ class CachedSource:
     """
 
     bad: dict[int, str]
-    """Damaged rows, with shard, clip and reason."""
+    """Damaged rows, and why."""
     usable: NDArray[np.bool_]
     """[N] the only rows a plan may hold: not damaged, and kept here or by another rank."""
 
@@ -143,7 +143,7 @@ class CachedSource:
         where = "host" if self.codes.is_cpu else "GPU"
         text = f"{self.packed.directory}: {what}, {_size(size)} of {where} memory"
         if self.bad:
-            first = next(iter(self.bad.values()))
+            first = self.packed.describe(*next(iter(self.bad.items())))
             text += f"; {len(self.bad):,} damaged clips are left out, the first: {first}"
         return text
 
@@ -256,18 +256,10 @@ class CachedSource:
             pin_memory=self.device.type == "cuda",
         )
         into = waveform.numpy()
-        try:
-            self.packed.read_rows(rows, into)
-        except Failure:
-            if self.max_bad == 0:
-                raise
-            for i, row in enumerate(rows.tolist()):  # one by one, to find which
-                try:
-                    self.packed.read_rows(rows[i : i + 1], into[i : i + 1])
-                except Failure as error:
-                    into[i] = 0
-                    self.bad[row] = str(error)
-                    self._check_bad()
+        for place, reason in self.packed.read(rows, into).items():
+            into[place] = 0
+            self.bad[int(rows[place])] = reason
+            self._check_bad()
         num_samples = torch.from_numpy(self.packed.num_samples[rows].astype(np.int64))
         return Batch(rows, torch.empty(len(rows), 0), num_samples, None, waveform)
 
@@ -275,7 +267,8 @@ class CachedSource:
         if len(self.bad) > self.max_bad * self.packed.num_clips:
             raise Failure(
                 f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
-                f"--max-bad {self.max_bad:g}; the last: {list(self.bad.values())[-1]}"
+                f"--max-bad {self.max_bad:g}; the last: "
+                f"{self.packed.describe(*list(self.bad.items())[-1])}; pack the set again"
             )
 
     def _too_little(self, place: str, dtype: str) -> str:

@@ -358,7 +358,9 @@ def test_an_evaluation_set_that_does_not_fit_is_read_from_disk(
     free = iter([2**40, 0, 0])
     monkeypatch.setattr(cache, "free_bytes", lambda *_: next(free))
     run = trainer(tiny_sets, tmp_path / "run", cache="host", mixup=0.0)
-    assert isinstance(run.source, CachedSource) and isinstance(run.eval_source, PackedSource)
+    assert isinstance(run.data.source, CachedSource) and isinstance(
+        run.data.eval_source, PackedSource
+    )
     assert any("evaluation set is read from disk: --cache host needs" in n for n in run.notes)
     assert not any("approximation" in note for note in run.notes)
     with pytest.raises(TooLittleMemory):
