@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, RankZeroFailed, UserError
 
 app = typer.Typer(
     name="fastat",
@@ -33,6 +33,8 @@ def main() -> None:
     try:
         # standalone_mode off: usage errors come here, to be one line like every other mistake
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except RankZeroFailed:
+        sys.exit(2)
     except USAGE_ERROR as error:
         _fail(error.format_message(), 2)
     except UserError as error:
@@ -50,7 +52,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"fastat: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of torchrun
+    who = "fastat" if rank == "0" else f"fastat, rank {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -280,9 +284,11 @@ def train(
     `fastat train --proc A4 --model cnn_trans --init runs/a --freeze 'talnet.*' --data packed/mine`
 
     `fastat train --resume --out runs/a`
+
+    `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
     from fastat.config import parse_settings, parse_stride
-    from fastat.launch import configure
+    from fastat.launch import launched, run_training
 
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -316,19 +322,13 @@ def train(
         if model not in (None, "ast"):
             raise UserError(f"--stride is for ast, got --model {model}")
         settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
-    config, out, notes = configure(proc, model, overrides | settings, out, resume=resume)
+    if gpus is not None and gpus != 1:
+        if launched():
+            raise UserError("--gpus starts torchrun, and this already runs under it: leave it out")
+        from fastat.torchrun import run_ranks
 
-    from fastat.signals import Interrupted
-    from fastat.train import train as run_training
-
-    try:
-        run_training(config, out, notes, resume=resume)
-    except Interrupted as stop:
-        print(
-            f"fastat: stopped; saved in {out}; go on with: fastat train --resume --out {out}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(stop.exit_code) from stop
+        raise typer.Exit(run_ranks(gpus, sys.argv[1:]))
+    raise typer.Exit(run_training(proc, model, overrides | settings, out, resume=resume))
 
 
 @app.command("eval")

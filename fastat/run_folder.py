@@ -14,6 +14,7 @@ from torch import Tensor
 from fastat.atomic import atomic_write_text
 from fastat.config import TrainConfig
 from fastat.data.shards import PackedSet
+from fastat.distributed import Ranks, seed_rank
 from fastat.environment import environment, numerics
 from fastat.errors import Failure
 from fastat.metrics import finite
@@ -67,6 +68,12 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(finite(line)) + "\n")
 
 
+def random_state(device: torch.device) -> dict[str, Tensor | None]:
+    """The state of the generators that this rank draws from."""
+    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+
 def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
     """Adds those of ``bad``, rows of ``packed`` with reasons, to ``bad_clips.csv`` that it does not
     list yet; their number. Columns: shard, row (of the shard), clip, reason."""
@@ -90,38 +97,56 @@ def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
 
 
 def trainer_state(
-    optimizer: torch.optim.Optimizer, progress: Progress, data: str, device: torch.device
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    data: str,
+    device: torch.device,
+    random_states: list[dict[str, Tensor | None]],
 ) -> dict[str, Any]:
     """``trainer.pt``: what a run needs to go on, bit for bit.
 
     Args:
         data: fingerprint of the training set.
+        random_states: of every rank.
     """
     return {
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        "random": random_states,
         "data": data,
         "numerics": numerics(device),
     }
 
 
 def restore_trainer_state(
-    state: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device, ranks: Ranks
 ) -> tuple[Progress, list[str]]:
-    """Puts ``trainer_state`` back; returns where the run stands, and what there is to say."""
+    """Puts ``trainer_state`` back; returns where the run stands, and what there is to say.
+
+    A rank that the run did not have before draws from a seed of its own.
+    """
     optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)  # older checkpoints have none
     progress = Progress(**state["progress"])
     progress.loss_sum = progress.loss_sum.to(device)
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    if (now := numerics(device)) == state["numerics"]:
-        return progress, []
-    return progress, [
-        f"numerics changed from {state['numerics']} to {now}: "
-        "the run goes on, not bit for bit as it would have"
-    ]
+    random_states = state.get("random") or [state]  # older checkpoints have one rank's
+    if ranks.rank < len(random_states):
+        mine = random_states[ranks.rank]
+        torch.set_rng_state(mine["rng"])
+        if mine["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda_rng"])
+    else:
+        seed_rank(progress.step, ranks)
+    notes = []
+    if len(random_states) != ranks.size:
+        notes.append(
+            f"the run had {len(random_states)} ranks and has {ranks.size} now: the same clips a "
+            "step, but dropout and the order of sums differ"
+        )
+    if (now := numerics(device)) != state["numerics"]:
+        notes.append(
+            f"numerics changed from {state['numerics']} to {now}: "
+            "the run goes on, not bit for bit as it would have"
+        )
+    return progress, notes
