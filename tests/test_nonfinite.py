@@ -67,6 +67,7 @@ def test_an_infinite_feature_stops_the_run_and_names_the_clip(
     weights = load_model(folder)[0].state_dict()
     assert all(torch.isfinite(x).all() for x in weights.values()), "BatchNorm's statistics too"
     assert str(folder) in (folder / "README.txt").read_text()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "as the umask says"
 
 
 @pytest.fixture(scope="module")
