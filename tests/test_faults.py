@@ -155,6 +155,7 @@ def test_a_best_that_was_not_written_is_not_the_best(
 
     def scored(*args: Any, **options: Any) -> evaluate.Evaluation:
         result = evaluate.evaluate(*args, **options)
+        assert result is not None
         object.__setattr__(result.metrics, "mAP", next(scores))
         return result
 
