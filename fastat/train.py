@@ -157,6 +157,24 @@ class Trainer:
         self.pending: deque[tuple[int, Tensor]] = deque()
         self.vote = Vote(self.ranks)
         self.guard = nonfinite.BufferGuard(self.raw_model)
+        source = self.data.source
+        if self.ranks.size > 1:  # which gives this rank its part of a step alone
+            source = PackedSource(
+                self.data.train_set,
+                self.device,
+                sampler=self.sampler,
+                max_bad=self.config.max_bad,
+            )
+        self.recorder = nonfinite.Recorder(
+            self.run / "nonfinite",
+            self.data.train_set,
+            self.sampler,
+            source,
+            self.raw_model,
+            self.meta,
+            self.frontend,
+            self.config.precision,
+        )
         ranks.from_first(lambda: self._claim_run_folder(resume))
         if resuming:
             self.notes += self._restore()
@@ -259,24 +277,6 @@ class Trainer:
         self.writer = stack.enter_context(CheckpointWriter(self.run / "checkpoints", note))
         curves = EventFile(self.run / "tb", purge_step=self.progress.step, note=note)
         self.curves = stack.enter_context(curves)
-        source = self.data.source
-        if self.ranks.size > 1:  # which gives this rank its part of a step alone
-            source = PackedSource(
-                self.data.train_set,
-                self.device,
-                sampler=self.sampler,
-                max_bad=self.config.max_bad,
-            )
-        self.recorder = nonfinite.Recorder(
-            self.run / "nonfinite",
-            self.data.train_set,
-            self.sampler,
-            source,
-            self.raw_model,
-            self.meta,
-            self.frontend,
-            self.config.precision,
-        )
 
     def _unfinished(self) -> bool:
         """Whether there is something left to train, or to score."""
