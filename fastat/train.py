@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastat import nonfinite
 from fastat.checkpoint import (
+    Resumable,
     best_there,
     build_frontend,
     go_back,
@@ -561,19 +562,23 @@ class Trainer:
 
     def _restore(self) -> list[str]:
         """Puts the newest whole checkpoint back, which rank 0 reads; returns notes on it."""
-        folder = self.run / "checkpoints"
-        newest = self.ranks.from_first(lambda: newest_whole(folder))
-        if newest.trainer["data"] != self.data.train_set.fingerprint:
-            raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
-        put_weights(self.raw_model, newest.state, folder / step_name(newest.step))
+        newest, lost = self.ranks.from_first(self._read_checkpoint)
+        put_weights(self.raw_model, newest.state, self.run / "checkpoints" / step_name(newest.step))
         self.progress, notes = restore_trainer_state(
             newest.trainer, self.optimizer, self.device, self.ranks
         )
-        p = self.progress
-        if lost := self.ranks.from_first(lambda: go_back(folder, p.step, p.best_step)):
-            p.best_map, p.best_step = -math.inf, None
+        if lost is not None:
+            self.progress.best_map, self.progress.best_step = -math.inf, None
             notes.append(lost)
-        return [*newest.notes, f"resuming {self.run} at step {p.step:,}", *notes]
+        return [*newest.notes, f"resuming {self.run} at step {self.progress.step:,}", *notes]
+
+    def _read_checkpoint(self) -> tuple[Resumable, str | None]:
+        """The newest whole checkpoint, and ``go_back``'s note: the run folder is put back to it."""
+        folder = self.run / "checkpoints"
+        newest = newest_whole(folder)
+        if newest.trainer["data"] != self.data.train_set.fingerprint:
+            raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
+        return newest, go_back(folder, newest.step, newest.trainer["progress"].get("best_step"))
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

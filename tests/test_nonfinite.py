@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastat import nonfinite
-from fastat.checkpoint import ModelMeta, load_model
+from fastat import checkpoint_writer, nonfinite
+from fastat.checkpoint import ModelMeta, load_model, write_checkpoint
 from fastat.data.loader import Batch, PackedSource
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
@@ -138,6 +138,26 @@ def test_a_run_rolled_back_is_the_one_that_never_had_the_step(
     run.run_epochs()
     assert run.progress.left_out == [1, 5, 6]
     assert_same_run(tmp_path / "run", never_had(tiny_sets, tmp_path / "clean", [1, 5, 6]))
+
+
+def test_a_run_may_be_rolled_back_into_the_epoch_before(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint between was not written; the epoch has one line of metrics all the same."""
+    failed: list[int] = []
+
+    def full_once(folder: Path, step: int, *args: Any, **options: Any) -> None:
+        if step == 4 and not failed:
+            failed.append(step)
+            raise Failure("cannot write checkpoint 4")
+        write_checkpoint(folder, step, *args, **options)
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", full_once)
+    run = trainer(tiny_sets, tmp_path / "run", on_nan="rollback")
+    poison(monkeypatch, run, {5})
+    run.run_epochs()
+    assert failed == [4]
+    assert_same_run(tmp_path / "run", never_had(tiny_sets, tmp_path / "clean", [5]))
 
 
 def test_a_run_rolled_back_and_killed_resumes_to_the_same_end(
