@@ -1,0 +1,328 @@
+"""Small audio files of each format, and damage that only their formats know.
+
+Fields are set to extremes where the format has checksums over them with the checksum made to
+match, so that a decoder believes what it reads.
+"""
+
+import io
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import soundfile as sf
+
+from tests.data.audio import noise
+from tests.fuzz.mutations import Mutant, Mutation, mutate, rng_of
+
+
+class Base(NamedTuple):
+    """An undamaged file."""
+
+    name: str
+    suffix: str
+    data: bytes
+
+
+def base_files() -> list[Base]:
+    """Half a second to a second of noise in each format, mono and stereo, at several rates."""
+    made: list[Base] = []
+    for number, (form, subtype, rate, channels) in enumerate(
+        [
+            ("WAV", "PCM_16", 16_000, 1),
+            ("WAV", "PCM_24", 44_100, 2),
+            ("WAV", "FLOAT", 16_000, 1),
+            ("FLAC", "PCM_16", 16_000, 1),
+            ("FLAC", "PCM_24", 32_000, 2),
+            ("FLAC", "PCM_16", 44_100, 2),
+            ("OGG", "VORBIS", 16_000, 1),
+            ("OGG", "VORBIS", 44_100, 2),
+            ("OGG", "OPUS", 48_000, 1),
+            ("MP3", "MPEG_LAYER_III", 16_000, 1),
+        ]
+    ):
+        file = io.BytesIO()
+        x = noise(0.6 + 0.04 * number, rate, number, channels)
+        sf.write(file, x, rate, format=form, subtype=subtype)
+        made.append(Base(f"{form} {subtype} {rate} {channels}", f".{form.lower()}", file.getvalue()))
+    return made
+
+
+class Case(NamedTuple):
+    """A mutated file."""
+
+    number: int
+    base: Base
+    mutant: Mutant
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return f"{self.number:05d}{self.base.suffix}"
+
+
+FAMILY = "audio"
+
+
+def cases(bases: list[Base], numbers: range) -> Iterator[Case]:
+    """The cases of these numbers; each a function of its number alone."""
+    for number in numbers:
+        rng = rng_of(FAMILY, number)
+        base = bases[number % len(bases)]
+        other = bases[rng.integers(len(bases))]
+        own = (*OWN.get(base.suffix, ()), _joined_with(other), _ANYTHING)
+        yield Case(number, base, mutate(base.data, rng, own))
+
+
+def _joined_with(other: Base) -> Mutation:
+    def joined(data: bytes, rng: np.random.Generator) -> Mutant:
+        return Mutant(data + other.data, f"{other.name} behind it")
+
+    return joined
+
+
+def _ANYTHING(data: bytes, rng: np.random.Generator) -> Mutant:
+    """No audio at all."""
+    kinds = {
+        "nothing": b"",
+        "text": b"no audio in here, only words\n" * 50,
+        "a page": b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n",
+        "noise": rng.bytes(5000),
+        "zeros": bytes(5000),
+    }
+    what = list(kinds)[rng.integers(len(kinds))]
+    return Mutant(kinds[what], what)
+
+
+# ------------------------------------------------------------------------------------------- WAV
+EXTREMES = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
+WAV_FIELDS = {
+    "RIFF size": (4, 4), "fmt size": (16, 4), "format": (20, 2), "channels": (22, 2),
+    "rate": (24, 4), "bytes a second": (28, 4), "block align": (32, 2), "bits": (34, 2),
+}  # fmt: skip
+
+
+def wav_field(data: bytes, rng: np.random.Generator) -> Mutant:
+    """A field of the header, or the size of a chunk, at an extreme."""
+    fields = WAV_FIELDS | {
+        f"{chunk!r} size": (place + 4, 4)
+        for chunk in (b"data", b"fact", b"PEAK")
+        if (place := data.find(chunk)) >= 0
+    }
+    name = list(fields)[rng.integers(len(fields))]
+    start, size = fields[name]
+    value = EXTREMES[rng.integers(len(EXTREMES))] & (1 << 8 * size) - 1
+    out = data[:start] + value.to_bytes(size, "little") + data[start + size :]
+    return Mutant(out, f"{name} set to {value}")
+
+
+def wav_non_finite(data: bytes, rng: np.random.Generator) -> Mutant:
+    """Of a float file: NaN or infinity among the samples. Others get a sample that is odd."""
+    start = data.find(b"data") + 8
+    place = start + 4 * int(rng.integers(0, (len(data) - start) // 4))
+    value = (np.nan, np.inf, -np.inf, 3e38, -1e20)[rng.integers(5)]
+    return Mutant(
+        data[:place] + struct.pack("<f", value) + data[place + 4 :], f"{value} at byte {place}"
+    )
+
+
+def wav_chunks_swapped(data: bytes, rng: np.random.Generator) -> Mutant:
+    """The chunks behind RIFF in another order."""
+    chunks, place = [], 12
+    while place + 8 <= len(data):
+        size = 8 + int.from_bytes(data[place + 4 : place + 8], "little")
+        chunks.append(data[place : place + size])
+        place += size
+    order = rng.permutation(len(chunks))
+    return Mutant(data[:12] + b"".join(chunks[i] for i in order), f"chunks in the order {order}")
+
+
+# ------------------------------------------------------------------------------------------ FLAC
+STREAMINFO_FIELDS = {  # of its 34 bytes: first bit, bits
+    "smallest block": (0, 16), "largest block": (16, 16), "smallest frame": (32, 24),
+    "largest frame": (56, 24), "rate": (80, 20), "channels": (100, 3), "bits": (103, 5),
+    "samples": (108, 36), "MD5": (144, 128),
+}  # fmt: skip
+
+
+def flac_streaminfo(data: bytes, rng: np.random.Generator) -> Mutant:
+    """A field of STREAMINFO at an extreme, or a little off."""
+    name = list(STREAMINFO_FIELDS)[rng.integers(len(STREAMINFO_FIELDS))]
+    first, bits = STREAMINFO_FIELDS[name]
+    info = int.from_bytes(data[8:42], "big")
+    shift = 34 * 8 - first - bits
+    mask = (1 << bits) - 1
+    old = info >> shift & mask
+    value = (0, 1, mask, mask // 2, old // 2, 2 * old, old + 1, old - 1)[rng.integers(8)] & mask
+    info = info & ~(mask << shift) | value << shift
+    return Mutant(data[:8] + info.to_bytes(34, "big") + data[42:], f"{name}: {old} -> {value}")
+
+
+def flac_frames(data: bytes) -> list[int]:
+    """Where frames start: a sync code, and a header whose CRC-8 is right."""
+    starts = []
+    place = data.find(b"\xff\xf8")
+    while 0 <= place < len(data) - 16:
+        length = _header_length(data, place)
+        if length and crc8(data[place : place + length - 1]) == data[place + length - 1]:
+            starts.append(place)
+        place = data.find(b"\xff\xf8", place + 2)
+    return starts
+
+
+def _header_length(data: bytes, place: int) -> int:
+    """Of a FLAC frame's header with its CRC; 0 for none."""
+    number = data[place + 4]
+    lead = next((i for i in range(8) if not number & 0x80 >> i), 8)
+    if lead in (1, 8):
+        return 0
+    size, rate = data[place + 2] >> 4, data[place + 2] & 15
+    return 4 + max(lead, 1) + {6: 1, 7: 2}.get(size, 0) + {12: 1, 13: 2, 14: 2}.get(rate, 0) + 1
+
+
+def flac_frame(data: bytes, rng: np.random.Generator) -> Mutant:
+    """A frame whose header says another thing, its CRCs made to match; or one taken, or doubled."""
+    starts = flac_frames(data)
+    ends = [*starts[1:], len(data)]
+    i = int(rng.integers(len(starts)))
+    start, end = starts[i], ends[i]
+    frame = bytearray(data[start:end])
+    kind = int(rng.integers(5))
+    if kind == 0:
+        return Mutant(data[:start] + data[end:], f"frame {i} of {len(starts)} taken")
+    if kind == 1:
+        return Mutant(data[:end] + data[start:], f"frame {i} of {len(starts)} doubled")
+    length = _header_length(data, start)
+    if kind == 2:
+        place = int(rng.integers(length, len(frame) - 2))
+        what = "a byte of the residual"
+    else:
+        place = int(rng.integers(2, length - 1))
+        what = "a byte of the header"
+    frame[place] ^= 1 << int(rng.integers(8))
+    # With kind 4 the CRCs stay wrong.
+    if kind != 4:
+        frame[length - 1] = crc8(bytes(frame[: length - 1]))
+        frame[-2:] = crc16(bytes(frame[:-2])).to_bytes(2, "big")
+    made = "CRCs made to match" if kind != 4 else "CRCs as they were"
+    return Mutant(
+        data[:start] + bytes(frame) + data[end:], f"frame {i} of {len(starts)}: {what}, {made}"
+    )
+
+
+def crc8(data: bytes) -> int:
+    """Of FLAC's frame header: polynomial 0x07."""
+    return _crc(data, 0x07, 8)
+
+
+def crc16(data: bytes) -> int:
+    """Of a FLAC frame: polynomial 0x8005."""
+    return _crc(data, 0x8005, 16)
+
+
+def crc_ogg(data: bytes) -> int:
+    """Of an Ogg page with its CRC field zero: polynomial 0x04c11db7, not reflected."""
+    return _crc(data, 0x04C11DB7, 32)
+
+
+def _crc(data: bytes, polynomial: int, bits: int) -> int:
+    table = _TABLES.setdefault(polynomial, _crc_table(polynomial, bits))
+    crc, mask = 0, (1 << bits) - 1
+    for byte in data:
+        crc = (crc << 8 & mask) ^ table[crc >> bits - 8 ^ byte]
+    return crc
+
+
+_TABLES: dict[int, list[int]] = {}
+
+
+def _crc_table(polynomial: int, bits: int) -> list[int]:
+    table = []
+    for byte in range(256):
+        crc = byte << bits - 8
+        for _ in range(8):
+            crc = crc << 1 ^ (polynomial if crc >> bits - 1 else 0)
+            crc &= (1 << bits) - 1
+        table.append(crc)
+    return table
+
+
+# ------------------------------------------------------------------------------------------- Ogg
+class Page(NamedTuple):
+    """Of an Ogg file."""
+
+    start: int
+    end: int
+    flags: int
+    serial: int
+    number: int
+
+
+OGG_LAST = 4
+OGG_FIELDS = {
+    "version": (4, 1), "flags": (5, 1), "granule": (6, 8), "serial": (14, 4), "number": (18, 4),
+    "segments": (26, 1),
+}  # fmt: skip
+
+
+def ogg_pages(data: bytes) -> list[Page] | None:
+    """The pages; None unless the file is nothing but whole pages with the right CRC."""
+    pages, place = [], 0
+    while place < len(data):
+        head = data[place : place + 27]
+        if len(head) < 27 or head[:4] != b"OggS":
+            return None
+        table = data[place + 27 : place + 27 + head[26]]
+        end = place + 27 + len(table) + sum(table)
+        page = data[place:end]
+        if end > len(data) or len(table) < head[26]:
+            return None
+        if crc_ogg(page[:22] + bytes(4) + page[26:]) != int.from_bytes(page[22:26], "little"):
+            return None
+        serial, number = struct.unpack("<II", head[14:22])
+        pages.append(Page(place, end, head[5], serial, number))
+        place = end
+    return pages
+
+
+def ogg_page(data: bytes, rng: np.random.Generator) -> Mutant:
+    """A page whose header or body says another thing, its CRC made to match; or one taken,
+    doubled, swapped with the next, or everything from it on."""
+    pages = ogg_pages(data)
+    assert pages
+    i = int(rng.integers(len(pages)))
+    p = pages[i]
+    head, page, tail = data[: p.start], bytearray(data[p.start : p.end]), data[p.end :]
+    where = f"page {i} of {len(pages)}"
+    kind = int(rng.integers(7))
+    if kind == 0:
+        return Mutant(head + tail, f"{where} taken")
+    if kind == 1:
+        return Mutant(head + bytes(page) + bytes(page) + tail, f"{where} doubled")
+    if kind == 2:
+        return Mutant(head, f"{where} and all behind it taken")
+    if kind == 3:
+        place, size = 27, page[26]
+        name, value = "a segment's length", int(rng.integers(256))
+        page[place + int(rng.integers(size))] = value
+    elif kind == 4:
+        name, place = "body", int(rng.integers(27 + page[26], len(page)))
+        value = int(rng.integers(256))
+        page[place] = value
+    else:
+        name = list(OGG_FIELDS)[rng.integers(len(OGG_FIELDS))]
+        place, size = OGG_FIELDS[name]
+        old = int.from_bytes(page[place : place + size], "little")
+        top = 1 << 8 * size
+        value = (0, 1, top - 1, top // 2, old + 1, old - 1, 2 * old)[rng.integers(7)] % top
+        page[place : place + size] = value.to_bytes(size, "little")
+    page[22:26] = bytes(4)
+    page[22:26] = crc_ogg(bytes(page)).to_bytes(4, "little")
+    return Mutant(head + bytes(page) + tail, f"{where}: {name} set to {value}, CRC made to match")
+
+
+OWN: dict[str, tuple[Mutation, ...]] = {
+    ".wav": (wav_field, wav_field, wav_non_finite, wav_chunks_swapped),
+    ".flac": (flac_streaminfo, flac_frame, flac_frame),
+    ".ogg": (ogg_page, ogg_page, ogg_page),
+}
