@@ -90,6 +90,16 @@ class ShardRows(NamedTuple):
         return crc
 
 
+SMALL_DTYPES = {
+    "num_samples": "<i4", "target": "|u1", "audio_name": "|S", "audio_path": "|S",
+    "start_seconds": "<f8", "row_crc": "<u4",
+}  # fmt: skip
+"""As numpy spells them; the width of a name is the longest one's."""
+
+H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
+"""What h5py raises on damage; the last two where a group stands in a dataset's place."""
+
+
 def shard_file(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:05d}.h5"
@@ -318,8 +328,8 @@ def read_shard(
             waveform = file["waveform"]
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()
-            rows = ShardRows(*(file[name][()] for name in ShardRows._fields))
-    except (OSError, KeyError, RuntimeError, ValueError) as error:  # what h5py raises on damage
+            rows = ShardRows(*(_read_small(file[name], info) for name in ShardRows._fields))
+    except H5PY_ERRORS as error:
         raise Failure(f"{path}: damaged: {_first_line(error)}") from error
     expected = ((info.rows, clip_samples), np.dtype(np.int16), None)
     if layout != expected or offset is None:
@@ -327,6 +337,21 @@ def read_shard(
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
         raise Failure(f"{path}: damaged: the checksum of its labels and names differs")
     return offset, rows
+
+
+def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
+    """A dataset beside the waveform.
+
+    Its header is checked first: the checksum is of bytes, to which another dtype would give another
+    meaning, and no array is larger than its file, whatever the header says.
+    """
+    kind = SMALL_DTYPES[dataset.name.removeprefix("/")]
+    if not dataset.dtype.str.startswith(kind) or dataset.shape[:1] != (info.rows,):
+        raise ValueError(f"{dataset.name}: {dataset.dtype} {dataset.shape}")
+    if dataset.nbytes > info.bytes:
+        raise ValueError(f"{dataset.name}: {dataset.nbytes:,} bytes")
+    array: NDArray[Any] = dataset[()]
+    return array
 
 
 def _preadv_all(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
