@@ -260,6 +260,9 @@ def _decode_av(
             if stream.codec_context is None:
                 raise BadAudio("unreadable", "FFmpeg: no decoder for it")
             rate = _checked_rate(stream.codec_context.sample_rate)
+            if container.format.name == "ogg":
+                upto = None if seconds is None else start_seconds + seconds
+                check_ogg(path, OPUS_RATE if stream.codec_context.name == "opus" else rate, upto)
             span = _span(rate, start_seconds, seconds, seek=False)
             blocks = _av_blocks(container, stream, rate, span)
             return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)
@@ -285,8 +288,19 @@ def _av_blocks(
             yield _mono(block)
         if end is not None and position >= end:
             return
-    # Only MP4's index knows the length; other containers estimate it.
+    promised = _promised_seconds(container, stream)
+    if promised is not None and position / rate < promised - 0.5:
+        raise BadAudio("truncated", f"{position / rate:.1f} of {promised:.1f} s")
+
+
+def _promised_seconds(
+    container: "av.container.InputContainer",  # type: ignore[name-defined]  # noqa: F821
+    stream: "av.AudioStream",  # type: ignore[name-defined]  # noqa: F821
+) -> float | None:
+    """The length by MP4's index or Matroska's header; other containers only estimate it."""
     if "mp4" in container.format.name and stream.duration is not None:
-        promised = float(stream.duration * stream.time_base)
-        if position / rate < promised - 0.5:
-            raise BadAudio("truncated", f"{position / rate:.1f} of {promised:.1f} s")
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1  # Matroska's is the length of its longest stream
+    if "matroska" in container.format.name and alone and container.duration is not None:
+        return float(container.duration) / 1e6  # FFmpeg counts it in microseconds
+    return None

@@ -6,13 +6,16 @@ match, so that a decoder believes what it reads.
 
 import io
 import struct
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile as sf
 
 from tests.data.audio import noise
+from tests.data.test_decode import write_with_ffmpeg
 from tests.fuzz.mutations import Mutant, Mutation, mutate, rng_of
 
 
@@ -45,6 +48,11 @@ def base_files() -> list[Base]:
         x = noise(0.6 + 0.04 * number, rate, number, channels)
         sf.write(file, x, rate, format=form, subtype=subtype)
         made.append(Base(f"{form} {subtype} {rate} {channels}", f".{form.lower()}", file.getvalue()))
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix, codec in ((".m4a", "aac"), (".webm", "libopus")):
+            path = Path(folder) / f"x{suffix}"
+            write_with_ffmpeg(path, noise(0.9, 48_000, 99, 2), 48_000, codec)
+            made.append(Base(f"FFmpeg {codec}", suffix, path.read_bytes()))
     return made
 
 
@@ -70,7 +78,7 @@ def cases(bases: list[Base], numbers: range) -> Iterator[Case]:
         rng = rng_of(FAMILY, number)
         base = bases[number % len(bases)]
         other = bases[rng.integers(len(bases))]
-        own = (*OWN.get(base.suffix, ()), _joined_with(other), _ANYTHING)
+        own = (*OWN.get(base.suffix, ()), _joined_with(other), no_audio)
         yield Case(number, base, mutate(base.data, rng, own))
 
 
@@ -81,7 +89,7 @@ def _joined_with(other: Base) -> Mutation:
     return joined
 
 
-def _ANYTHING(data: bytes, rng: np.random.Generator) -> Mutant:
+def no_audio(data: bytes, rng: np.random.Generator) -> Mutant:
     """No audio at all."""
     kinds = {
         "nothing": b"",
