@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, UserError, one_line
 
 app = typer.Typer(
     name="fastat",
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"fastat: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fastat: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -87,7 +87,8 @@ def decode(
 
 def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
     """Full scale 1 -> 32768, rounded to the nearest (ties to even), clipped to int16's range."""
-    scaled = np.multiply(x, np.float32(32768.0), dtype=np.float32)
+    scaled = np.clip(x, -1.0, 1.0)  # first: a float file may hold 1e38
+    np.multiply(scaled, np.float32(32768.0), out=scaled)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768.0, 32767.0, out=scaled)
     return scaled.astype(np.int16)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from fastat.atomic import atomic_path, atomic_write_text
 from fastat.data.manifest import BadFile
 from fastat.data.shard_writer import PART_SUFFIX
-from fastat.data.shards import INDEX_FILE, STATE_FOLDER, read_index, shard_file
+from fastat.data.shards import INDEX_FILE, STATE_FOLDER, index_crc32, read_index, shard_file
 from fastat.errors import UserError
 
 BAD_FILE = "bad.csv"
@@ -65,7 +65,11 @@ def standing(directory: Path, inputs: str) -> Standing:
         )
     state = directory / STATE_FOLDER / "state.json"
     if state.exists():
-        if json.loads(state.read_text("utf-8"))["inputs"] == inputs:
+        try:
+            inputs_of_state = json.loads(state.read_text("utf-8"))["inputs"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{state}: damaged ({error!r}); delete {directory}") from error
+        if inputs_of_state == inputs:
             return Standing.UNFINISHED
         raise UserError(
             f"--out {directory}: holds an unfinished set of another command, or of a table or "
@@ -146,6 +150,7 @@ class PackState:
 
     def finish(self, index: dict[str, Any]) -> None:
         """Writes dataset.json: the set is whole. Then removes the state."""
+        index = index | {"crc32": index_crc32(index)}
         atomic_write_text(self.directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
         shutil.rmtree(self.state)
 

@@ -96,6 +96,9 @@ SMALL_DTYPES = {
 }  # fmt: skip
 """As numpy spells them; the width of a name is the longest one's."""
 
+INDEX_ERRORS = (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError)
+"""What a dataset.json raises that is JSON, but not as pack writes it."""
+
 H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
 """What h5py raises on damage; the last two where a group stands in a dataset's place."""
 
@@ -171,10 +174,15 @@ class PackedSet:
         """
         directory = Path(directory)
         index = read_index(directory)
+        path = directory / INDEX_FILE
         try:
-            return cls(directory, index)
-        except (KeyError, TypeError, AttributeError) as error:  # JSON, but not as pack writes it
-            raise Failure(f"{directory / INDEX_FILE}: damaged: {error!r}") from error
+            packed = cls(directory, index)
+        except INDEX_ERRORS as error:
+            raise Failure(f"{path}: damaged: {error!r}") from error
+        # Sets packed before there was this checksum have none.
+        if "crc32" in index and index["crc32"] != index_crc32(index):
+            raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
+        return packed
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Labels of ``rows`` [R] as zeros and ones, [R, K]."""
@@ -298,7 +306,7 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: expected a packed set (fastat pack), found no {INDEX_FILE}")
     try:
         index = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected the index of a packed set, got no JSON ({error})"
         ) from None
@@ -307,6 +315,12 @@ def read_index(directory: Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
     return index
+
+
+def index_crc32(index: dict[str, Any]) -> int:
+    """Of the content of dataset.json, its own ``crc32`` apart."""
+    content = {key: value for key, value in index.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def read_shard(

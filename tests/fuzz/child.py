@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, UserError, one_line
 
 CASE_SECONDS = 20.0
 """A case takes milliseconds; one that takes this long hangs, on a busy machine too."""
@@ -22,8 +22,6 @@ ADDRESS_BYTES = 2 << 30
 """What a case may reserve beyond what the tests' process has."""
 SPARE_BYTES = 24 << 20
 """Of memory, beyond twice the undamaged input's: what allocators keep, and lazy imports."""
-LINE = 1000
-"""Characters; a longer message is no line that anybody reads."""
 
 Check = Callable[[int], str | None]
 """What is wrong with the code under test in the case of that number; None: nothing."""
@@ -95,14 +93,11 @@ def _status(field: str) -> int:
 def error_of(call: Callable[[], object], *, names: str) -> str | None:
     """What is wrong with the way ``call`` fails; None when it does not fail, or as it should.
 
-    It should raise UserError or Failure whose message names the file and is one line.
+    It should raise UserError or Failure whose line, as the command prints it, names the file.
     """
     try:
         call()
     except (UserError, Failure) as error:
-        message = str(error)
-        if names not in message:
-            return f"an error that does not name {names}: {message[:LINE]}"
-        if len(message) > LINE:
-            return f"an error of {len(message):,} characters: {message[:LINE]}"
+        if names not in (line := one_line(str(error))):
+            return f"an error that does not name {names}: {line}"
     return None
