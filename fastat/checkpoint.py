@@ -213,7 +213,14 @@ def load_meta(checkpoint: Path) -> ModelMeta:
         document["classes"] = tuple(ClassInfo(*c) for c in document["classes"])
         if document["feature"] not in FEATURES:
             raise Failure(f"{path}: unknown feature {document['feature']!r}")
-        return ModelMeta(**document)
+        meta, spec = ModelMeta(**document), FEATURES[document["feature"]]
+        frames = spec.num_frames(meta.clip_samples)
+        if (meta.num_mels, meta.num_frames) != (spec.num_mels, frames):
+            raise ValueError(
+                f"clips of {meta.clip_seconds:g} s are {spec.num_mels} x {frames} of {spec.name}, "
+                f"not {meta.num_mels} x {meta.num_frames}"
+            )
+        return meta
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
     ) as error:  # fmt: skip

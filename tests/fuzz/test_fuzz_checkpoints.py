@@ -16,8 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, load_trainer_state
-from fastat.checkpoint import save_checkpoint
+from fastat.checkpoint import (
+    ModelMeta,
+    build_frontend,
+    load_model,
+    load_trainer_state,
+    save_checkpoint,
+)
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
@@ -56,7 +61,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(value: Any) -> Any:
     """Tensors as their bytes, so that == says whether all is equal."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).tolist()
+        # The storage: a damaged tensor may repeat it a billion times.
+        storage = torch.tensor([], dtype=torch.uint8).set_(value.untyped_storage())
+        place = (value.shape, value.stride(), value.storage_offset())
+        return str(value.dtype), place, storage.numpy().tobytes()
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
