@@ -58,7 +58,8 @@ def json_whole(data: bytes, rng: np.random.Generator) -> Mutant:
     texts = {
         "nothing": b"", "null": b"null", "a list": b"[]", "an object": b"{}", "a number": b"7",
         "deep": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "infinity": b"1e999",
-        "a long number": b"9" * 10_000, "twice": data + data, "a mark in front": b"\xef\xbb\xbf" + data,
+        "a long number": b"9" * 10_000, "twice": data + data,
+        "a mark in front": b"\xef\xbb\xbf" + data,
         "UTF-16": data.decode().encode("utf-16"), "NULs": b"\0" * 1000,
     }  # fmt: skip
     what = list(texts)[rng.integers(len(texts))]
@@ -71,7 +72,20 @@ def table_line(data: bytes, rng: np.random.Generator) -> Mutant:
     i = int(rng.integers(len(lines) - 1))
     cells = lines[i].split(",")
     j = int(rng.integers(len(cells)))
-    values = ("", '"', "x" * 200_000, "a\0b", "\x0b", "\u2028", "\r", "1e999", "nan", "#", "..", "é")
+    values = (
+        "",
+        '"',
+        "x" * 200_000,
+        "a\0b",
+        "\x0b",
+        "\u2028",
+        "\r",
+        "1e999",
+        "nan",
+        "#",
+        "..",
+        "é",
+    )
     kind = int(rng.integers(5))
     if kind == 0:
         del cells[j]

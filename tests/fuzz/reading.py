@@ -13,7 +13,8 @@ import soxr
 from numpy.typing import NDArray
 
 from fastat.data.decode import to_int16
-from tests.fuzz.audio import OGG_LAST, Base, Case, ogg_pages
+from tests.data.audio_bytes import OGG_LAST, ogg_pages
+from tests.fuzz.audio import Base, Case
 
 Samples = NDArray[np.int16]
 

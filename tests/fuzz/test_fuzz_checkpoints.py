@@ -4,7 +4,6 @@ safetensors and the trainer's archive are taken at their word unless the checkpo
 checksums of its own: whether a file does, a flipped bit in its values shows.
 """
 
-import json
 import shutil
 import struct
 from collections.abc import Callable

@@ -127,7 +127,7 @@ def check_manifest(path: Path, audio: Path, num_clips: Callable[[str], int]) -> 
 
 
 def count_lines(text: str, comment: str = "\n") -> int:
-    """Lines of a CSV with a cell that is not blank, apart from those that begin with ``comment``."""
+    """Lines of a CSV with a cell that is not blank, those that begin with ``comment`` apart."""
     lines = [line for line in text.splitlines() if not line.startswith(comment)]
     delimiter = "\t" if lines and "\t" in lines[0] else ","
     cells = [row for line in lines for row in csv.reader([line], delimiter=delimiter)]
@@ -141,7 +141,10 @@ def test_csv_of_paths(audio: Path, numbers: range) -> None:
     lines = ["path,labels,source"] + [f"{n},{'abc'[i % 3]},s{i % 4}" for i, n in enumerate(names)]
     table.write_text("\n".join(lines) + "\n")
     check_document(
-        table, TABLE, lambda path: check_manifest(path, audio, lambda t: count_lines(t) - 1), numbers
+        table,
+        TABLE,
+        lambda path: check_manifest(path, audio, lambda t: count_lines(t) - 1),
+        numbers,
     )
 
 
@@ -186,7 +189,9 @@ def test_class_list(tmp_path: Path, numbers: range) -> None:
         text = path.read_bytes().decode("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True))
         want = sum(any(row) for row in rows)
-        return None if want - len(found[0]) in (0, 1) else f"{len(found[0])} classes of {want} lines"
+        return (
+            None if want - len(found[0]) in (0, 1) else f"{len(found[0])} classes of {want} lines"
+        )
 
     check_document(table, TABLE, use, numbers)
 
