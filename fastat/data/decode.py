@@ -25,8 +25,8 @@ from fastat.data.integrity import NO_MD5, OPUS_RATE, check_ogg, read_flac_header
 
 BLOCK_SECONDS = 30
 """soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
-BLOCK_VALUES = 32 << 20
-"""Most values of a block: a header may promise 65,535 channels."""
+BLOCK_VALUES = 16 << 20
+"""Most values of a block, over all channels: a damaged header promises any number of them."""
 MARGIN_SECONDS, MARGIN_FRAMES = 1, 4096
 """Read beyond a cut: the resampler's filter (a few hundred taps) sees what the whole file has."""
 SAMPLE_RATES = range(1_000, 1_000_001)
@@ -224,7 +224,9 @@ class _FlacSamples:
         self.digest.update(
             np.ascontiguousarray(x.view(np.uint8).reshape(-1, size)[:, size - self.width :]).data
         )
-        return np.multiply(x, np.float32(2.0 ** (1 - 8 * size)), dtype=np.float32)
+        scale = np.float32(2.0 ** (1 - 8 * size))
+        samples: NDArray[np.float32] = np.multiply(x, scale, dtype=np.float32)
+        return samples
 
     def check(self) -> None:
         """BadAudio unless the whole file, read from its start, has the MD5 of its header."""

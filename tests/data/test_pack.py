@@ -552,7 +552,7 @@ def test_names_with_any_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "sounds"
     (folder / "a").mkdir(parents=True)
     good = os.fsdecode(b"two\nlines \xff.wav")
-    sf.write(folder / "a" / good, noise(0.5, 16_000, 0), 16_000)
+    sf.write(os.fsencode(folder / "a" / good), noise(0.5, 16_000, 0), 16_000)
     (folder / "a" / f"bad {good}").write_text("no audio")
     summary = pack(folder, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=1)
     assert (summary.clips, summary.bad) == (1, 1)

@@ -274,7 +274,7 @@ def test_headers_of_the_small_arrays_are_not_believed(
 def test_another_value_in_dataset_json(copy: Path, key: str, value: object) -> None:
     index = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(index | {key: value}))
-    with pytest.raises(Failure, match="damaged"):
+    with pytest.raises(Failure, match="damaged|clips, but its shards hold"):
         PackedSet.open(copy)
 
 
