@@ -12,6 +12,10 @@ class Failure(RuntimeError):
     """Something broke that the user did not cause: a full disk, a damaged shard. Exit code 1."""
 
 
+class RankZeroFailed(Exception):
+    """Rank 0 could not go on, and has said why; this rank leaves in silence."""
+
+
 LONGEST_LINE = 1000
 """Characters; a value in a message may be a whole damaged file."""
 

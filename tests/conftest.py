@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:  # the kernels' tests also run where DALI and the rest are not installed
+    from fastat.data.loader import Batch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -78,6 +81,12 @@ def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> TinySets:
         audio = write_tiny_audio(root / f"{split}-audio", clips, seed)
         pack(audio, root / split, clip_seconds=1.0, workers=1)
     return TinySets(root / "train", root / "eval", root / "train-audio")
+
+
+def kept(batch: "Batch") -> "Batch":
+    """The batch with a waveform of its own, which the next batch does not overwrite."""
+    assert batch.waveform is not None
+    return replace(batch, waveform=batch.waveform.clone())
 
 
 TINY_MODEL = ("--set", "model.embedding=64", "--set", "model.num_heads=4")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,25 +165,40 @@ def test_resuming_after_steps_equals_the_whole_run(
     assert_same_run(out, whole_run)
 
 
-KILL_AFTER = [1, 5, 10]
+SLOW_WRITES = (
+    "import time; import fastat.atomic as atomic; fsync = atomic.fsync\n"
+    "def slow(path): time.sleep(0.2); fsync(path)\n"
+    "atomic.fsync = slow; from fastat.cli import main; main()"
+)
+KILLED = [("at", 1), ("writing", 5), ("at", 10)]
+"""At a step, or while the checkpoint of it, or of the next one that has one, is written."""
 
 
 @pytest.mark.parametrize(
-    "after",
-    [k if k in KILL_AFTER else pytest.param(k, marks=pytest.mark.full) for k in range(1, 12)],
+    ("when", "step"),
+    [
+        kill if kill in KILLED else pytest.param(*kill, marks=pytest.mark.full)
+        for kill in [*(("at", k) for k in range(1, 12)), *(("writing", k) for k in range(1, 12))]
+    ],
 )
 def test_killed_with_9_it_resumes_to_the_same_end(
-    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, after: int
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, when: str, step: int
 ) -> None:
     out = tmp_path / "run"
-    every = ("--set", "checkpoint_every_steps=1")
-    process = start(*arguments(tiny_sets, out, *every))
-    wait_for_step(process, out, after)
+    args = arguments(tiny_sets, out, "--set", "checkpoint_every_steps=1")
+    if when == "at":
+        process = start(*args)
+        wait_for_step(process, out, step)
+    else:
+        process = start(*args, program=SLOW_WRITES)
+        wait_for_write(process, out, step)
     process.kill()
     process.wait()
-    assert list((out / "checkpoints").glob("step-*"))
+    if when == "writing":
+        assert list((out / "checkpoints").glob(".step-*.tmp"))
     fastat(*arguments(tiny_sets, out, "--resume"))
     assert_same_run(out, whole_run)
+    assert not list(out.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -243,20 +259,37 @@ def test_without_git_it_trains(tiny_sets: TinySets, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "env.json").read_text())["commit"] is None
 
 
-def start(*args: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fastat.cli", *map(str, args)]
+def start(*args: object, program: str | None = None) -> subprocess.Popen[str]:
+    """The command, or ``program`` with the command's arguments."""
+    code = ["-m", "fastat.cli"] if program is None else ["-c", program]
+    command = [sys.executable, *code, *map(str, args)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | QUIET)
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    link = run / "checkpoints" / "last"
+    wait(
+        process,
+        lambda: link.is_symlink() and int(link.readlink().name.removeprefix("step-")) >= step,
+    )
+
+
+def wait_for_write(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    folder = run / "checkpoints"
+    wait(
+        process,
+        lambda: any(int(path.name[6:14]) >= step for path in folder.glob(".step-*.tmp")),
+    )
+
+
+def wait(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        link = run / "checkpoints" / "last"
-        if link.is_symlink() and int(link.readlink().name.removeprefix("step-")) >= step:
+        if seen():
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
+    raise AssertionError("what was waited for did not come")
 
 
 def test_resume_where_nothing_is_left(whole_run: Path, tiny_sets: TinySets) -> None:
@@ -284,7 +317,7 @@ def test_mathematics_may_not_change_on_resume(
 def test_another_set_is_refused_on_resume(whole_run: Path, tiny_sets: TinySets) -> None:
     more = ("--data", tiny_sets.eval)
     done = fastat("train", "--resume", "--out", whole_run, *more, code=2)
-    assert "is not the set that" in done.stderr
+    assert "is not the set that" in one_line(done)
 
 
 # ------------------------------------------------------------------------- what must not happen
@@ -520,6 +553,10 @@ def test_a_checkpoint_from_before_groups_had_rates_of_their_own(
     for group in state["optimizer"]["param_groups"]:
         del group["lr_scale"]
     torch.save(state, path)
+    description = path.with_name("model.json")
+    document = json.loads(description.read_text())
+    del document["checksums"]  # it had none of these either
+    description.write_text(json.dumps(document))
     trainer(tiny_sets, run, resume=True).run_epochs()
     assert_same_run(run, tmp_path / "whole")
 
@@ -595,8 +632,8 @@ def test_a_step_that_is_not_finite_names_its_clips_and_partners(
     with pytest.raises(Failure, match="not finite at step 6;") as error:
         run.run_epochs()
     plan = run.sampler.plan(1, 1)
-    clips = ", ".join(run.train_set.names(plan.rows))
-    partners = ", ".join(run.train_set.names(plan.partners))
+    clips = ", ".join(run.data.train_set.names(plan.rows))
+    partners = ", ".join(run.data.train_set.names(plan.partners))
     assert len(plan.partners) == 8
     assert str(error.value).endswith(f"Its clips: {clips}; mixed in: {partners}")
 

@@ -1,4 +1,4 @@
-"""One audio file -> float32 mono at 16 kHz, or the reason why not.
+"""One audio file, or the bytes of one -> float32 mono at 16 kHz, or the reason why not.
 
 libsndfile reads what it can (WAV, FLAC, OGG, MP3, AIFF, AU, ...); the rest goes to FFmpeg when the
 extra ``av`` is installed. Channels are averaged and soxr HQ resamples, in blocks: a long file
@@ -7,6 +7,7 @@ piece.
 """
 
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -51,38 +52,53 @@ class _Span(NamedTuple):
 
 
 def decode(
-    path: Path,
+    source: Path | bytes,
     sample_rate: int = 16_000,
     start_seconds: float = 0.0,
     seconds: float | None = None,
 ) -> NDArray[np.float32]:
-    """Samples of a file, [S] float32, mono, full scale 1; at most ``seconds`` from
-    ``start_seconds`` on.
+    """Samples of a file, or of a file's bytes, [S] float32, mono, full scale 1; at most ``seconds``
+    from ``start_seconds`` on.
 
     Raises:
         BadAudio: missing, unreadable, empty (no sample from ``start_seconds`` on), non-finite, or
             truncated: its header promises frames, among those asked for, that are not there.
     """
-    if not path.exists():
-        raise BadAudio("missing")
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise BadAudio("unreadable", "not a file")
-    if path.stat().st_size == 0:
+    if isinstance(source, Path):
+        if not source.exists():
+            raise BadAudio("missing")
+        if not source.is_file():  # reading a pipe or a device may never end
+            raise BadAudio("unreadable", "not a file")
+        empty = source.stat().st_size == 0
+    else:
+        empty = not source
+    if empty:
         raise BadAudio("empty", "0 bytes")
     try:
-        sound = sf.SoundFile(os.fsencode(path))
+        sound = sf.SoundFile(_readable(source))
     except sf.LibsndfileError as error:
         if error.code not in _TRY_FFMPEG:
             raise BadAudio("unreadable", error.error_string) from error
-        return _decode_av(path, error.error_string, sample_rate, start_seconds, seconds)
+        return _decode_av(source, error.error_string, sample_rate, start_seconds, seconds)
     with sound:
         rate = _checked_rate(sound.samplerate)
         span = _span(rate, start_seconds, seconds, seek=True)
         if sound.format == "OGG":
             upto = None if seconds is None else start_seconds + seconds
-            check_ogg(path, OPUS_RATE if sound.subtype == "OPUS" else rate, upto)
-        blocks = _soundfile_blocks(sound, span)
+            check_ogg(source, OPUS_RATE if sound.subtype == "OPUS" else rate, upto)
+        blocks = _soundfile_blocks(sound, span, source)
         return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)
+
+
+def resample_clip(
+    x: NDArray[np.int16], rate: int, sample_rate: int = 16_000, seconds: float | None = None
+) -> NDArray[np.float32]:
+    """Samples that need no decoding, [n] at ``rate`` -> as ``decode`` gives them, at most
+    ``seconds``; raises BadAudio as it does."""
+    span = _span(rate, 0.0, seconds, seek=False)
+    end = None if span.seconds is None else int(np.ceil(span.seconds * rate))
+    blocks = iter([x[:end] * np.float32(1 / 32768)])
+    return _resample(blocks, rate, sample_rate, span, 0.0, seconds)
 
 
 def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
@@ -92,6 +108,11 @@ def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768.0, 32767.0, out=scaled)
     return scaled.astype(np.int16)
+
+
+def _readable(source: Path | bytes) -> bytes | io.BytesIO:
+    """What libsndfile opens: a path, or a stream over a file's bytes."""
+    return io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
 
 
 def _checked_rate(rate: int) -> int:
@@ -162,7 +183,9 @@ def _mono(block: NDArray[np.float32]) -> NDArray[np.float32]:
     return total
 
 
-def _soundfile_blocks(sound: sf.SoundFile, span: _Span) -> Iterator[NDArray[np.float32]]:
+def _soundfile_blocks(
+    sound: sf.SoundFile, span: _Span, source: Path | bytes
+) -> Iterator[NDArray[np.float32]]:
     """Mono blocks of ``span``; BadAudio at a frame that the header promises and the file lacks."""
     rate: int = sound.samplerate
     for promised, actual in _HEADER_SIZES.findall(sound.extra_info):
@@ -177,7 +200,7 @@ def _soundfile_blocks(sound: sf.SoundFile, span: _Span) -> Iterator[NDArray[np.f
     end = sound.frames
     if span.seconds is not None:
         end = min(end, position + int(np.ceil(span.seconds * rate)))
-    flac = _FlacSamples(sound) if sound.format == "FLAC" else None
+    flac = _FlacSamples(sound, source) if sound.format == "FLAC" else None
     longest = max(1, min(BLOCK_SECONDS * rate, BLOCK_VALUES // sound.channels))
     while position < end:
         length = min(end - position, longest)
@@ -206,10 +229,10 @@ def _soundfile_blocks(sound: sf.SoundFile, span: _Span) -> Iterator[NDArray[np.f
 class _FlacSamples:
     """Reads a FLAC file and compares what was read with what its header says."""
 
-    def __init__(self, sound: sf.SoundFile) -> None:
+    def __init__(self, sound: sf.SoundFile, source: Path | bytes) -> None:
         self.sound = sound
         self.width = _FLAC_WIDTHS[sound.subtype]
-        self.header = read_flac_header(Path(os.fsdecode(sound.name)))
+        self.header = read_flac_header(source)
         self.digest = hashlib.md5(usedforsecurity=False)
         rate = self.header.frame_rate if self.header else None
         if rate not in (None, sound.samplerate):
@@ -236,8 +259,10 @@ class _FlacSamples:
 
 def _has_last_frame(sound: sf.SoundFile) -> bool:
     """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
+    name = sound.name
+    source = io.BytesIO(name.getvalue()) if isinstance(name, io.BytesIO) else name
     try:
-        with sf.SoundFile(sound.name) as again:  # the first one's decoder gave up
+        with sf.SoundFile(source) as again:  # the first one's decoder gave up
             again.seek(again.frames - 1)
             return len(again.read(1)) == 1
     except sf.LibsndfileError:
@@ -245,7 +270,7 @@ def _has_last_frame(sound: sf.SoundFile) -> bool:
 
 
 def _decode_av(
-    path: Path, why: str, sample_rate: int, start_seconds: float, seconds: float | None
+    source: Path | bytes, why: str, sample_rate: int, start_seconds: float, seconds: float | None
 ) -> NDArray[np.float32]:
     """As ``decode``, with FFmpeg; ``why`` is what libsndfile said."""
     try:
@@ -254,9 +279,10 @@ def _decode_av(
         hint = "not readable by libsndfile; with fastat[av] installed FFmpeg would be tried"
         raise BadAudio("unreadable", f"{why.rstrip('.')} ({hint})") from None
     try:
+        opened = os.fspath(source) if isinstance(source, Path) else io.BytesIO(source)
         # Of a damaged frame FFmpeg would make something up; names of tags may be in any encoding.
         strict = {"err_detect": "crccheck+explode"}
-        with av.open(os.fspath(path), metadata_errors="ignore", options=strict) as container:
+        with av.open(opened, metadata_errors="ignore", options=strict) as container:
             if not container.streams.audio:
                 raise BadAudio("unreadable", "no audio stream")
             stream = container.streams.audio[0]
@@ -265,7 +291,7 @@ def _decode_av(
             rate = _checked_rate(stream.codec_context.sample_rate)
             if container.format.name == "ogg":
                 upto = None if seconds is None else start_seconds + seconds
-                check_ogg(path, OPUS_RATE if stream.codec_context.name == "opus" else rate, upto)
+                check_ogg(source, OPUS_RATE if stream.codec_context.name == "opus" else rate, upto)
             span = _span(rate, start_seconds, seconds, seek=False)
             blocks = _av_blocks(container, stream, rate, span)
             return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)

@@ -5,6 +5,7 @@ looks at neither the MD5 of the samples nor whether frames and header mean the s
 file it leaves out the pages that are damaged or gone, and takes any last page for the end.
 """
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -32,9 +33,9 @@ class FlacHeader(NamedTuple):
     """Hz, by the first frame; None where the frame leaves it to the header."""
 
 
-def read_flac_header(path: Path) -> FlacHeader | None:
+def read_flac_header(source: Path | bytes) -> FlacHeader | None:
     """Of a native FLAC file; None when it does not begin as one."""
-    with path.open("rb") as file:
+    with _opened(source) as file:
         start = file.read(10)
         if start[:3] == b"ID3":
             size = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(start[:5:-1]))
@@ -58,7 +59,7 @@ def read_flac_header(path: Path) -> FlacHeader | None:
     return FlacHeader(md5, _FLAC_RATES.get(code))
 
 
-def check_ogg(path: Path, rate: int, seconds: float | None) -> None:
+def check_ogg(source: Path | bytes, rate: int, seconds: float | None) -> None:
     """Follows the pages of an Ogg file over its first ``seconds`` (None: all).
 
     Args:
@@ -67,7 +68,7 @@ def check_ogg(path: Path, rate: int, seconds: float | None) -> None:
     Raises:
         BadAudio: a page is damaged or missing, or the file stops before its last page.
     """
-    with path.open("rb") as file:
+    with _opened(source) as file:
         expected: dict[int, int] = {}  # the number of each open stream's next page
         origin = None
         ended = False
@@ -86,6 +87,10 @@ def check_ogg(path: Path, rate: int, seconds: float | None) -> None:
                     return
         if not ended:
             raise BadAudio("truncated", "the last Ogg page is missing")
+
+
+def _opened(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
 class _Page(NamedTuple):

@@ -1,13 +1,16 @@
 """Plans into batches: rows of a packed set, read a step ahead of the model.
 
-One background thread reads (the reads release the GIL); on CUDA a batch lands in pinned memory and
-is copied without waiting. Order and content depend on the plans alone.
+One background thread has a batch read (by threads of its own, see ``row_reader``) while the model
+works on the one before, and asks the kernel for the rows of the batch after. On CUDA a batch lands
+in pinned memory and is copied on a stream of its own. Order and content depend on the plans, and on
+which rows of the set can be read.
 """
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -15,16 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastat.data.sampler import StepPlan
+from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
+from fastat.errors import Failure
 from fastat.frontend import Augment, Frontend
 
-PREFETCH = 2
+PREFETCH = 1
+ADVISED_ROWS = 512
+"""Rows that a disk is asked for ahead, at least: measured, 512 gave more than one step's 128, and
+1024 no more than 512."""
+MAX_ATTEMPTS = 100
+"""Draws for the place of one bad row; with half of all rows bad, 100 fail once in 10^30 times."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input. B clips; M mixup partners behind them in ``waveform``."""
+    """One step's input. B clips; M mixup partners behind them in ``waveform``.
+
+    Valid until the next one is asked for: its memory is used again.
+    """
 
     rows: NDArray[np.int64]  # [B] rows of the set, to name a clip by
     target: Tensor  # [B, K] float32, mixed as the audio is
@@ -76,19 +88,80 @@ def augment_of(plan: StepPlan) -> Augment:
 
 
 class PackedSource:
-    """Batches of int16 rows of a packed set, on ``device``."""
+    """Batches of int16 rows of a packed set, on ``device``.
 
-    def __init__(self, packed: PackedSet, device: torch.device) -> None:
+    With a ``sampler``, a row that cannot be read (or is cut short, or fails its CRC) is replaced by
+    a fresh draw: for a clip by the sampler's weights, for a mixup partner uniformly. The draw is a
+    function of (seed, epoch, step, place in the step's batch, attempt): any number of ranks sees
+    the same. Without one, as in evaluation, such a row is a Failure.
+
+    Args:
+        sampler: what made the plans.
+        max_bad: share of the set's clips that may be bad.
+    """
+
+    bad: dict[int, str]
+    """The rows that could not be read so far, and why."""
+
+    def __init__(
+        self,
+        packed: PackedSet,
+        device: torch.device,
+        *,
+        sampler: Sampler | None = None,
+        max_bad: float = 0.0,
+    ) -> None:
         self.packed = packed
         self.device = device
+        self.sampler = sampler
+        self.max_bad = max_bad
+        self.bad = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _read(self, plan: StepPlan) -> Batch:
-        rows = np.concatenate([plan.rows, plan.partners])
-        pin = self.device.type == "cuda"
-        waveform = torch.empty(
-            (len(rows), self.packed.clip_samples), dtype=torch.int16, pin_memory=pin
-        )
-        self.packed.read_rows(rows, waveform.numpy())
+    def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+        """One batch a plan, in order; a batch is valid until the next one is asked for.
+
+        Raises:
+            Failure: a row is damaged and may not be replaced; says which shard, row and clip.
+        """
+        memory = _Memory(self.packed.clip_samples, pinned=self.device.type == "cuda")
+        read = (self._read(plan, memory) for plan in self._announced(plans))
+        for batch in prefetch(read, PREFETCH):
+            yield to_device(batch, self.device, self._copies)
+
+    def close(self) -> None:
+        """Closes the set's files."""
+        self.packed.close()
+
+    def _announced(self, plans: Iterable[StepPlan]) -> Iterator[StepPlan]:
+        """``plans``, after the kernel was asked for the rows that later ones need.
+
+        It hears of as many plans at a time as ADVISED_ROWS or a window lasts: their rows in file
+        order over all of them, a part with every plan before. The page cache holds two windows.
+        """
+        plans = iter(plans)
+        current = list(islice(plans, 1))
+        self.packed.reader.advise(_rows(current))
+        s = self.sampler
+        plans_a_window = 0 if s is None else -(-s.window // s.batch)  # a rank has a part of each
+        while current:
+            num_plans = max(plans_a_window, -(-ADVISED_ROWS // len(current[0].rows)))
+            following = list(islice(plans, num_plans))
+            parts = np.array_split(np.unique(_rows(following)), len(current))
+            for plan, part in zip(current, parts, strict=True):
+                self.packed.reader.advise(part)
+                yield plan
+            current = following
+
+    def _read(self, plan: StepPlan, memory: "_Memory") -> Batch:
+        rows = _rows([plan])
+        waveform = memory.take(len(rows))
+        bad = self.packed.read(rows, waveform.numpy())
+        for place, reason in sorted(bad.items()):
+            self._replace(plan, rows, waveform.numpy(), place, reason)
+        if bad:
+            num_clips = len(plan.rows)
+            plan = replace(plan, rows=rows[:num_clips], partners=rows[num_clips:])
         return Batch(
             rows=plan.rows,
             target=mixed_targets(self.packed, plan),
@@ -97,29 +170,102 @@ class PackedSource:
             waveform=waveform,
         )
 
-    def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
-        """One batch a plan, in order.
+    def _replace(
+        self,
+        plan: StepPlan,
+        rows: NDArray[np.int64],  # [B + M] clips, then partners
+        waveform: NDArray[np.int16],  # [B + M, S]
+        place: int,
+        reason: str,
+    ) -> None:
+        """Draws and reads another row into ``place``, whose row is bad."""
+        partner = place - len(plan.rows)  # negative: a clip itself
+        clip = plan.first + (int(plan.mix_into[partner]) if partner >= 0 else place)
+        here = slice(place, place + 1)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            self._note(int(rows[place]), reason)
+            assert self.sampler is not None, "the limit is 0 without one"
+            rows[place] = self.sampler.replacement(
+                plan.epoch, plan.step, clip, attempt, partner=partner >= 0
+            )
+            bad = self.packed.read(rows[here], waveform[here])
+            if not bad:
+                return
+            reason = bad[0]
+        raise Failure(
+            f"{self.packed.directory}: {MAX_ATTEMPTS} draws, and none could be read; the last: "
+            f"{self.packed.describe(int(rows[place]), reason)}"
+        )
 
-        Raises:
-            Failure: a row is damaged; says which shard, row and clip.
-        """
-        for batch in prefetch(map(self._read, plans), PREFETCH):
-            yield to_device(batch, self.device)
+    def _note(self, row: int, reason: str) -> None:
+        """Counts a bad row. Raises Failure when it is one too many."""
+        self.bad[row] = reason
+        described = self.packed.describe(row, reason)
+        if self.sampler is None:
+            raise Failure(f"{described}; pack the set again")
+        if len(self.bad) > self.max_bad * self.packed.num_clips:
+            raise Failure(
+                f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
+                f"--max-bad {self.max_bad:g}; the last: {described}; pack the set again"
+            )
 
-    def close(self) -> None:
-        """Closes the set's files."""
-        self.packed.close()
+
+def _rows(plans: list[StepPlan]) -> NDArray[np.int64]:
+    """Rows of the clips and of the partners of each plan."""
+    parts = [rows for plan in plans for rows in (plan.rows, plan.partners)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on ``device``, copied without waiting where memory is pinned."""
+class _Memory:
+    """Where the batches under way lie.
+
+    Memory fresh from the system costs more than the rows that are read into it, a page fault for
+    every 4 KiB. torch keeps pinned memory, and knows when the copy out of it is over; for the CPU
+    there are as many pieces as batches can be alive, used in turns: one in the consumer's hands,
+    one being read, and those ready between.
+    """
+
+    def __init__(self, clip_samples: int, *, pinned: bool) -> None:
+        self.clip_samples = clip_samples
+        self.pinned = pinned
+        self._pieces = [torch.empty((0, clip_samples), dtype=torch.int16)] * (PREFETCH + 2)
+        self._turn = 0
+
+    def take(self, num_rows: int) -> Tensor:
+        """[num_rows, S] int16, undefined."""
+        if self.pinned:
+            return torch.empty((num_rows, self.clip_samples), dtype=torch.int16, pin_memory=True)
+        self._turn = (self._turn + 1) % len(self._pieces)
+        if len(self._pieces[self._turn]) < num_rows:
+            # The number of partners varies: some more, and numpy's memory has large pages.
+            piece = np.empty((num_rows + num_rows // 8, self.clip_samples), np.int16)
+            self._pieces[self._turn] = torch.from_numpy(piece)
+        return self._pieces[self._turn][:num_rows]
+
+
+def to_device(
+    batch: Batch, device: torch.device, stream: "torch.cuda.Stream | None" = None
+) -> Batch:
+    """The batch's tensors on ``device``, copied without waiting.
+
+    The copies run on ``stream``, beside what the current one still computes, which then waits for
+    them; None: on the current one.
+    """
     if device.type == "cpu":
         return batch
+    current = torch.cuda.current_stream(device)
+    stream = stream or current
 
     def move(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
+        if x.device.type == "cuda":
+            return x
+        with torch.cuda.stream(stream):
+            # A copy out of memory that is not pinned waits for the stream.
+            moved = (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+        moved.record_stream(current)
+        return moved
 
-    return Batch(
+    moved = Batch(
         rows=batch.rows,
         target=move(batch.target),
         num_samples=move(batch.num_samples),
@@ -127,6 +273,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         waveform=None if batch.waveform is None else move(batch.waveform),
         log_mel=None if batch.log_mel is None else move(batch.log_mel),
     )
+    current.wait_stream(stream)
+    return moved
 
 
 def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:

@@ -1,6 +1,14 @@
 """Which clips, partners and masks make up a training step: pure functions of (seed, epoch, step).
 
-Nothing here has state: prefetching, resuming and ranks see the same steps. numpy only.
+Nothing here has state: prefetching, resuming and ranks see the same steps, and a step's plan costs
+the same wherever it is and however many clips there are (an epoch's order is drawn once). numpy
+only.
+
+Windows trade randomness for reading in sequence. What is kept: the clips of an epoch, which are the
+same with any window or none, each as often as without; what is drawn is a matter of the weights
+alone. What is lost: clips of one batch come from one or two windows, neighbours in the set; a
+mixup partner comes from its clip's own window instead of the whole set. A set whose neighbours are
+alike (all of a class packed together) wants a large window, or none.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +20,10 @@ from numpy.typing import NDArray
 
 from fastat.errors import UserError
 
-ORDER_STREAM, STEP_STREAM = 0, 1  # which of an epoch's random streams
+ORDER_STREAM, STEP_STREAM, REPLACEMENT_STREAM = 0, 1, 2  # which of an epoch's random streams
+
+WEIGHTS_BLOCK = 8192
+"""Clips whose labels stay in the core's cache while their weights are summed."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +70,17 @@ def balanced_weights(
 
     Source: the paper, section 3.1 (balanced sampling), after PSLA.
     """
-    per_label = 1000.0 / (label_counts + 0.01)
-    weights = np.empty(len(target_bits))
-    for i in range(0, len(target_bits), 65536):  # bounds the unpacked copy to 65536 x K bytes
-        block = np.unpackbits(target_bits[i : i + 65536], axis=1, count=len(label_counts))
-        weights[i : i + 65536] = block @ per_label
+    num_bytes = target_bits.shape[1]
+    per_label = np.zeros(8 * num_bytes)
+    per_label[: len(label_counts)] = 1000.0 / (label_counts + 0.01)
+    # What each value of each byte adds: a look-up instead of eight labels.
+    values = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # [256, 8]
+    per_byte = per_label.reshape(num_bytes, 8) @ values.T  # [ceil(K / 8), 256]
+    weights = np.zeros(len(target_bits))
+    for i in range(0, len(target_bits), WEIGHTS_BLOCK):
+        block = target_bits[i : i + WEIGHTS_BLOCK]
+        for added, column in zip(per_byte, block.T, strict=True):
+            weights[i : i + WEIGHTS_BLOCK] += added[column]
     return weights
 
 
@@ -79,6 +96,9 @@ class Sampler:
         mixup, mixup_alpha: probability of mixing, and both parameters of Beta.
         time_mask, freq_mask: largest mask widths, 0 for none.
         num_frames, num_mels: the feature map that masks are placed on.
+        window: 0: an epoch's clips come in random order. Else the set is cut into windows of so
+            many neighbouring rows; an epoch visits them in random order, the clips inside one in
+            random order.
 
     Raises:
         UserError: fewer clips than one batch, or weights that are all zero.
@@ -98,13 +118,16 @@ class Sampler:
         mixup_alpha: float = 10.0,
         time_mask: int = 0,
         freq_mask: int = 0,
+        window: int = 0,
     ) -> None:
         self.candidates = np.arange(num_clips) if usable is None else np.flatnonzero(usable)
         if batch < 1 or len(self.candidates) < batch:
             raise UserError(
                 f"a batch needs 1 to {len(self.candidates)} clips (the training set's), got {batch}"
             )
+        self.num_clips = num_clips
         self.batch = batch
+        self.window = window
         self.seed = seed
         self.steps_per_epoch = len(self.candidates) // batch
         self.cumulative = None if weights is None else np.cumsum(weights[self.candidates])
@@ -119,25 +142,32 @@ class Sampler:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The rows of an epoch, in order. [steps_per_epoch * batch]."""
         rng = np.random.default_rng((self.seed, epoch, ORDER_STREAM))
-        size = self.steps_per_epoch * self.batch
+        size, num = self.steps_per_epoch * self.batch, len(self.candidates)
+        rows: NDArray[np.int64]
         if self.cumulative is None:
-            return self.candidates[rng.permutation(len(self.candidates))[:size]]
-        drawn = rng.random(size) * self.cumulative[-1]
-        index = np.searchsorted(self.cumulative, drawn, side="right")
-        rows: NDArray[np.int64] = self.candidates[np.minimum(index, len(self.candidates) - 1)]
+            rows = np.delete(self.candidates, rng.choice(num, num - size, replace=False))
+        else:
+            # In order first: a look-up beside the last one costs a tenth of one anywhere.
+            drawn = np.sort(rng.random(size)) * self.cumulative[-1]
+            rows = self.candidates[np.searchsorted(self.cumulative, drawn, side="right")]
+        rng.shuffle(rows)
+        if self.window:
+            visited = rng.permutation(-(-self.num_clips // self.window))
+            rows = rows[np.argsort(visited[rows // self.window], kind="stable")]
         return rows
 
     def plan(self, epoch: int, step: int) -> StepPlan:
         """The plan of step ``step`` (from 0) of epoch ``epoch``."""
         B = self.batch
+        rows = self.order(epoch)[step * B : (step + 1) * B]
         rng = np.random.default_rng((self.seed, epoch, STEP_STREAM, step))
         # Every draw is made whatever the switches say, so that one switch changes one thing.
         mixed = rng.random(B)
-        partners = self.candidates[rng.integers(len(self.candidates), size=B)]
+        partners = self._partners(rows, rng.random(B))
         lam = rng.beta(self.mixup_alpha, self.mixup_alpha, size=B).astype(np.float32)
         mix_into = np.flatnonzero(mixed < self.mixup)
         return StepPlan(
-            rows=self.order(epoch)[step * B : (step + 1) * B],
+            rows=rows,
             partners=partners[mix_into],
             mix_into=mix_into,
             lam=lam[mix_into],
@@ -146,6 +176,31 @@ class Sampler:
             epoch=epoch,
             step=step,
         )
+
+    def replacement(self, epoch: int, step: int, place: int, attempt: int, *, partner: bool) -> int:
+        """The row that takes the place of one that cannot be read, drawn from the whole set.
+
+        Args:
+            place: of the clip in the step's batch, over all ranks.
+            attempt: from 1; the next one when the replacement cannot be read either.
+            partner: replace the clip's mixup partner, not itself.
+        """
+        key = (self.seed, epoch, REPLACEMENT_STREAM, step, place, attempt, int(partner))
+        rng = np.random.default_rng(key)
+        if partner or self.cumulative is None:
+            return int(self.candidates[rng.integers(len(self.candidates))])
+        drawn = rng.random() * self.cumulative[-1]
+        return int(self.candidates[np.searchsorted(self.cumulative, drawn, side="right")])
+
+    def _partners(self, rows: NDArray[np.int64], where: NDArray[np.float64]) -> NDArray[np.int64]:
+        """For each of ``rows`` [B] a clip drawn uniformly from all, or from its window, by
+        ``where`` in [0, 1)."""
+        first, end = np.int64(0), np.int64(len(self.candidates))
+        if self.window:
+            start = rows // self.window * self.window
+            first, end = np.searchsorted(self.candidates, (start, start + self.window))
+        partners: NDArray[np.int64] = self.candidates[first + (where * (end - first)).astype(int)]
+        return partners
 
 
 def _masks(rng: np.random.Generator, batch: int, max_width: int, size: int) -> NDArray[np.int64]:

@@ -11,25 +11,39 @@ and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at most 1 GiB. 
     start_seconds  float64 [N]             where in that file the clip starts
     row_crc        uint32 [N]              CRC-32 of the row's waveform bytes
 
+A FLAC shard (``flac``) has instead of ``waveform``
+
+    flac_bytes     uint8 [total]           contiguous, a FLAC stream of each row's real samples
+    flac_offsets   int64 [N + 1]           where in it a row starts; the next row's start ends it
+
+and ``row_crc`` is of the stream. A set may have shards of both kinds.
+
 What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of
-everything but the waveform (``row_crc`` included), without reading the waveform; ``read_rows``
-checks every row it reads against ``row_crc``. Rows are read with preadv: a shard cut short under a
-memory map would kill the process, under preadv it is an error.
+everything but the waveform (``row_crc`` included), without reading the waveform. Reading checks
+every row against ``row_crc``. Rows are read with preadv: a shard cut short under a memory map would
+kill the process, under preadv it is an error.
+
+Of what opening reads, labels, lengths, CRCs and names stay in memory: about a hundred bytes a clip
+with 527 classes. A shard's ``audio_path`` and ``start_seconds``, which only ``sources`` needs, are
+read again when it is asked for. The names stay because a shard that was cut short loses everything
+behind its waveform, and its damaged clips are to be named still.
 """
 
+import hashlib
 import json
 import os
 import threading
-import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
+from fastat.data.flac import FlacReader
+from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError
 
 SAMPLE_RATE = 16_000
@@ -38,12 +52,6 @@ VERSION = 1
 INDEX_FILE = "dataset.json"
 STATE_FOLDER = ".pack"
 """What an unfinished ``fastat pack`` keeps inside the set's folder."""
-
-READ_THREADS = min(4, len(os.sched_getaffinity(0)))
-"""Reads of a big batch; preadv and crc32 release the GIL, about 0.1 ms a row together."""
-ROWS_PER_THREAD = 32
-MAX_BUFFERS = 16
-"""Rows of one preadv, few enough to be in the cache still when their CRC is computed."""
 
 
 class ClassInfo(NamedTuple):
@@ -70,6 +78,7 @@ class ShardInfo(NamedTuple):
     bytes: int
     crc32: int
     """Of everything but the waveform, ``row_crc`` included."""
+    codec: str = "pcm16"
 
 
 class ShardRows(NamedTuple):
@@ -81,39 +90,52 @@ class ShardRows(NamedTuple):
     audio_path: NDArray[np.bytes_]  # [N]
     start_seconds: NDArray[np.float64]  # [N]
     row_crc: NDArray[np.uint32]  # [N]
+    flac_offsets: NDArray[np.int64] | None = None  # [N + 1], of a FLAC shard
+
+    def datasets(self) -> dict[str, NDArray[Any]]:
+        """What of this the shard holds, by the datasets' names."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
+    def offsets(self, clip_samples: int) -> NDArray[np.int64]:
+        """Where each row starts behind the first one's start, and the last one ends: [N + 1]."""
+        if self.flac_offsets is not None:
+            return self.flac_offsets
+        return np.arange(len(self.row_crc) + 1, dtype=np.int64) * 2 * clip_samples
 
     def crc32(self) -> int:
         """One checksum over all of it."""
         crc = 0
-        for array in self:
-            crc = zlib.crc32(array.tobytes(), crc)
+        for array in self.datasets().values():
+            crc = zlib_ng.crc32(array, crc)
         return crc
 
 
 SMALL_DTYPES = {
     "num_samples": "<i4", "target": "|u1", "audio_name": "|S", "audio_path": "|S",
-    "start_seconds": "<f8", "row_crc": "<u4",
+    "start_seconds": "<f8", "row_crc": "<u4", "flac_offsets": "<i8",
 }  # fmt: skip
 """As numpy spells them; the width of a name is the longest one's."""
 
-INDEX_ERRORS = (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError)
-"""What a dataset.json raises that is JSON, but not as pack writes it."""
+INDEX_ERRORS = (
+    KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError,
+    MemoryError,
+)  # fmt: skip
+"""What a dataset.json raises that is JSON, but not as pack writes it; the last: of impossibly many
+clips."""
 
 H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
 """What h5py raises on damage; the last two where a group stands in a dataset's place."""
 
 
+def codec_of(shards: Iterable[ShardInfo]) -> str:
+    """What the index of a set of these shards says: their codec, or ``mixed``."""
+    codecs = {info.codec for info in shards}
+    return codecs.pop() if len(codecs) == 1 else "mixed"
+
+
 def shard_file(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:05d}.h5"
-
-
-class _Shard(NamedTuple):
-    path: Path
-    first_row: int
-    offset: int
-    """Of the waveform in the file, bytes."""
-    rows: ShardRows
 
 
 class PackedSet:
@@ -127,12 +149,14 @@ class PackedSet:
     num_clips: int
     clip_samples: int
     codec: str
+    """``pcm16``, ``flac`` or ``mixed``."""
     label_counts: NDArray[np.int64]  # [K]
     stats: dict[str, Stats]
     fingerprint: str
     """Of the content: classes and every row. Equal for equal sets, wherever they lie."""
     num_samples: NDArray[np.int32]  # [N]
     target_bits: NDArray[np.uint8]  # [N, ceil(K / 8)], np.packbits order
+    reader: RowReader
 
     def __init__(self, directory: Path, index: dict[str, Any]) -> None:
         """Use ``open``."""
@@ -146,23 +170,38 @@ class PackedSet:
             name: Stats(s["mean"], s["std"], s["clips"]) for name, s in index["stats"].items()
         }
         self.fingerprint = index["fingerprint"]
-        self._shards: list[_Shard] = []
-        self._fds: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
-        first_row = 0
-        for entry in index["shards"]:
-            info = ShardInfo(**entry)
-            offset, rows = read_shard(directory, info, self.clip_samples, len(self.classes))
-            self._shards.append(_Shard(directory / info.file, first_row, offset, rows))
-            first_row += info.rows
-        if first_row != self.num_clips or not self._shards:
+        self._shards = [ShardInfo(**entry) for entry in index["shards"]]
+        num_rows = sum(info.rows for info in self._shards)
+        if num_rows != self.num_clips or not self._shards:
             raise Failure(
-                f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {first_row}"
+                f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {num_rows}"
             )
-        self._first_rows = np.array([s.first_row for s in self._shards])
-        self.num_samples = np.concatenate([s.rows.num_samples for s in self._shards])
-        self.target_bits = np.concatenate([s.rows.target for s in self._shards])
+        self._first_rows = np.cumsum([0] + [info.rows for info in self._shards[:-1]])
+        self._names: list[NDArray[np.bytes_]] = []
+        self._sources: dict[int, tuple[NDArray[np.bytes_], NDArray[np.float64]]] = {}
+        self.num_samples = np.empty(num_rows, np.int32)
+        self.target_bits = np.empty((num_rows, -(-len(self.classes) // 8)), np.uint8)
+        row_crc = np.empty(num_rows, np.uint32)
+        self._is_flac = np.array([info.codec == "flac" for info in self._shards])
+        spans = None
+        if self._is_flac.any():
+            spans = RowSpans(np.empty(num_rows, np.int64), np.empty(num_rows, np.int32))
+        files: list[RowFile] = []
+        for info, first_row in zip(self._shards, self._first_rows.tolist(), strict=True):
+            offset, rows = read_shard(directory, info, self.clip_samples, len(self.classes))
+            files.append(RowFile(directory / info.file, first_row, offset))
+            place = slice(first_row, first_row + info.rows)
+            self.num_samples[place] = rows.num_samples
+            self.target_bits[place] = rows.target
+            row_crc[place] = rows.row_crc
+            self._names.append(rows.audio_name)
+            if spans is not None:
+                starts = rows.offsets(self.clip_samples)
+                spans.offset[place] = offset + starts[:-1]
+                spans.size[place] = np.diff(starts)
+        self.reader = RowReader(files, row_crc, 2 * self.clip_samples, spans)
+        self._flac: FlacReader | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
@@ -180,7 +219,7 @@ class PackedSet:
         except INDEX_ERRORS as error:
             raise Failure(f"{path}: damaged: {error!r}") from error
         # Sets packed before there was this checksum have none.
-        if "crc32" in index and index["crc32"] != index_crc32(index):
+        if "checksum" in index and index["checksum"] != checksum(index):
             raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
         return packed
 
@@ -189,24 +228,41 @@ class PackedSet:
         bits = np.unpackbits(self.target_bits[rows], axis=1, count=len(self.classes))
         return bits.astype(np.float32)
 
+    def place(self, row: int) -> tuple[Path, int]:
+        """The shard that ``row`` is in, and which of its rows it is."""
+        index = self._shard_of(row)
+        return self.reader.paths[index], row - int(self._first_rows[index])
+
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         """Each row's file, as a path inside the audio folder; clips of one file share it."""
-        found = (self._find(row) for row in np.asarray(rows).tolist())
-        return [os.fsdecode(shard.audio_name[place]) for shard, place in found]
+        names = []
+        for row in np.asarray(rows).tolist():
+            index = self._shard_of(row)
+            names.append(os.fsdecode(self._names[index][row - self._first_rows[index]]))
+        return names
 
     def sources(self, rows: NDArray[np.int64]) -> list[tuple[str, float]]:
-        """Each row's original file (absolute path) and where in it the clip starts, in seconds."""
-        found = (self._find(row) for row in np.asarray(rows).tolist())
-        return [
-            (os.fsdecode(shard.audio_path[place]), float(shard.start_seconds[place]))
-            for shard, place in found
-        ]
-
-    def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
-        """Reads ``rows`` [R], in any order and with repeats, into ``out`` [R, S], in file order.
+        """Each row's original file (absolute path) and where in it the clip starts, in seconds.
 
         Raises:
-            Failure: a row could not be read or differs from its CRC; names shard, row and clip.
+            Failure: its shard was damaged since the set was opened.
+        """
+        sources = []
+        for row in np.asarray(rows).tolist():
+            index = self._shard_of(row)
+            if index not in self._sources:
+                self._sources[index] = self._read_sources(self._shards[index])
+            paths, starts = self._sources[index]
+            place = row - self._first_rows[index]
+            sources.append((os.fsdecode(paths[place]), float(starts[place])))
+        return sources
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> dict[int, str]:
+        """Reads ``rows`` [R], in any order and with repeats, into ``out`` [R, S], in file order.
+
+        Returns:
+            What is wrong with rows that could not be read or differ from their CRC, by their place
+            in ``rows``; ``out`` is undefined there.
         """
         rows = np.asarray(rows)
         if out.shape != (len(rows), self.clip_samples) or out.dtype != np.int16:
@@ -216,77 +272,51 @@ class PackedSet:
             )
         if not out.flags.c_contiguous:
             raise ValueError("out: expected a C-contiguous array")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_clips):
+        if not len(rows):
+            return {}
+        if not (rows.min() >= 0 and rows.max() < self.num_clips):
             raise ValueError(f"rows: expected 0..{self.num_clips - 1}, got {rows.tolist()}")
-        order = np.argsort(rows, kind="stable")
-        parts = min(READ_THREADS, len(rows) // ROWS_PER_THREAD)
-        if parts < 2:
-            self._read_sorted(rows, order, out)
-            return
+        memory = out.data.cast("B")
+        flac = self._is_flac[np.searchsorted(self._first_rows, rows, side="right") - 1]
+        if not flac.any():
+            return self.reader.read(rows, memory)
         with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(READ_THREADS, "fastat-read")
-        jobs = [
-            self._threads.submit(self._read_sorted, rows, part, out)
-            for part in np.array_split(order, parts)
-        ]
-        for job in jobs:
-            job.result()
+            if self._flac is None:
+                self._flac = FlacReader(self.reader, self.num_samples)
+        bad = self._flac.read(rows, np.flatnonzero(flac), out)
+        pcm = np.flatnonzero(~flac)
+        found = self.reader.read(rows[pcm], memory, pcm * self.reader.row_bytes)
+        return bad | {int(pcm[place]): reason for place, reason in found.items()}
+
+    def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
+        """``read``, for those who need every row.
+
+        Raises:
+            Failure: a row could not be read or differs from its CRC; names shard, row and clip.
+        """
+        bad = self.read(rows, out)
+        if bad:
+            place = min(bad)
+            raise Failure(f"{self.describe(int(rows[place]), bad[place])}; pack the set again")
+
+    def describe(self, row: int, reason: str) -> str:
+        """What is wrong with a row, and with which."""
+        path, place = self.place(row)
+        (clip,) = self.names(np.array([row]))
+        return f"{path}: row {place} (clip {clip}) is damaged: {reason}"
 
     def close(self) -> None:
         """Closes the files; reading again opens them again."""
         with self._lock:
-            if self._threads is not None:
-                self._threads.shutdown()
-                self._threads = None
-            for fd in self._fds.values():
-                os.close(fd)
-            self._fds.clear()
+            self._flac = None
+        self.reader.close()
 
-    def _read_sorted(
-        self, rows: NDArray[np.int64], order: NDArray[np.int64], out: NDArray[np.int16]
-    ) -> None:
-        """Reads rows[order] into out[order]; neighbours in the file with one system call."""
-        wanted = rows[order]
-        which = np.searchsorted(self._first_rows, wanted, side="right") - 1
-        breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(which) != 0)) + 1
-        row_bytes = 2 * self.clip_samples
-        for run in np.split(np.arange(len(wanted)), breaks):
-            for start in range(0, len(run), MAX_BUFFERS):
-                part = run[start : start + MAX_BUFFERS]
-                shard_index = int(which[part[0]])
-                shard = self._shards[shard_index]
-                first = int(wanted[part[0]]) - shard.first_row
-                buffers = [memoryview(out[place]).cast("B") for place in order[part]]
-                try:
-                    offset = shard.offset + first * row_bytes
-                    got = _preadv_all(self._fd(shard_index), buffers, offset)
-                except OSError as error:
-                    raise Failure(f"{shard.path}: cannot read: {error.strerror}") from error
-                for j, buffer in enumerate(buffers):
-                    row = first + j
-                    if (j + 1) * row_bytes > got or zlib.crc32(buffer) != shard.rows.row_crc[row]:
-                        clip = os.fsdecode(shard.rows.audio_name[row])
-                        raise Failure(
-                            f"{shard.path}: row {row} (clip {clip}) is damaged: its checksum "
-                            "differs; pack the set again"
-                        )
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self._first_rows, row, side="right")) - 1
 
-    def _fd(self, shard_index: int) -> int:
-        with self._lock:
-            if shard_index not in self._fds:
-                path = self._shards[shard_index].path
-                try:
-                    self._fds[shard_index] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise Failure(f"cannot open {path}: {error.strerror}") from error
-            return self._fds[shard_index]
-
-    def _find(self, row: int) -> tuple[ShardRows, int]:
-        """What is known of a row's shard, and its place there."""
-        index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        shard = self._shards[index]
-        return shard.rows, row - shard.first_row
+    def _read_sources(self, info: ShardInfo) -> tuple[NDArray[np.bytes_], NDArray[np.float64]]:
+        _, rows = read_shard(self.directory, info, self.clip_samples, len(self.classes))
+        return rows.audio_path, rows.start_seconds
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -317,10 +347,10 @@ def read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
-def index_crc32(index: dict[str, Any]) -> int:
-    """Of the content of dataset.json, its own ``crc32`` apart."""
-    content = {key: value for key, value in index.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+def checksum(index: dict[str, Any]) -> str:
+    """Of everything in the index but the checksum itself."""
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_shard(
@@ -339,13 +369,16 @@ def read_shard(
         raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
         with h5py.File(path) as file:
-            waveform = file["waveform"]
+            waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()
-            rows = ShardRows(*(_read_small(file[name], info) for name in ShardRows._fields))
+            names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
+            rows = ShardRows(*(_read_small(file[name], info) for name in names))
     except H5PY_ERRORS as error:
         raise Failure(f"{path}: damaged: {_first_line(error)}") from error
-    expected = ((info.rows, clip_samples), np.dtype(np.int16), None)
+    expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
+    if rows.flac_offsets is not None:
+        expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
     if layout != expected or offset is None:
         raise Failure(f"{path}: damaged: expected waveform {expected}, found {layout}")
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
@@ -360,27 +393,13 @@ def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
     meaning, and no array is larger than its file, whatever the header says.
     """
     kind = SMALL_DTYPES[dataset.name.removeprefix("/")]
-    if not dataset.dtype.str.startswith(kind) or dataset.shape[:1] != (info.rows,):
+    length = info.rows + 1 if dataset.name == "/flac_offsets" else info.rows
+    if not dataset.dtype.str.startswith(kind) or dataset.shape[:1] != (length,):
         raise ValueError(f"{dataset.name}: {dataset.dtype} {dataset.shape}")
     if dataset.nbytes > info.bytes:
         raise ValueError(f"{dataset.name}: {dataset.nbytes:,} bytes")
     array: NDArray[Any] = dataset[()]
     return array
-
-
-def _preadv_all(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """preadv until the buffers are full or the file ends; bytes read."""
-    total, left = 0, list(buffers)
-    while left:
-        count = os.preadv(fd, left, offset + total)
-        if count == 0:
-            break
-        total += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if left:
-            left[0] = left[0][count:]
-    return total
 
 
 def _first_line(error: BaseException) -> str:

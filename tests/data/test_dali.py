@@ -20,6 +20,7 @@ from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
+from tests.conftest import kept
 from tests.reference_features import NEAR_PEAK_DB, TOLERANCE, assert_right
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def dali(packed: PackedSet, feature: str = "logmel64", **options: object) -> Dal
 
 
 def packed_batches(packed: PackedSet, plans: list[StepPlan]) -> list[Batch]:
-    return list(PackedSource(packed, CPU).batches(plans))
+    return [kept(batch) for batch in PackedSource(packed, CPU).batches(plans)]
 
 
 def mixed(packed: PackedSet, step: StepPlan, remove_mean: bool) -> NDArray[np.float64]:

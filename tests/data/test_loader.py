@@ -1,17 +1,24 @@
-"""Batches: rows, partners and targets as planned, ahead of the model, errors passed on."""
+"""Batches: rows, partners and targets as planned, ahead of the model, errors passed on.
 
+Rows that cannot be read are in test_bad_rows.py.
+"""
+
+import os
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fastat.data.loader import Batch, PackedSource, evaluation_plans, prefetch
+from fastat.data import loader, row_reader
+from fastat.data.loader import PREFETCH, Batch, PackedSource, evaluation_plans, prefetch
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from tests.conftest import TinySets
+from tests.conftest import TinySets, kept
 
 CPU = torch.device("cpu")
 
@@ -121,8 +128,99 @@ def test_prefetch_ends_with_its_consumer() -> None:
 def test_order_of_reading_changes_nothing(packed: PackedSet) -> None:
     s = sampler(packed)
     plans: list[StepPlan] = [s.plan(0, i) for i in range(4)]
-    forward = list(PackedSource(packed, CPU).batches(plans))
-    backward = list(PackedSource(packed, CPU).batches(plans[::-1]))[::-1]
+    forward = [kept(b) for b in PackedSource(packed, CPU).batches(plans)]
+    backward = [kept(b) for b in PackedSource(packed, CPU).batches(plans[::-1])][::-1]
     for a, b in zip(forward, backward, strict=True):
         assert a.waveform is not None and b.waveform is not None
         assert torch.equal(a.waveform, b.waveform) and torch.equal(a.target, b.target)
+
+
+def test_a_batch_is_whole_until_the_next_in_memory_used_again(packed: PackedSet) -> None:
+    s = sampler(packed)
+    plans = [s.plan(e, i) for e in range(3) for i in range(4)]
+    pieces: set[int] = set()
+    for plan, batch in zip(plans, PackedSource(packed, CPU).batches(plans), strict=True):
+        time.sleep(0.01)  # the loader gets as far ahead as it can
+        rows = np.concatenate([plan.rows, plan.partners])
+        want = np.empty((len(rows), packed.clip_samples), np.int16)
+        packed.read_rows(rows, want)
+        assert batch.waveform is not None
+        assert np.array_equal(batch.waveform.numpy(), want)
+        if len(pieces) < PREFETCH + 2:  # later, one may have been too small
+            pieces.add(batch.waveform.data_ptr())
+    assert len(pieces) == PREFETCH + 2
+
+
+@pytest.mark.parametrize("window", [0, 24])
+def test_a_disk_hears_of_every_row_before_it_is_read(
+    packed: PackedSet, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(loader, "ADVISED_ROWS", 12)
+    calls: list[tuple[str, int, int]] = []
+    blocks = count()
+    usage = SimpleNamespace(getrusage=lambda _: SimpleNamespace(ru_inblock=next(blocks)))
+    monkeypatch.setattr(row_reader, "resource", SimpleNamespace(RUSAGE_SELF=0, **vars(usage)))
+    advise, read = os.posix_fadvise, os.preadv
+
+    def noted_advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append(("advise", offset, length))
+        advise(fd, offset, length, advice)
+
+    def noted_read(fd: int, buffers: tuple[memoryview], offset: int) -> int:
+        calls.append(("read", offset, len(buffers[0])))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted_advise)
+    monkeypatch.setattr(os, "preadv", noted_read)
+    s = Sampler(packed.num_clips, 4, seed=3, num_frames=40, num_mels=64, mixup=1.0, window=window)
+    plans = [s.plan(0, i) for i in range(s.steps_per_epoch)]
+    for _ in PackedSource(packed, CPU, sampler=s).batches(plans):
+        pass
+    announced: set[int] = set()
+    together: list[list[int]] = [[]]  # offsets advised between two batches
+    num_reads = 0
+    for kind, offset, length in calls:
+        if kind == "advise":
+            announced.update(range(offset, offset + length, 2 * packed.clip_samples))
+            together[-1].append(offset)
+        else:
+            num_reads += 1
+            assert offset in announced
+            if together[-1]:
+                together.append([])
+    assert num_reads == sum(len(plan.rows) + len(plan.partners) for plan in plans)
+    assert len(together) > 4, "the rows of later steps are announced between the batches"
+    # The first step's come at once, before the first part of those behind it.
+    assert all(offsets == sorted(offsets) for offsets in together[1:])
+
+
+def test_a_warm_set_is_not_announced(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(ru_inblock=7)
+    quiet = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: usage)
+    monkeypatch.setattr(row_reader, "resource", quiet)
+    packed.reader.advise(np.array([0, 1]))
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: advised.append(call[1]))
+    packed.reader.advise(np.array([5, 6]))
+    assert not advised
+    usage.ru_inblock += 8  # another row came from the disk
+    packed.reader.advise(np.array([5, 6, 9]))
+    assert len(advised) == 2, "neighbours are one request"
+
+
+def test_many_shards_raise_the_limit_on_open_files(
+    packed: PackedSet,
+) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = [row_reader.RowFile(packed.reader.paths[0], i, 0) for i in range(100)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        row_reader.RowReader(files[:10], np.zeros(10, np.uint32), 2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 256
+        row_reader.RowReader(files, np.zeros(100, np.uint32), 2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == limits[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -187,7 +187,7 @@ def test_ast_data_file(tmp_path: Path) -> None:
         ("t.json", "{", "not JSON"),
         ("t.json", '{"clips": []}', 'no list "data"'),
         ("t.json", '{"data": [{"wav": 3}]}', "clip 1: expected"),
-        ("t.h5", "x", "cannot be packed yet"),
+        ("t.h5", "x", "--labels CSV or --classes-from SET names them"),
         ("t.csv", "\x00\udcff\udcfe", "not text"),
     ],
 )

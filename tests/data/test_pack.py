@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fastat.data import pack as pack_module
 from fastat.data.pack import pack
+from fastat.data.pack_state import PackState
 from fastat.data.shards import PackedSet, Stats
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
@@ -196,7 +197,7 @@ def kill_and_resume(table: Path, out: Path, step: int, undisturbed: Path) -> int
 def test_killed_and_resumed(
     table: Path, undisturbed: Path, tmp_path: Path, step: int, kept: int
 ) -> None:
-    rows = len(PackedSet.open(undisturbed)._shards[0].rows.row_crc)
+    rows = PackedSet.open(undisturbed)._shards[0].rows
     resumed = kill_and_resume(table, tmp_path / "set", step, undisturbed)
     assert resumed == (rows if kept == 10 else kept)
 
@@ -207,6 +208,24 @@ def test_killed_at_every_third_step(
     table: Path, undisturbed: Path, tmp_path: Path, step: int
 ) -> None:
     kill_and_resume(table, tmp_path / "set", step, undisturbed)
+
+
+def test_a_bad_file_behind_the_last_clip_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when all shards are finished, but the set is not."""
+    table = write_table(tmp_path, 6)
+    (tmp_path / "audio" / "0005.flac").write_bytes(b"")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PackState, "finish", stop)
+        pack(table, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=0.5)
+    summary = pack(table, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=0.5)
+    assert (summary.resumed_clips, summary.clips, summary.bad) == (5, 5, 1)
+    assert len(bad_lines(tmp_path / "set")) == 1
 
 
 def test_killed_in_the_middle_leaves_no_process(
@@ -495,7 +514,7 @@ def test_holdout_looks_at_both_folders_first(table: Path, tmp_path: Path) -> Non
 
 def test_wrong_options(table: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"codec": "flac"}, "--codec: expected pcm16, got flac"),
+        ({"codec": "mp3"}, "--codec: expected pcm16 or flac, got mp3"),
         ({"clip_seconds": 0.0}, "--clip-seconds: expected 0.1 to"),
         ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to"),
         ({"clip_seconds": 1e6}, "--clip-seconds: expected 0.1 to"),

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fastat.data.pack import pack
-from fastat.data.shards import ROWS_PER_THREAD, PackedSet
+from fastat.data.row_reader import ROWS_PER_JOB
+from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from tests.data.audio import write_table
 
@@ -61,7 +62,7 @@ def test_rows_equal_h5py(made: Path) -> None:
     rng = np.random.default_rng(0)
     for rows in (
         np.arange(150),
-        rng.integers(0, 150, 4 * ROWS_PER_THREAD),  # repeats, threads
+        rng.integers(0, 150, 4 * ROWS_PER_JOB),  # repeats, threads
         np.array([149, 0, 66, 67, 65]),
         np.array([], np.int64),
     ):
@@ -218,6 +219,16 @@ def test_not_a_packed_set(copy: Path, tmp_path: Path) -> None:
             PackedSet.open(copy)
     (copy / "dataset.json").write_text('{"format": "fastat packed set", "version": 1}')
     with pytest.raises(Failure, match="dataset.json: damaged"):
+        PackedSet.open(copy)
+
+
+@pytest.mark.parametrize("rows", [-50, 10**18])
+def test_an_impossible_number_of_rows_is_damage(copy: Path, rows: int) -> None:
+    index = json.loads((copy / "dataset.json").read_text())
+    index["clips"] += rows - index["shards"][0]["rows"]
+    index["shards"][0]["rows"] = rows
+    (copy / "dataset.json").write_text(json.dumps(index))
+    with pytest.raises(Failure, match="damaged"):
         PackedSet.open(copy)
 
 
