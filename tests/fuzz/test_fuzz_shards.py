@@ -20,11 +20,12 @@ NUM_CASES = 500
 SHARD = "shard-00000.h5"
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["pcm16", "flac"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight clips of a tenth of a second: most of the shard is structure, not samples."""
     folder = tmp_path_factory.mktemp("shards")
-    pack(write_table(folder, 8, seconds=0.1), folder / "set", clip_seconds=0.1, workers=1)
+    table = write_table(folder, 8, seconds=0.1)
+    pack(table, folder / "set", clip_seconds=0.1, codec=request.param, workers=1)
     return folder / "set"
 
 
@@ -61,7 +62,7 @@ def check_shards(packed: Path, folder: Path, numbers: range) -> None:
     original = contents(packed)
     data = (packed / SHARD).read_bytes()
     with h5py.File(packed / SHARD) as file:
-        waveform = file["waveform"]
+        waveform = file["waveform" if "waveform" in file else "flac_bytes"]
         own = outside_the_waveform(waveform.id.get_offset(), waveform.nbytes)
     copy = Path(shutil.copytree(packed, folder / "set"))
     index = json.loads((packed / INDEX_FILE).read_text())
