@@ -183,15 +183,21 @@ def save_weights(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
 
 def write_model(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
     """Writes weights and ``model.json``, with the checksums of all that ``folder`` holds."""
-    weights, description = folder / WEIGHTS_FILE, folder / META_FILE
-    description.touch()
-    save_file({k: v.contiguous() for k, v in state.items()}, weights)
-    shutil.copymode(description, weights)  # safetensors makes its files for their owner alone
+    save_tensors({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
     document = {"format": FORMAT, "version": VERSION, **asdict(meta)}
-    files = sorted(path.name for path in folder.iterdir() if path != description)
-    sums = {name: _file_checksum(folder / name) for name in files}
+    sums = {path.name: _file_checksum(path) for path in sorted(folder.iterdir())}
     sums[META_FILE] = _document_checksum(document)
-    description.write_text(json.dumps({**document, "checksums": sums}, indent=1))
+    (folder / META_FILE).write_text(json.dumps({**document, "checksums": sums}, indent=1))
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """safetensors' ``save_file``, which makes files for their owner alone; these heed the umask."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _file_checksum(path: Path) -> str:

@@ -23,12 +23,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastat.atomic import atomic_path
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, step_name, write_model
+from fastat.checkpoint import (
+    ModelMeta,
+    build_frontend,
+    load_model,
+    save_tensors,
+    step_name,
+    write_model,
+)
 from fastat.data.loader import Batch, Source
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
@@ -179,7 +186,7 @@ class Recorder:
             temporary.mkdir()
             with (temporary / "clips.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([CLIPS_HEADER, *lines])
-            save_file(_tensors(batch), temporary / BATCH_FILE)
+            save_tensors(_tensors(batch), temporary / BATCH_FILE)
             write_model(temporary, self.model.state_dict(), meta)
             (temporary / "README.txt").write_text(readme)
         return [clip for clip, (_, loss) in zip(clips, verdicts, strict=True) if not loss]

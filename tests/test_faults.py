@@ -155,6 +155,7 @@ def test_a_best_that_was_not_written_is_not_the_best(
 
     def scored(*args: Any, **options: Any) -> evaluate.Evaluation:
         result = evaluate.evaluate(*args, **options)
+        assert result is not None
         object.__setattr__(result.metrics, "mAP", next(scores))
         return result
 
@@ -240,13 +241,14 @@ def test_the_second_run_is_one_line_and_no_mark_on_the_first(
 @pytest.mark.full
 def test_a_killed_run_lets_the_next_one_in(tiny_sets: TinySets, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(*arguments(tiny_sets, out, "--set", "checkpoint_every_steps=1"))
+    every = ("--set", "checkpoint_every_steps=1", "--epochs", 1000)
+    process = start(*arguments(tiny_sets, out, *every))
     wait_for_step(process, out, 1)
-    done = fastat(*arguments(tiny_sets, out, "--resume"), code=2)
+    done = fastat("train", "--resume", "--out", out, code=2)
     assert "another training is running" in one_line(done)
     process.kill()
     process.wait()
-    fastat(*arguments(tiny_sets, out, "--resume"))
+    fastat("train", "--resume", "--out", out, "--set", "steps=2")
 
 
 # ------------------------------------------------------------------------------- pre-emption

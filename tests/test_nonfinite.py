@@ -50,7 +50,7 @@ def test_an_infinite_feature_stops_the_run_and_names_the_clip(
         run.run_epochs()
     folder = tmp_path / "run" / "nonfinite" / "step-00000006"
     plan = run.sampler.plan(1, 1)
-    clips, partners = run.train_set.names(plan.rows), run.train_set.names(plan.partners)
+    clips, partners = run.data.train_set.names(plan.rows), run.data.train_set.names(plan.partners)
     assert f"(kept in {folder}: alone not finite: {clips[2]})" in str(error.value)
     with (folder / "clips.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -67,6 +67,7 @@ def test_an_infinite_feature_stops_the_run_and_names_the_clip(
     weights = load_model(folder)[0].state_dict()
     assert all(torch.isfinite(x).all() for x in weights.values()), "BatchNorm's statistics too"
     assert str(folder) in (folder / "README.txt").read_text()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "as the umask says"
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def kept(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     log_mel[3] = torch.inf
     batch = Batch(batch.rows, batch.target, batch.num_samples, batch.augment, log_mel=log_mel)
     folder = run.run / "nonfinite" / "step-00000001"
-    assert run.recorder.write(folder, plan, batch) == [run.train_set.names(plan.rows)[3]]
+    assert run.recorder.write(folder, plan, batch) == [run.data.train_set.names(plan.rows)[3]]
     return folder
 
 

@@ -79,9 +79,9 @@ def append(
 
     Classes, clip length and segments are the set's; given, they must be the same. ``codec`` is that
     of the further shards, by default the last one's. A label that the set does not know makes a
-    file bad. ``max_bad`` is the share of the files that are
-    new. Nothing new changes nothing. Until all is packed the set stays as it is; a killed command
-    goes on when it is run again, and with ``part`` several share the work.
+    file bad. ``max_bad`` is the share of the files that are new. Nothing new changes nothing. Until
+    all is packed the set stays as it is; a killed command goes on when it is run again, and with
+    ``part`` several share the work.
 
     Raises:
         UserError: a wrong argument, table or folder, or too many bad files.

@@ -24,9 +24,10 @@ every row against ``row_crc``. Rows are read with preadv: a shard cut short unde
 kill the process, under preadv it is an error.
 
 Of what opening reads, labels, lengths, CRCs and names stay in memory: about a hundred bytes a clip
-with 527 classes. A shard's ``audio_path`` and ``start_seconds``, which only ``sources`` needs, are
-read again when it is asked for. The names stay because a shard that was cut short loses everything
-behind its waveform, and its damaged clips are to be named still.
+with 527 classes, and twelve more where there are FLAC shards. A shard's ``audio_path`` and
+``start_seconds``, which only ``sources`` needs, are read again when it is asked for. The names stay
+because a shard that was cut short loses everything behind its waveform, and its damaged clips are
+to be named still.
 """
 
 import hashlib

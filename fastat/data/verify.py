@@ -164,7 +164,7 @@ def _pieces(shard: int, ends: NDArray[np.int64]) -> Iterator[_Piece]:
     first, num_rows = 0, len(ends) - 1
     while first < num_rows:
         fitting = int(np.searchsorted(ends, ends[first] + READ_BYTES, side="right")) - 1
-        last = min(max(fitting, first + 1), num_rows)
+        last = max(fitting, first + 1)
         yield _Piece(shard, first, last)
         first = last
 

@@ -190,6 +190,30 @@ def test_repaired_files_are_packed(tmp_path: Path) -> None:
     assert files(tmp_path / "set") == before and len(before) == 4
 
 
+def test_killed_while_a_file_is_bad_once_more(tmp_path: Path) -> None:
+    """The set stays the same but for bad.csv; the next append must not find a leftover."""
+    table = write_table(tmp_path, 4)
+    bad = tmp_path / "audio" / "0002.wav"
+    bad.write_bytes(b"")
+    pack(table, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=0.5)
+    bad.write_bytes(b"RIF")
+    append(table, tmp_path / "set", workers=1, max_bad=1.0)
+    bad.write_bytes(b"RIFF")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_parts, "_merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            append(table, tmp_path / "set", workers=1, max_bad=1.0)
+    step, killed = 0, True
+    while killed:
+        step += 1
+        out = Path(shutil.copytree(tmp_path / "set", tmp_path / str(step)))
+        killed = killed_at(step, partial(append, table, out, workers=1, max_bad=1.0))
+        append(table, out, workers=1, max_bad=1.0)
+        assert set(files(out)) == {"bad.csv", "dataset.json", "shard-00000.h5"}, step
+        assert "unreadable" in (out / "bad.csv").read_text()
+    assert step > 6
+
+
 def test_segments_and_labels_are_the_sets(tmp_path: Path) -> None:
     for name, seconds in (("one", 1.7), ("two", 2.6)):
         (tmp_path / name / "x").mkdir(parents=True)
