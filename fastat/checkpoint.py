@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import shutil
+import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ from fastat.models.base import TaggingModel
 FORMAT = "fastat-checkpoint"
 VERSION = 1
 WEIGHTS_FILE, META_FILE, TRAINER_FILE = "model.safetensors", "model.json", "trainer.pt"
+MAX_CLIP_SECONDS = 3600
+
+TORCH_LOAD_ERRORS = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, ArithmeticError, struct.error,
+)  # fmt: skip
+"""What torch.load raises on damage: its archive is a program for a small machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,14 @@ class ModelMeta:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value) or (value <= 0 and name != "mean"):
                 raise ValueError(f"{name} must be finite and positive, got {value}")
+        if self.clip_seconds > MAX_CLIP_SECONDS:
+            raise ValueError(f"clip_seconds must be at most {MAX_CLIP_SECONDS}")
+        for c in self.classes:
+            if not isinstance(c.id, str) or not isinstance(c.name, str):
+                raise TypeError(f"expected a class's id and name, got {c}")
+        for name in ("remove_mean", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("num_mels", "num_frames"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
@@ -274,8 +290,17 @@ def load_meta(checkpoint: Path) -> ModelMeta:
         document["classes"] = tuple(ClassInfo(*c) for c in document["classes"])
         if document["feature"] not in FEATURES:
             raise Failure(f"{path}: unknown feature {document['feature']!r}")
-        return ModelMeta(**document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        meta, spec = ModelMeta(**document), FEATURES[document["feature"]]
+        frames = spec.num_frames(meta.clip_samples)
+        if (meta.num_mels, meta.num_frames) != (spec.num_mels, frames):
+            raise ValueError(
+                f"clips of {meta.clip_seconds:g} s are {spec.num_mels} x {frames} of {spec.name}, "
+                f"not {meta.num_mels} x {meta.num_frames}"
+            )
+        return meta
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise Failure(f"{path} is damaged: {error!r}") from error
 
 
@@ -341,9 +366,34 @@ def load_model(
     """
     checkpoint = find_checkpoint(path)
     meta = load_meta(checkpoint)
+    _check_sizes(meta, checkpoint)
     model = meta.create()
     load_weights(model, checkpoint)
     return model.to(device).eval(), meta
+
+
+def _check_sizes(meta: ModelMeta, checkpoint: Path) -> None:
+    """Raises Failure unless the weights' file holds the model that model.json describes.
+
+    Nothing is allocated for the model: a digit too many in model.json would take all memory.
+    """
+    path = checkpoint / "model.json"
+    try:
+        with torch.device("meta"):
+            expected = {name: x.shape for name, x in meta.create().state_dict().items()}
+    except (UserError, RuntimeError, TypeError, ArithmeticError) as error:
+        raise Failure(f"{path} is damaged: {error}") from error
+    found = {name: x.shape for name, x in read_weights(checkpoint).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise Failure(
+                f"{checkpoint / 'model.safetensors'} does not fit its model.json: expected {name} "
+                f"of shape {_shape(expected.get(name))}, found {_shape(found.get(name))}"
+            )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -360,8 +410,8 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged, or carries more than tensors and plain values: refused"
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise Failure(f"{path} cannot be read: {error}") from error
+    except TORCH_LOAD_ERRORS as error:
+        raise Failure(f"{path} cannot be read: {error!r}") from error
     _check_file(path)
     return state
 

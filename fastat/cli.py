@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastat.errors import Failure, RankZeroFailed, UserError
+from fastat.errors import Failure, RankZeroFailed, UserError, one_line
 
 app = typer.Typer(
     name="fastat",
@@ -54,7 +54,7 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")  # of torchrun
     who = "fastat" if rank == "0" else f"fastat, rank {rank}"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{who}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

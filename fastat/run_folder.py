@@ -127,8 +127,11 @@ def drop_metrics(run: Path, keep_epochs: int) -> None:
     metrics = run / "metrics.jsonl"
     if metrics.exists():
         # A power cut may have left part of a line.
-        lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
-        kept = [x for x in lines if json.loads(x)["epoch"] <= keep_epochs]
+        try:
+            lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
+            kept = [x for x in lines if json.loads(x)["epoch"] <= keep_epochs]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Failure(f"{metrics} is damaged: {error!r}; remove that line") from error
         atomic_write_text(metrics, "".join(x + "\n" for x in kept))
 
 

@@ -189,6 +189,50 @@ def test_no_checkpoint_there(tmp_path: Path, name: str) -> None:
         load_model(tmp_path / name)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("options", {**META.options, "embedding": 10**9}),
+        ("options", {**META.options, "num_layers": 10**9}),
+        ("options", {**META.options, "embedding": 10**30}),
+        ("num_frames", 10**9),
+        ("num_mels", 10**9),
+        ("clip_seconds", 1e308),
+        ("clip_seconds", 10**400),
+        ("classes", [[1, 2]]),
+        ("model", "x" * 10_000),
+    ],
+)
+def test_absurd_sizes_take_no_memory(run: Path, key: str, value: object) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(Failure, match="model.json"):
+        load_model(run)
+
+
+def test_json_that_python_does_not_read(run: Path) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    for text in ("[" * 100_000, "9" * 10_000):
+        path.write_text(text)
+        with pytest.raises(Failure, match="model.json is damaged"):
+            load_model(run)
+
+
+def test_any_damage_of_the_trainers_state_is_one_error(run: Path) -> None:
+    path = run / "checkpoints" / "last" / "trainer.pt"
+    data = path.read_bytes()
+    start = data.index(b"step")
+    raised: set[type[Exception]] = set()
+    for place in range(start - 40, start + 20):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            load_trainer_state(path.parent)
+        except (UserError, Failure) as error:
+            raised.add(type(error))
+    assert Failure in raised
+
+
 # ------------------------------------------------------------------------- damage, going back
 FILES = ("model.safetensors", "model.json", "trainer.pt")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
-from fastat.data.audio_folder import AudioFolder, is_audio_name
+from fastat.data.audio_folder import AudioFolder, is_audio_name, walk
 from fastat.data.classes import ClassList
 from fastat.data.decode import Reason
 from fastat.data.hdf5_source import SUFFIXES, read_rows
@@ -304,7 +304,7 @@ def _read_ast(source: Path, text: str, audio: Path | None, group_by: str | None)
     expected = 'expected {"data": [{"wav": ..., "labels": "/m/..,/m/.."}]}'
     try:
         document: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     data = document.get("data") if isinstance(document, dict) else None
     if not isinstance(data, list):
@@ -343,7 +343,7 @@ def _read_folder(source: Path, audio: Path | None, group_by: str | None) -> Tabl
 
 def _walk(root: str) -> Iterable[str]:
     """Audio files under ``root``, by their path inside it, links to folders followed."""
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if is_audio_name(name):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastat.data.pack_plan import Plan
 from fastat.data.pack_state import FinishedShard
 from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, codec_of
+from fastat.data.shards import checksum as checksum
 from fastat.errors import UserError
 from fastat.features import FEATURES
 
@@ -83,12 +84,6 @@ def fingerprint(index: dict[str, Any]) -> str:
     """Of the content: classes and, by the shards' checksums, every row."""
     content = {name: index[name] for name in ("classes", "clip_samples", "shards")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def checksum(index: dict[str, Any]) -> str:
-    """Of everything in the index but the checksum itself."""
-    rest = {name: value for name, value in index.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _stats(plan: Plan, shards: Sequence[FinishedShard], feature: str) -> dict[str, float]:

@@ -117,10 +117,13 @@ def standing(directory: Path, claim: Claim) -> Standing:
 
 def read_claim(directory: Path) -> Claim | None:
     """Who packs into the folder; None for nobody."""
+    path = directory / STATE_FOLDER / STATE_FILE
     try:
-        return Claim(**json.loads((directory / STATE_FOLDER / STATE_FILE).read_text("utf-8")))
+        return Claim(**json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete {directory}") from error
 
 
 class PackState:

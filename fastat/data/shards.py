@@ -30,6 +30,7 @@ because a shard that was cut short loses everything behind its waveform, and its
 to be named still.
 """
 
+import hashlib
 import json
 import os
 import threading
@@ -108,6 +109,23 @@ class ShardRows(NamedTuple):
         for array in self.datasets().values():
             crc = zlib_ng.crc32(array, crc)
         return crc
+
+
+SMALL_DTYPES = {
+    "num_samples": "<i4", "target": "|u1", "audio_name": "|S", "audio_path": "|S",
+    "start_seconds": "<f8", "row_crc": "<u4", "flac_offsets": "<i8",
+}  # fmt: skip
+"""As numpy spells them; the width of a name is the longest one's."""
+
+INDEX_ERRORS = (
+    KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError,
+    MemoryError,
+)  # fmt: skip
+"""What a dataset.json raises that is JSON, but not as pack writes it; the last: of impossibly many
+clips."""
+
+H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
+"""What h5py raises on damage; the last two where a group stands in a dataset's place."""
 
 
 def codec_of(shards: Iterable[ShardInfo]) -> str:
@@ -196,11 +214,15 @@ class PackedSet:
         """
         directory = Path(directory)
         index = read_index(directory)
+        path = directory / INDEX_FILE
         try:
-            return cls(directory, index)
-        # JSON, but not as pack writes it; MemoryError: of impossibly many clips.
-        except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
-            raise Failure(f"{directory / INDEX_FILE}: damaged: {error!r}") from error
+            packed = cls(directory, index)
+        except INDEX_ERRORS as error:
+            raise Failure(f"{path}: damaged: {error!r}") from error
+        # Sets packed before there was this checksum have none.
+        if "checksum" in index and index["checksum"] != checksum(index):
+            raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
+        return packed
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Labels of ``rows`` [R] as zeros and ones, [R, K]."""
@@ -315,7 +337,7 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: expected a packed set (fastat pack), found no {INDEX_FILE}")
     try:
         index = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected the index of a packed set, got no JSON ({error})"
         ) from None
@@ -324,6 +346,12 @@ def read_index(directory: Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
     return index
+
+
+def checksum(index: dict[str, Any]) -> str:
+    """Of everything in the index but the checksum itself."""
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_shard(
@@ -346,8 +374,8 @@ def read_shard(
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()
             names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
-            rows = ShardRows(*(file[name][()] for name in names))
-    except (OSError, KeyError, RuntimeError, ValueError) as error:  # what h5py raises on damage
+            rows = ShardRows(*(_read_small(file[name], info) for name in names))
+    except H5PY_ERRORS as error:
         raise Failure(f"{path}: damaged: {_first_line(error)}") from error
     expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
     if rows.flac_offsets is not None:
@@ -357,6 +385,22 @@ def read_shard(
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
         raise Failure(f"{path}: damaged: the checksum of its labels and names differs")
     return offset, rows
+
+
+def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
+    """A dataset beside the waveform.
+
+    Its header is checked first: the checksum is of bytes, to which another dtype would give another
+    meaning, and no array is larger than its file, whatever the header says.
+    """
+    kind = SMALL_DTYPES[dataset.name.removeprefix("/")]
+    length = info.rows + 1 if dataset.name == "/flac_offsets" else info.rows
+    if not dataset.dtype.str.startswith(kind) or dataset.shape[:1] != (length,):
+        raise ValueError(f"{dataset.name}: {dataset.dtype} {dataset.shape}")
+    if dataset.nbytes > info.bytes:
+        raise ValueError(f"{dataset.name}: {dataset.nbytes:,} bytes")
+    array: NDArray[Any] = dataset[()]
+    return array
 
 
 def _first_line(error: BaseException) -> str:

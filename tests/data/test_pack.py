@@ -564,3 +564,32 @@ except Failure as failure:
     done = run_python(code, table, tmp_path / "set")
     assert "Failure: a worker process ended with exit code -9" in done.stdout, done.stderr
     assert not (tmp_path / "set").exists()
+
+
+def test_names_with_any_bytes(tmp_path: Path) -> None:
+    """A name may hold a line end, or bytes that are no text; so may a bad file's."""
+    folder = tmp_path / "sounds"
+    (folder / "a").mkdir(parents=True)
+    good = os.fsdecode(b"two\nlines \xff.wav")
+    sf.write(os.fsencode(folder / "a" / good), noise(0.5, 16_000, 0), 16_000)
+    (folder / "a" / f"bad {good}").write_text("no audio")
+    summary = pack(folder, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=1)
+    assert (summary.clips, summary.bad) == (1, 1)
+    packed = PackedSet.open(tmp_path / "set")
+    assert packed.names(np.array([0])) == [f"a/{good}"]
+    packed.close()
+    with (tmp_path / "set" / "bad.csv").open(
+        newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        (line,) = csv.DictReader(file)
+    assert line["path"] == str(folder / "a" / f"bad {good}")
+
+
+def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 2)
+    for text in ("not json", "[]", "[" * 100_000, "{}"):
+        state = tmp_path / "set" / ".pack"
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json: damaged"):
+            pack(table, tmp_path / "set", clip_seconds=0.5, workers=1)
