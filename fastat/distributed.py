@@ -105,7 +105,7 @@ class Ranks:
             x /= self.size
         return x
 
-    def parallel(self, model: nn.Module, gradient_dtype: str) -> nn.Module:
+    def parallel(self, model: nn.Module, gradient_dtype: str, accumulate: int) -> nn.Module:
         """``model``, its weights those of rank 0, its gradients averaged over the ranks.
 
         Buckets of gradients are exchanged while the backward pass goes on, in bfloat16 if asked.
@@ -116,7 +116,7 @@ class Ranks:
             model,
             process_group=self.device_group,
             gradient_as_bucket_view=True,
-            static_graph=True,
+            static_graph=accumulate == 1,  # torch's cannot begin with a backward pass alone
         )
         if gradient_dtype == "bfloat16":
             ddp.register_comm_hook(self.device_group, bf16_compress_hook)

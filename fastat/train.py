@@ -136,7 +136,7 @@ class Trainer:
             self.notes.append(note)
         if config.sync_batchnorm and self.ranks.device_group is not None:
             synchronise_batchnorm(self.raw_model, self.ranks.device_group)
-        self.model = self.ranks.parallel(self.raw_model, config.gradient_dtype)
+        self.model = self.ranks.parallel(self.raw_model, config.gradient_dtype, config.accumulate)
         if config.compile:
             self.model = cast(nn.Module, torch.compile(self.model))
         self.eval_model = self.model
@@ -157,6 +157,7 @@ class Trainer:
         self.progress = Progress()
         self.pending: deque[tuple[int, Tensor]] = deque()
         self.vote = Vote(self.ranks)
+        self.stop = StopSignals()
         self.guard = nonfinite.BufferGuard(self.raw_model)
         source = self.data.source
         if self.ranks.size > 1:  # which gives this rank its part of a step alone
@@ -234,7 +235,6 @@ class Trainer:
         metrics = None
         self.due = Due(self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes)
         with ExitStack() as stack:
-            self.stop = StopSignals()
             if self.ranks.first:
                 stack.enter_context(self.lock)
             stack.enter_context(self.stop)
