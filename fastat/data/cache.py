@@ -264,12 +264,15 @@ class CachedSource:
         return Batch(rows, torch.empty(len(rows), 0), num_samples, None, waveform)
 
     def _check_bad(self) -> None:
-        if len(self.bad) > self.max_bad * self.packed.num_clips:
-            raise Failure(
-                f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
-                f"--max-bad {self.max_bad:g}; the last: "
-                f"{self.packed.describe(*list(self.bad.items())[-1])}; pack the set again"
-            )
+        if len(self.bad) <= self.max_bad * self.packed.num_clips:
+            return
+        last = f"{self.packed.describe(*list(self.bad.items())[-1])}; pack the set again"
+        if self.max_bad == 0:
+            raise Failure(last)
+        raise Failure(
+            f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
+            f"--max-bad {self.max_bad:g}; the last: {last}"
+        )
 
     def _too_little(self, place: str, dtype: str) -> str:
         """What does not fit, and what would; empty where it fits."""

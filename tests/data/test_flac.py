@@ -26,7 +26,7 @@ from fastat.data import flac
 from fastat.data.loader import PackedSource
 from fastat.data.pack import pack
 from fastat.data.sampler import Sampler
-from fastat.data.shards import PackedSet, ShardInfo, ShardRows, codec_of
+from fastat.data.shards import PackedSet, ShardInfo, ShardRows, checksum, codec_of
 from fastat.errors import Failure, UserError
 from tests.conftest import TinySets
 from tests.data.audio import write_table
@@ -48,6 +48,11 @@ def hard_cases() -> dict[str, NDArray[np.int16]]:
         "square": np.where(np.arange(SAMPLES) % 100 < 50, 32767, -32768).astype(np.int16),
         "constant": np.full(SAMPLES, 1234, np.int16),
     }
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    """A dataset.json that is not damaged, whatever it says."""
+    (directory / "dataset.json").write_text(json.dumps(index | {"checksum": checksum(index)}))
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +170,7 @@ def mixed(made: dict[str, Path], tmp_path: Path) -> Path:
     index = indexes[0] | {"clips": clips, "codec": codec_of(shards)}
     entries = [info._asdict() for info in shards]
     del entries[0]["codec"]  # as before there was another
-    (out / "dataset.json").write_text(json.dumps(index | {"shards": entries}))
+    write_index(out, index | {"shards": entries})
     return out
 
 
@@ -279,7 +284,7 @@ def rewrite(copy: Path, change: Callable[[h5py.File], None]) -> None:
         rows = ShardRows(*(file[name][()] for name in ShardRows._fields))
     index = json.loads((copy / "dataset.json").read_text())
     index["shards"][0] |= {"crc32": rows.crc32(), "bytes": path.stat().st_size}
-    (copy / "dataset.json").write_text(json.dumps(index))
+    write_index(copy, index)
 
 
 def test_a_row_of_another_length(copy: Path) -> None:
@@ -331,7 +336,7 @@ def test_damage_outside_the_rows_shows_at_opening(
         change(file)
     index = json.loads((copy / "dataset.json").read_text())
     index["shards"][0]["bytes"] = path.stat().st_size
-    (copy / "dataset.json").write_text(json.dumps(index))
+    write_index(copy, index)
     with pytest.raises(Failure, match=r"shard-00000\.h5: damaged") as caught:
         PackedSet.open(copy)
     assert "\n" not in str(caught.value)
