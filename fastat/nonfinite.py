@@ -140,8 +140,8 @@ class Recorder:
 
     def clips(self, step: int) -> str:
         """The names of the step's clips and of what is mixed into them."""
-        plan = self._plan(step)
-        clips, partners = self.packed.names(plan.rows), self.packed.names(plan.partners)
+        batch = next(iter(self.source.batches([self._plan(step)])))  # a damaged clip is replaced
+        clips, partners = self.packed.names(batch.rows), self.packed.names(batch.partners)
         mixed = f"; mixed in: {', '.join(partners)}" if partners else ""
         return f"Its clips: {', '.join(clips)}{mixed}"
 
@@ -168,14 +168,14 @@ class Recorder:
         Raises:
             OSError, SafetensorError: it cannot be written; nothing is left of it.
         """
-        clips, partners = self.packed.names(plan.rows), self.packed.names(plan.partners)
+        clips, partners = self.packed.names(batch.rows), self.packed.names(batch.partners)
         context = autocast(batch.target.device, self.precision)
         verdicts = finite_alone(self.model, batch.features(self.frontend), batch.target, context)
         mixed = {int(i): m for m, i in enumerate(plan.mix_into)}
         lines: list[list[object]] = []
-        for i, (row, clip, verdict) in enumerate(zip(plan.rows, clips, verdicts, strict=True)):
+        for i, (row, clip, verdict) in enumerate(zip(batch.rows, clips, verdicts, strict=True)):
             m = mixed.get(i)
-            mix = ("", "", "") if m is None else (plan.partners[m], partners[m], plan.lam[m])
+            mix = ("", "", "") if m is None else (batch.partners[m], partners[m], plan.lam[m])
             lines.append([i, row, clip, *mix, *("finite" if v else "not finite" for v in verdict)])
         meta = replace(self.meta, trained=self.meta.trained | {"precision": self.precision})
         readme = README.format(

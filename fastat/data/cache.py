@@ -182,6 +182,7 @@ class CachedSource:
         torch.index_select(self.codes, 0, places.to(self.codes.device), out=codes)
         batch = Batch(
             rows=own.rows,
+            partners=own.partners,
             target=mixed_targets(self.packed, own),
             num_samples=torch.from_numpy(self.packed.num_samples[own.rows].astype(np.int64)),
             augment=augment_of(own),
@@ -261,7 +262,8 @@ class CachedSource:
             self.bad[int(rows[place])] = reason
             self._check_bad()
         num_samples = torch.from_numpy(self.packed.num_samples[rows].astype(np.int64))
-        return Batch(rows, torch.empty(len(rows), 0), num_samples, None, waveform)
+        nothing = torch.empty(len(rows), 0)
+        return Batch(rows, nothing, num_samples, None, waveform=waveform)
 
     def _check_bad(self) -> None:
         if len(self.bad) <= self.max_bad * self.packed.num_clips:

@@ -137,6 +137,7 @@ class DaliSource:
             rows = plan.rows if self.log_mel else np.concatenate([plan.rows, plan.partners])
             yield Batch(
                 rows=plan.rows,
+                partners=plan.partners,
                 target=mixed_targets(self.packed, plan),
                 num_samples=torch.from_numpy(self.packed.num_samples[rows].astype(np.int64)),
                 augment=augment_of(plan),

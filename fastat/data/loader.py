@@ -9,7 +9,7 @@ which rows of the set can be read.
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
@@ -42,6 +42,7 @@ class Batch:
     target: Tensor  # [B, K] float32, mixed as the audio is
     num_samples: Tensor  # [B + M] (with log_mel: [B]) real samples of each row
     augment: Augment | None
+    partners: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [M] rows
     waveform: Tensor | None = None  # [B + M, S] int16, or float32 in [-1, 1]
     log_mel: Tensor | None = None  # [B, T, F] float32: mixed, not yet masked or normalised
 
@@ -167,6 +168,7 @@ class PackedSource:
             target=mixed_targets(self.packed, plan),
             num_samples=torch.from_numpy(self.packed.num_samples[rows].astype(np.int64)),
             augment=augment_of(plan),
+            partners=plan.partners,
             waveform=waveform,
         )
 
@@ -265,8 +267,8 @@ def to_device(
         moved.record_stream(current)
         return moved
 
-    moved = Batch(
-        rows=batch.rows,
+    moved = replace(
+        batch,
         target=move(batch.target),
         num_samples=move(batch.num_samples),
         augment=None if batch.augment is None else Augment(*map(move, batch.augment)),
