@@ -33,8 +33,8 @@ def main() -> None:
     try:
         # standalone_mode off: usage errors come here, to be one line like every other mistake
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except RankZeroFailed:
-        sys.exit(2)
+    except RankZeroFailed as error:
+        sys.exit(error.exit_code)
     except USAGE_ERROR as error:
         _fail(error.format_message(), 2)
     except UserError as error:

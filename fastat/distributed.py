@@ -68,18 +68,12 @@ class Ranks:
         """
         if self.control is None:
             return make()
-        box: list[Any] = [None, False]
-        try:
-            if self.first:
-                box = [make(), True]
-        finally:
-            dist.broadcast_object_list(box, src=0, group=self.control)
-        if not box[1]:
-            # torchrun ends all ranks with the first that leaves: rank 0 must have spoken by then.
-            with suppress(RuntimeError):  # which says that rank 0 is gone
-                dist.barrier(group=self.control)
-            raise RankZeroFailed
-        return cast(T, box[0])
+        if not self.first:
+            return cast(T, self._heard())
+        with self._told():
+            value = make()
+        dist.broadcast_object_list([value, None], src=0, group=self.control)
+        return value
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order of rank, on every rank."""
@@ -91,12 +85,50 @@ class Ranks:
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do, which may then find what it left."""
-        if self.control is not None and not self.first:
-            dist.barrier(group=self.control)
-        yield
-        if self.control is not None and self.first:
-            dist.barrier(group=self.control)
+        """Rank 0 runs the block before the others do, which may then find what it left.
+
+        The block is no place for an exchange between ranks.
+
+        Raises:
+            RankZeroFailed: the block raised on rank 0, which reports it.
+        """
+        if self.control is None:
+            yield
+        elif self.first:
+            with self._told():
+                yield
+            dist.broadcast_object_list([None, None], src=0, group=self.control)
+        else:
+            self._heard()
+            yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """On rank 0: the others, which listen, hear of an error in the block."""
+        try:
+            yield
+        except BaseException as error:
+            code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
+            dist.broadcast_object_list([None, code], src=0, group=self.control)
+            raise
+
+    def _heard(self) -> Any:
+        """On the other ranks: what rank 0 sends; RankZeroFailed where it fails."""
+        box: list[Any] = [None, None]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        value, code = box
+        if code is not None:
+            # torchrun ends all ranks with the first that leaves: rank 0 must have spoken by then.
+            with suppress(RuntimeError):  # which says that rank 0 is gone
+                dist.barrier(group=self.control)
+            raise RankZeroFailed(code)
+        return value
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the statistics that rank 0 has, and saves, of its BatchNorms."""
+        if self.device_group is not None:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0, group=self.device_group)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the ranks, in place, without waiting for the device."""
@@ -179,14 +211,16 @@ def started() -> Iterator[Ranks]:
                 f"{torch.cuda.device_count()} GPUs: --nproc-per-node may be no more than that"
             )
         torch.cuda.set_device(local)
-    store, rank, size = next(rendezvous("env://", timeout=START_TIMEOUT))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=START_TIMEOUT))
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the ranks cannot meet at {place}: {first_line(error)}") from error
     store = _fresh_part(store, rank, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
-    try:
-        group = cast(dist.ProcessGroup, dist.group.WORLD)
-        yield Ranks(rank, size, group, group)
-    finally:
-        dist.destroy_process_group()
+    group = cast(dist.ProcessGroup, dist.group.WORLD)
+    yield Ranks(rank, size, group, group)
+    dist.destroy_process_group()  # not after an error: it may wait for a rank that is gone
 
 
 def _fresh_part(store: Store, rank: int, size: int) -> Store:
@@ -233,13 +267,17 @@ def peers_may_fail(ranks: Ranks) -> Iterator[None]:
         from_backend = isinstance(error, dist.DistError) or "gloo" in str(error)
         if ranks.size == 1 or isinstance(error, Failure) or not from_backend:
             raise
-        # gloo's begins with the place in its source
-        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+        reason = first_line(error)
         if "imed out" in reason:
             raise Failure(
                 f"another rank did not answer in time (rank_timeout): {reason}"
             ) from error
         raise Failure(f"another rank is gone: {reason}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What a back end says first, without gloo's place in its source."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 def seed_rank(seed: int, ranks: Ranks) -> None:

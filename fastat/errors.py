@@ -13,7 +13,11 @@ class Failure(RuntimeError):
 
 
 class RankZeroFailed(Exception):
-    """Rank 0 could not go on, and has said why; this rank leaves in silence."""
+    """Rank 0 could not go on, and says why; this rank leaves in silence, with the same code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 LONGEST_LINE = 1000

@@ -37,13 +37,17 @@ class EventFile:
         self._path, self._note, self._failing = folder / name, note, False
         self._file = self._path.open("wb", buffering=0)
         self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self.purge(purge_step)
 
     def __enter__(self) -> "EventFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def purge(self, step: int) -> None:
+        """Takes points from ``step`` on back: the run goes another way from there."""
+        self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """A point of the curve ``name``."""

@@ -53,10 +53,10 @@ def run_training(
 
                 train(config, out, notes, resume=resume)
                 return 0
-            from fastat.distributed import started
+            from fastat.distributed import peers_may_fail, started
             from fastat.train import train
 
-            with started() as ranks:
+            with started() as ranks, peers_may_fail(ranks):
                 config, out, notes = ranks.from_first(make)
                 train(config, out, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
@@ -66,7 +66,8 @@ def run_training(
             print(f"fastat: stopped; {why}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("fastat: interrupted", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("fastat: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
     return 0
 

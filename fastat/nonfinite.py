@@ -56,7 +56,8 @@ README = """\
 The loss or a gradient was not finite at step {step}; that step was not taken.
 
 clips.csv          its clips, and whether each alone has finite features and a finite loss
-batch.safetensors  what the model was given: waveforms (or log-mels), targets, augmentation
+batch.safetensors  the step: waveforms (or log-mels), targets, augmentation; of several ranks the
+                   waveforms of all, also where a rank was given log-mels
 model.safetensors  the weights, which this folder is a checkpoint of (on a GPU the check comes late:
                    one more step may have been taken since)
 
@@ -155,10 +156,10 @@ class Recorder:
         if folder.exists() or len(list(self.folder.glob("step-*"))) >= MAX_RECORDED:
             return ""
         plan = self._plan(step)
-        batch = next(iter(self.source.batches([plan])))
         try:
+            batch = next(iter(self.source.batches([plan])))
             bad = self.write(folder, plan, batch)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, Failure, torch.OutOfMemoryError) as error:
             return f" (and could not be kept in {folder}: {error})"
         return f" (kept in {folder}{': alone not finite: ' if bad else ''}{', '.join(bad)})"
 

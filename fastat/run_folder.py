@@ -2,10 +2,10 @@
 
 import csv
 import fcntl
+import io
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -145,46 +145,6 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
         append(file, (json.dumps(finite(line)) + "\n").encode())
 
 
-class Records:
-    """What a run writes beside its checkpoints: what a full disk refuses is tried again.
-
-    Args:
-        note: hears of every failure; training goes on.
-    """
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._waiting: dict[str, Callable[[], None]] = {}
-
-    def write(self, name: str, action: Callable[[], None]) -> None:
-        """Runs ``action``, which writes ``name``, after those that failed before.
-
-        One that failed and has the same name is replaced.
-        """
-        self._waiting[name] = action
-        if errors := self._try():
-            self._note(f"cannot write {'; '.join(errors)}; training goes on, and tries again")
-
-    def close(self) -> None:
-        """Tries what is left a last time.
-
-        Raises:
-            Failure: something stays unwritten.
-        """
-        if errors := self._try():
-            raise Failure(f"cannot write {'; '.join(errors)}")
-
-    def _try(self) -> list[str]:
-        errors = []
-        for name, action in list(self._waiting.items()):
-            try:
-                action()
-                del self._waiting[name]
-            except OSError as error:
-                errors.append(f"{name}: {error.strerror}")
-        return errors
-
-
 def random_state(device: torch.device) -> dict[str, Tensor | None]:
     """The state of the generators that this rank draws from."""
     cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
@@ -205,11 +165,13 @@ def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
         if (shard.name, str(place)) not in listed:
             lines.append((shard.name, place, packed.names(np.array([row]))[0], reason))
     if lines:
-        with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            if not listed:
-                writer.writerow(("shard", "row", "clip", "reason"))
-            writer.writerows(lines)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        if not listed:
+            writer.writerow(("shard", "row", "clip", "reason"))
+        writer.writerows(lines)
+        with path.open("ab", buffering=0) as file:
+            append(file, text.getvalue().encode("utf-8", "surrogateescape"))
     return len(lines)
 
 

@@ -83,7 +83,8 @@ class StopSignals:
     def _remember(self, signum: int, _frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum, self.since = signum, time.monotonic()
-            # Not print(): the signal may have come in the middle of one, which cannot be nested.
-            os.write(2, b"\nstopping after this step; Ctrl-C (once more) to stop at once\n")
+            if os.environ.get("RANK", "0") == "0":  # of torchrun
+                # Not print(): the signal may have come amid one, and they cannot be nested.
+                os.write(2, b"\nstopping after this step; Ctrl-C (once more) to stop at once\n")
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt

@@ -32,7 +32,8 @@ def run_ranks(num_ranks: int, arguments: list[str]) -> int:
         )
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # its words on every signal
+    agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    agent.setLevel(logging.ERROR)  # its words on every signal
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -3,10 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -24,26 +22,21 @@ from fastat.checkpoint import (
     put_weights,
     step_name,
 )
-from fastat.checkpoint_writer import CheckpointWriter, Due
+from fastat.checkpoint_writer import Due
 from fastat.config import TrainConfig
-from fastat.data.loader import Batch, PackedSource
+from fastat.data.loader import PackedSource, timed
 from fastat.display import Display, Status
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
 from fastat.environment import autocast, default_device, device_name, peak_memory_gib
 from fastat.errors import Failure, UserError
-from fastat.evaluate import Evaluation, evaluate, save_predictions
-from fastat.event_file import EventFile
+from fastat.evaluate import Evaluation, evaluate
 from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.metrics import TaggingMetrics, finite
 from fastat.models.sync_batchnorm import synchronise_batchnorm
 from fastat.optim import create_adam, train_step
 from fastat.run_folder import (
-    BAD_CLIPS_FILE,
     Progress,
-    Records,
     RunLock,
-    append_bad_clips,
-    append_metrics,
     check_writable,
     drop_metrics,
     open_run_folder,
@@ -51,6 +44,7 @@ from fastat.run_folder import (
     restore_trainer_state,
     trainer_state,
 )
+from fastat.run_records import RunRecords
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
 from fastat.training_data import open_data
@@ -104,15 +98,10 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.run, self.display = config, run, display
-        if config.batch % (ranks.size * config.accumulate):
-            raise UserError(
-                f"batch must be a multiple of ranks x accumulate: got batch {config.batch}, "
-                f"{ranks.size} ranks, accumulate {config.accumulate}"
-            )
         preparing, self.ranks = ranks, ranks.with_timeout(config.rank_timeout)
         self.notes = list(notes)  # shown once everything fits together
         self.lock = RunLock(run)
-        ranks.from_first(self._look_at_run_folder)
+        ranks.from_first(self._look_first)
         torch.manual_seed(config.seed)
         self.device = default_device()
         set_kernels(parse_kernels(config.kernels))
@@ -132,8 +121,9 @@ class Trainer:
         if not resuming:
             self.notes += ranks.from_first(self._start_weights)  # the others get them from DDP
         self.raw_model.to(self.device).to(memory_format=torch.channels_last)
-        if note := freeze(self.raw_model, config.freeze):
-            self.notes.append(note)
+        with ranks.first_goes_ahead():
+            if note := freeze(self.raw_model, config.freeze):
+                self.notes.append(note)
         if config.sync_batchnorm and self.ranks.device_group is not None:
             synchronise_batchnorm(self.raw_model, self.ranks.device_group)
         self.model = self.ranks.parallel(self.raw_model, config.gradient_dtype, config.accumulate)
@@ -154,7 +144,8 @@ class Trainer:
 
         # ---- where it stands
         seed_rank(config.seed, ranks)
-        self.progress = Progress()
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.progress = Progress(loss_sum=zero)
         self.pending: deque[tuple[int, Tensor]] = deque()
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
@@ -187,8 +178,8 @@ class Trainer:
             and self.progress.step % self.sampler.steps_per_epoch
         ):
             self.progress.unscored = False  # at an end that --steps set, and does not any more
-        if ranks.first:
-            open_run_folder(run, config, self.device, self._whole_epochs())
+        keep = self._whole_epochs()
+        ranks.from_first(lambda: open_run_folder(run, config, self.device, keep))
         size = sum(p.numel() for p in self.raw_model.parameters())
         devices = f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{device_name(self.device)}"
         self.notes.append(
@@ -206,8 +197,14 @@ class Trainer:
         for note in self.notes:
             display.note(note)
 
-    def _look_at_run_folder(self) -> None:
-        """Before anything costs time: it can be written, and nobody trains in it."""
+    def _look_first(self) -> None:
+        """Before anything costs time: it can be written, and nobody trains in it; ranks fit."""
+        c = self.config
+        if c.batch % (self.ranks.size * c.accumulate):
+            raise UserError(
+                f"batch must be a multiple of ranks x accumulate: got batch {c.batch}, "
+                f"{self.ranks.size} ranks, accumulate {c.accumulate}"
+            )
         check_writable(self.run)
         if self.run.exists():
             self.lock.acquire()
@@ -238,14 +235,13 @@ class Trainer:
             if self.ranks.first:
                 stack.enter_context(self.lock)
             stack.enter_context(self.stop)
-            if self.ranks.first:
-                self._open_records(stack)
+            self.ranks.from_first(lambda: self._open_records(stack))
             if not self._unfinished():
                 self.display.note(
                     f"{self.run} has its {self.last_step:,} steps: nothing left to train"
                 )
             elif self.config.on_nan == "rollback" and self.ranks.from_first(
-                lambda: not holds_checkpoints(self.writer.folder)
+                lambda: not holds_checkpoints(self.run / "checkpoints")
             ):
                 self._save(best=False)  # to go back to
             while self._unfinished():
@@ -253,31 +249,34 @@ class Trainer:
                 if not self.progress.unscored:
                     try:
                         self._train_epoch(epoch)
+                    except Failure:
+                        if self.ranks.first:
+                            self.records.bad_clips(self.data.train_set, self.data.bad_clips())
+                        raise
                     except nonfinite.RollBack:
                         self._roll_back()
                         continue
+                bad = self.data.share_bad_clips(self.ranks)
+                if self.ranks.first:
+                    self.records.bad_clips(self.data.train_set, bad)
                 self.progress.unscored = True
                 evaluation = self._evaluate()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
-                signum, _ = self.vote.now(self.stop.signum or 0, 0)
+                signum = self._signalled()
                 if signum and self._unfinished():
-                    self._finish_writing()
-                    raise Interrupted(signum)
+                    self._leave(signum)
             self._finish_writing()
             if self.ranks.first:
-                self.records.close()
+                self.records.waiting.close()
         self.display.note(f"saved in {self.run}; tag a sound with: fastat predict {self.run} FILE")
         self.data.close()
         return metrics
 
     def _open_records(self, stack: ExitStack) -> None:
         """What rank 0 writes with."""
-        note = self.display.note
-        self.records = Records(note)
-        self.writer = stack.enter_context(CheckpointWriter(self.run / "checkpoints", note))
-        curves = EventFile(self.run / "tb", purge_step=self.progress.step, note=note)
-        self.curves = stack.enter_context(curves)
+        step, note = self.progress.step, self.display.note
+        self.records = stack.enter_context(RunRecords(self.run, purge_step=step, note=note))
 
     def _unfinished(self) -> bool:
         """Whether there is something left to train, or to score."""
@@ -381,8 +380,9 @@ class Trainer:
         for note in self._restore():
             self.display.note(note)
         self.progress.left_out = sorted({*self.progress.left_out, *left_out})
+        self.ranks.from_first(lambda: drop_metrics(self.run, self._epoch()))
         if self.ranks.first:
-            drop_metrics(self.run, self._epoch())
+            self.records.curves.purge(self.progress.step)
 
     def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         if not self.ranks.first:
@@ -390,9 +390,10 @@ class Trainer:
         p, c = self.progress, self.config
         done = p.taken(epoch * self.sampler.steps_per_epoch) or 1
         rate = done * c.batch / p.train_seconds
-        self.curves.add_scalar("train/loss", loss.item(), p.step)
-        self.curves.add_scalar("train/grad_norm", norm.item(), p.step)
-        self.curves.add_scalar("train/lr", lr, p.step)
+        curves = self.records.curves
+        curves.add_scalar("train/loss", loss.item(), p.step)
+        curves.add_scalar("train/grad_norm", norm.item(), p.step)
+        curves.add_scalar("train/lr", lr, p.step)
         self.display.status(
             Status(
                 epoch=epoch + 1,
@@ -415,6 +416,7 @@ class Trainer:
         d = self.data
         if d.eval_set is None or d.eval_source is None or d.match is None:
             return None
+        self.ranks.share_buffers(self.raw_model)
         evaluation = evaluate(
             self.eval_model,
             self.frontend,
@@ -429,10 +431,8 @@ class Trainer:
             given_up=lambda: self.stop.overdue,
         )
         if evaluation is None:
-            signum, _ = self.vote.now(self.stop.signum or 0, 0)
             self._save(best=False)
-            self._finish_writing()
-            raise Interrupted(signum)
+            self._leave(self._signalled())
         return evaluation
 
     def _finish_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
@@ -474,37 +474,14 @@ class Trainer:
         p.unscored = False
         if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
-        bad_clips = self.ranks.gather(self.data.bad_clips())
         if self.ranks.first:
-            self._record_epoch(line, evaluation if best else None)
-            self._list_bad_clips({row: why for bad in bad_clips for row, why in bad.items()})
+            self.records.epoch(line)
+            if best and evaluation is not None:
+                assert self.data.eval_set is not None and self.data.match is not None
+                classes = [self.meta.classes[k] for k in self.data.match.model_columns]
+                self.records.predictions(evaluation, self.data.eval_set, classes)
         self._save(best=best)
         self.display.note(text + ("  *" if best else ""))
-
-    def _record_epoch(self, line: dict[str, Any], best: Evaluation | None) -> None:
-        for name, value in line.items():
-            if name not in ("epoch", "step"):
-                self.curves.add_scalar(f"epoch/{name}", value, line["epoch"])
-        write = partial(append_metrics, self.run, line)
-        self.records.write(f"metrics of epoch {line['epoch']}", write)
-        if best is not None:
-            assert self.data.eval_set is not None and self.data.match is not None
-            classes = [self.meta.classes[k] for k in self.data.match.model_columns]
-            path = self.run / "predictions.h5"
-            write = partial(save_predictions, path, best, self.data.eval_set, classes)
-            self.records.write(path.name, write)
-
-    def _list_bad_clips(self, bad: dict[int, str]) -> None:
-        """Says how many clips were found damaged since the last time, and lists them."""
-
-        def write() -> None:
-            if new := append_bad_clips(self.run, self.data.train_set, bad):
-                self.display.note(
-                    f"{new:,} damaged clips were replaced by others, {len(bad):,} in all; "
-                    f"{self.run / BAD_CLIPS_FILE} lists them"
-                )
-
-        self.records.write(BAD_CLIPS_FILE, write)
 
     # -------------------------------------------------------------- checkpoints
     def _save_in_mid_epoch(self) -> None:
@@ -512,14 +489,23 @@ class Trainer:
         due = False
         if self.ranks.first:
             self._heed_writer()
-            due = self.due.after(self.progress.step) and not self.writer.busy
+            busy = self.records.checkpoints.busy
+            due = self.due.after(self.progress.step) and not busy
         signum, due_on_first = self.vote(self.stop.signum or 0, int(due))
         if signum or due_on_first:
             self._look_for_nonfinite(wait=True)
             self._save(best=False)
         if signum:
-            self._finish_writing()
-            raise Interrupted(signum)
+            self._leave(signum)
+
+    def _signalled(self) -> int:
+        """The signal that any rank has had, or 0."""
+        return self.vote.now(self.stop.signum or 0, 0)[0]
+
+    def _leave(self, signum: int) -> NoReturn:
+        """Once the last checkpoint is written."""
+        self._finish_writing()
+        raise Interrupted(signum)
 
     def _save(self, *, best: bool) -> None:
         """Takes a snapshot, once the one before is written; it is written in the background.
@@ -540,24 +526,26 @@ class Trainer:
         meta = replace(self.meta, trained=finite(trained))
         fingerprint = self.data.train_set.fingerprint
         state = trainer_state(self.optimizer, p, fingerprint, self.device, random_states)
-        self.writer.start(p.step, self.raw_model.state_dict(), meta, state, best=best)
+        weights = self.raw_model.state_dict()
+        self.records.checkpoints.start(p.step, weights, meta, state, best=best)
         self.due.saved()
 
     def _heed_writer(self, *, wait: bool = False) -> None:
         """Says that a checkpoint could not be written, if so; the next occasion tries again."""
         if not self.ranks.first:
             return
-        unwritten = self.writer.outcome(wait=wait)
+        unwritten = self.records.checkpoints.outcome(wait=wait)
         if unwritten is not None:
             self.display.note(f"{unwritten.failure}; training goes on, and tries again")
             if unwritten.best:  # the best is the best that there is
-                self.progress.best_map, self.progress.best_step = best_there(self.writer.folder)
+                there = best_there(self.run / "checkpoints")
+                self.progress.best_map, self.progress.best_step = there
 
     def _finish_writing(self) -> None:
         """Waits for the last checkpoint. The other ranks wait for rank 0: torchrun ends all of them
         when one leaves."""
         if self.ranks.first:
-            self.writer.finish()
+            self.records.finish()
         self.ranks.gather(None)
 
     def _restore(self) -> list[str]:
@@ -577,16 +565,8 @@ class Trainer:
         folder = self.run / "checkpoints"
         newest = newest_whole(folder)
         if newest.trainer["data"] != self.data.train_set.fingerprint:
-            raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
+            raise UserError(
+                f"{self.config.data} is not the set that {self.run} was trained on, or has grown "
+                "since (fastat pack --append)"
+            )
         return newest, go_back(folder, newest.step, newest.trainer["progress"].get("best_step"))
-
-
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that waiting for it took."""
-    while True:
-        started = time.perf_counter()
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        yield batch, time.perf_counter() - started

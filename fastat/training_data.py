@@ -48,6 +48,18 @@ class TrainingData:
             return dict(self.source.bad)
         return {}
 
+    def share_bad_clips(self, ranks: Ranks) -> dict[int, str]:
+        """The rows that any rank found damaged; every rank then counts all of them.
+
+        Raises:
+            Failure: they are more than --max-bad.
+        """
+        found = {row: why for bad in ranks.gather(self.bad_clips()) for row, why in bad.items()}
+        if ranks.size > 1 and isinstance(self.source, PackedSource):
+            self.source.bad |= found
+            ranks.from_first(self.source.check_bad)
+        return found
+
     def close(self) -> None:
         """Closes the files."""
         self.source.close()
@@ -67,8 +79,17 @@ def open_data(
         UserError: the sets do not fit together, or are not the same on every rank.
         Failure: one is damaged.
     """
-    train_set = PackedSet.open(config.data)
-    eval_set = None if config.eval is None else PackedSet.open(config.eval)
+    with preparing.first_goes_ahead():  # and says what is wrong
+        train_set = PackedSet.open(config.data)
+        eval_set = None if config.eval is None else PackedSet.open(config.eval)
+        if eval_set is not None and eval_set.clip_samples != train_set.clip_samples:
+            raise UserError(
+                f"clips of {config.data} have {train_set.clip_samples} samples, "
+                f"those of {config.eval} {eval_set.clip_samples}: pack both alike"
+            )
+        match = None if eval_set is None else match_classes(train_set.classes, eval_set)
+    if match is not None and match.note:
+        notes.append(match.note)
     feature = FEATURES[config.feature]
     stats = train_set.stats[feature.name] if config.statistics == "set" else feature
     meta = ModelMeta(
@@ -84,16 +105,6 @@ def open_data(
         remove_mean=config.remove_mean,
         normalize=config.normalize,
     )
-    match = None
-    if eval_set is not None:
-        if eval_set.clip_samples != train_set.clip_samples:
-            raise UserError(
-                f"clips of {config.data} have {train_set.clip_samples} samples, "
-                f"those of {config.eval} {eval_set.clip_samples}: pack both alike"
-            )
-        match = match_classes(meta.classes, eval_set)
-        if match.note:
-            notes.append(match.note)
     if len(set(ranks.gather(train_set.fingerprint))) > 1:
         raise UserError(f"{config.data} is not the same set on every host")
     source: Source | None = None
@@ -103,24 +114,27 @@ def open_data(
     elif config.source == "dali":
         with preparing.first_goes_ahead():  # the others then find what it found of the files
             source, usable = _dali(config, train_set, config.batch // ranks.size, device, notes)
-    weights = balanced_weights(train_set.target_bits, train_set.label_counts)
-    sampler = Sampler(
-        train_set.num_clips,
-        config.batch,
-        seed=config.seed,
-        num_frames=meta.num_frames,
-        num_mels=meta.num_mels,
-        weights=weights if config.balance else None,
-        usable=usable,
-        mixup=config.mixup,
-        mixup_alpha=config.mixup_alpha,
-        time_mask=config.time_mask,
-        freq_mask=config.freq_mask,
-        window=config.window,
-    )
+    with ranks.first_goes_ahead():
+        weights = balanced_weights(train_set.target_bits, train_set.label_counts)
+        sampler = Sampler(
+            train_set.num_clips,
+            config.batch,
+            seed=config.seed,
+            num_frames=meta.num_frames,
+            num_mels=meta.num_mels,
+            weights=weights if config.balance else None,
+            usable=usable,
+            mixup=config.mixup,
+            mixup_alpha=config.mixup_alpha,
+            time_mask=config.time_mask,
+            freq_mask=config.freq_mask,
+            window=config.window,
+        )
     eval_source, eval_rows = None, None
     if eval_set is not None:
-        eval_source, eval_usable = _open_evaluation(config, eval_set, device, ranks, notes)
+        eval_source, eval_usable = _open_evaluation(
+            config, eval_set, device, ranks, preparing, notes
+        )
         eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
     return TrainingData(
         train_set,
@@ -135,10 +149,16 @@ def open_data(
 
 
 def _open_evaluation(
-    config: TrainConfig, packed: PackedSet, device: torch.device, ranks: Ranks, notes: list[str]
+    config: TrainConfig,
+    packed: PackedSet,
+    device: torch.device,
+    ranks: Ranks,
+    preparing: Ranks,
+    notes: list[str],
 ) -> Opened:
     if config.source == "dali":
-        return _dali(config, packed, config.eval_batch, device, notes)
+        with preparing.first_goes_ahead():
+            return _dali(config, packed, config.eval_batch, device, notes)
     if config.cache != "none":
         stretches = np.array_split(np.arange(packed.num_clips), ranks.size)  # as in evaluate
         try:

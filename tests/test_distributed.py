@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastat import optim
+from fastat import train as training
 from fastat.config import TrainConfig, resolve
+from fastat.data.loader import PackedSource
 from fastat.display import Display
 from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, RankZeroFailed, UserError
+from fastat.evaluate import evaluate_checkpoint
 from fastat.models.sync_batchnorm import CpuSyncBatchNorm
 from fastat.train import Trainer, train
 from tests.conftest import QUIET, SMALL_MODELS, TINY_MODEL, TinySets
@@ -220,6 +224,41 @@ def test_the_loss_is_that_of_all_ranks(
         assert two[key] == pytest.approx(one[key], rel=1e-3)
 
 
+def test_the_scores_are_those_of_the_checkpoint(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """Also where every rank normalises by its own part of the batch."""
+    run_ranks(2, whole, config_of(tiny_sets, sync_batchnorm=False), tmp_path)
+    best = max(metrics(tmp_path), key=lambda line: line["mAP"])
+    options: dict[str, Any] = {"predictions": None, "per_class": None}
+    again = evaluate_checkpoint(tmp_path, tiny_sets.eval, batch=64, precision="fp32", **options)
+    assert again["eval_loss"] == pytest.approx(best["eval_loss"], abs=1e-6)
+    assert again["mAP"] == pytest.approx(best["mAP"], abs=1e-9)
+
+
+def with_a_bad_step(ranks: Ranks, config: TrainConfig, run: Path) -> list[int]:
+    """A run whose sixth step is not finite whenever it is taken; the steps left out."""
+    t = trainer(config, run, ranks)
+    real = optim.train_step
+
+    def step(*args: Any) -> Any:
+        loss, norm, flag = real(*args)
+        return loss, norm, flag + (t.progress.step == 5 and not t.progress.left_out)
+
+    vars(training)["train_step"] = step  # of this process, which ends
+    t.run_epochs()
+    return t.progress.left_out
+
+
+@pytest.mark.parametrize("on_nan", ["skip", "rollback"])
+def test_two_ranks_leave_out_the_same_step(
+    tiny_sets: TinySets, tmp_path: Path, on_nan: str
+) -> None:
+    config = config_of(tiny_sets, on_nan=on_nan, checkpoint_every_steps=2)
+    assert run_ranks(2, with_a_bad_step, config, tmp_path) == [[5], [5]]
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2, 3]
+    (kept,) = (tmp_path / "nonfinite").iterdir()
+    assert len((kept / "clips.csv").read_text().splitlines()) == 1 + config.batch
+
+
 @pytest.mark.parametrize("steps", [3, 8])
 def test_two_ranks_resume_bit_for_bit(
     two_ranks: Path, tiny_sets: TinySets, tmp_path: Path, steps: int
@@ -265,15 +304,37 @@ def test_compiled_ranks_have_the_same_gradients(
 def error_of(ranks: Ranks, config: TrainConfig, run: Path) -> str:
     try:
         train(config, run, [], resume=False, ranks=ranks)
-    except (UserError, Failure) as error:
+    except (UserError, Failure, RankZeroFailed) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def test_a_batch_that_ranks_cannot_share(tiny_sets: TinySets, tmp_path: Path) -> None:
-    for error in run_ranks(2, error_of, config_of(tiny_sets, batch=9), tmp_path / "run"):
-        assert error.startswith("UserError: batch must be a multiple of ranks x accumulate: got")
+    first, second = run_ranks(2, error_of, config_of(tiny_sets, batch=9), tmp_path / "run")
+    assert first.startswith("UserError: batch must be a multiple of ranks x accumulate: got")
+    assert second == "RankZeroFailed: 2"
     assert not (tmp_path / "run").exists()
+
+
+def damaged_on_both(ranks: Ranks, config: TrainConfig, run: Path) -> str:
+    """Each rank finds a row of its own damaged."""
+    t = trainer(config, run, ranks)
+    assert isinstance(t.data.source, PackedSource)
+    t.data.source.bad[ranks.rank] = "its checksum differs"
+    try:
+        t.run_epochs()
+    except Failure as error:
+        return str(error)
+    except RankZeroFailed as error:
+        return f"exit code {error.exit_code}"
+    return "trained"
+
+
+def test_damaged_clips_of_all_ranks_count(tiny_sets: TinySets, tmp_path: Path) -> None:
+    config = config_of(tiny_sets, epochs=1, max_bad=1.5 / 36)
+    first, second = run_ranks(2, damaged_on_both, config, tmp_path / "run")
+    assert "2 of 36 clips are damaged, more than --max-bad" in first
+    assert second == "exit code 1"
 
 
 def with_other_data(ranks: Ranks, config: TrainConfig, run: Path, other: str) -> str:

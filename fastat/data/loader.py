@@ -8,6 +8,7 @@ which rows of the set can be read.
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -202,13 +203,17 @@ class PackedSource:
     def _note(self, row: int, reason: str) -> None:
         """Counts a bad row. Raises Failure when it is one too many."""
         self.bad[row] = reason
-        described = self.packed.describe(row, reason)
         if self.sampler is None:
-            raise Failure(f"{described}; pack the set again")
+            raise Failure(f"{self.packed.describe(row, reason)}; pack the set again")
+        self.check_bad()
+
+    def check_bad(self) -> None:
+        """Raises Failure when more rows are bad than may be."""
         if len(self.bad) > self.max_bad * self.packed.num_clips:
+            last = self.packed.describe(*list(self.bad.items())[-1])
             raise Failure(
                 f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
-                f"--max-bad {self.max_bad:g}; the last: {described}; pack the set again"
+                f"--max-bad {self.max_bad:g}; the last: {last}; pack the set again"
             )
 
 
@@ -315,3 +320,14 @@ def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
     finally:
         stopped.set()
         thread.join()
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that waiting for it took."""
+    while True:
+        started = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch, time.perf_counter() - started

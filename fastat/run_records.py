@@ -1,0 +1,111 @@
+"""What a run writes while it goes on: checkpoints, metrics, curves, predictions, damaged clips."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from fastat.checkpoint_writer import CheckpointWriter
+from fastat.data.shards import ClassInfo, PackedSet
+from fastat.errors import Failure
+from fastat.evaluate import Evaluation, save_predictions
+from fastat.event_file import EventFile
+from fastat.run_folder import BAD_CLIPS_FILE, append_bad_clips, append_metrics
+
+
+class RunRecords:
+    """Rank 0's, used as a context manager: leaving it ends the checkpoint under way.
+
+    Args:
+        purge_step: curves of an earlier start are not shown from this step on.
+        note: hears of what cannot be written; training goes on.
+    """
+
+    def __init__(self, run: Path, *, purge_step: int, note: Callable[[str], None]) -> None:
+        self.run, self.note = run, note
+        self.waiting = Waiting(note)
+        self.checkpoints = CheckpointWriter(run / "checkpoints", note)
+        self.curves = EventFile(run / "tb", purge_step=purge_step, note=note)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.curves.__exit__()
+        self.checkpoints.__exit__(kind, *rest)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """An epoch's metrics, as a line and as points of curves."""
+        for name, value in line.items():
+            if name not in ("epoch", "step"):
+                self.curves.add_scalar(f"epoch/{name}", value, line["epoch"])
+        self.waiting.write(
+            f"metrics of epoch {line['epoch']}", partial(append_metrics, self.run, line)
+        )
+
+    def predictions(
+        self, evaluation: Evaluation, packed: PackedSet, classes: list[ClassInfo]
+    ) -> None:
+        """The scores of the best epoch so far."""
+        path = self.run / "predictions.h5"
+        self.waiting.write(path.name, partial(save_predictions, path, evaluation, packed, classes))
+
+    def bad_clips(self, packed: PackedSet, bad: dict[int, str]) -> None:
+        """Says how many clips were found damaged since the last time, and lists them."""
+
+        def write() -> None:
+            if new := append_bad_clips(self.run, packed, bad):
+                self.note(
+                    f"{new:,} damaged clips were replaced by others, {len(bad):,} in all; "
+                    f"{self.run / BAD_CLIPS_FILE} lists them"
+                )
+
+        self.waiting.write(BAD_CLIPS_FILE, write)
+
+    def finish(self) -> None:
+        """Waits for the checkpoint under way.
+
+        Raises:
+            Failure: it could not be written.
+        """
+        self.checkpoints.finish()
+
+
+class Waiting:
+    """What a run writes beside its checkpoints: what a full disk refuses waits for another try.
+
+    Args:
+        note: hears of every failure; training goes on.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._waiting: dict[str, Callable[[], None]] = {}
+
+    def write(self, name: str, action: Callable[[], None]) -> None:
+        """Runs ``action``, which writes ``name``, after those that failed before.
+
+        One that failed and has the same name is replaced.
+        """
+        self._waiting[name] = action
+        if errors := self._try():
+            self._note(f"cannot write {'; '.join(errors)}; training goes on, and tries again")
+
+    def close(self) -> None:
+        """Tries what is left a last time.
+
+        Raises:
+            Failure: something stays unwritten.
+        """
+        if errors := self._try():
+            raise Failure(f"cannot write {'; '.join(errors)}")
+
+    def _try(self) -> list[str]:
+        errors = []
+        for name, action in list(self._waiting.items()):
+            try:
+                action()
+                del self._waiting[name]
+            except OSError as error:
+                errors.append(f"{name}: {error.strerror}")
+        return errors
