@@ -123,6 +123,7 @@ def pack(
             Plan(
                 title=f"pack {directory.name}",
                 directory=directory,
+                bad_list=directory / BAD_FILE,
                 inputs=inputs_of(share, job, shard_bytes, {**options, "role": role}),
                 classes=share.classes,
                 entries=share.entries,

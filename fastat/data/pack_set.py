@@ -225,11 +225,10 @@ class _Builder:
         return any(rows.writing for rows in (self._rows, *self._full) if rows is not None)
 
     def check_bad(self) -> None:
-        """Raises UserError when too many files are bad; bad.csv then lists those found so far."""
+        """Raises UserError when too many files are bad; lists those found so far."""
         if self.bad_count.exceeded():
-            listed = self.plan.directory / BAD_FILE
-            write_bad(listed, self.bad)
-            raise self.bad_count.error(listed)
+            write_bad(self.plan.bad_list, self.bad)
+            raise self.bad_count.error(self.plan.bad_list)
 
     def check_space(self) -> None:
         """As ``require_space``, for what is left."""
