@@ -23,11 +23,10 @@ from fastat.data.pack import (
     named,
 )
 from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
-from fastat.data.pack_index import checksum
 from fastat.data.pack_messages import Job
 from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
 from fastat.data.pack_plan import Plan
-from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, read_index
+from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
 from fastat.errors import UserError
 
 CHUNK_ROWS = 65_536
@@ -216,8 +215,8 @@ def _plan(out: Path, base: _Base, manifest: Manifest, codec: str | None, shard_b
     )
     return Plan(
         title=f"append to {out.name}",
-        bad_list=out / APPEND_BAD_FILE,
         directory=out,
+        bad_list=out / APPEND_BAD_FILE,
         inputs=inputs_of(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
         classes=manifest.classes,
         entries=manifest.entries,

@@ -30,7 +30,7 @@ import numpy as np
 from fastat.atomic import atomic_write_text, fsync
 from fastat.data.manifest import BadFile
 from fastat.data.pack_bad import BAD_FILE, read_bad, write_bad
-from fastat.data.pack_index import appended, checksum, index_of, label_counts
+from fastat.data.pack_index import appended, index_of, label_counts
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
@@ -42,7 +42,7 @@ from fastat.data.pack_state import (
     read_claim,
     standing,
 )
-from fastat.data.shards import INDEX_FILE, STATE_FOLDER, read_index, shard_file
+from fastat.data.shards import INDEX_FILE, STATE_FOLDER, checksum, read_index, shard_file
 from fastat.errors import Failure, UserError
 
 MAX_PARTS = 10_000

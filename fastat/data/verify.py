@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.pack_index import checksum, fingerprint
-from fastat.data.shards import INDEX_FILE, ShardInfo, ShardRows, read_index, read_shard
+from fastat.data.pack_index import fingerprint
+from fastat.data.shards import (
+    INDEX_FILE,
+    ShardInfo,
+    ShardRows,
+    checksum,
+    read_index,
+    read_shard,
+)
 from fastat.errors import Failure, UserError
 from fastat.progress import progress
 
