@@ -261,6 +261,7 @@ def test_what_does_not_fit_is_refused(tables: tuple[Path, Path], out: Path, tmp_
     before = files(out)
     for options, message in (
         ({"clip_seconds": 1.0}, "--clip-seconds: expected 0.5 as in .*, got 1"),
+        ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to 1000.0, got nan"),
         ({"segments": True}, "--segments: .* was packed without"),
         ({"codec": "mp3"}, "--codec: expected pcm16 or flac, got mp3"),
         ({"labels": labels}, "expected the 3 classes of .* in their order"),
