@@ -148,8 +148,7 @@ def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
     if found[0] == "waveform":
         if audio.dtype != np.int16 or audio.ndim != 2:
             raise UserError(
-                f"{source}: expected waveform int16 [clips, samples], "
-                f"got {_form(audio)}"
+                f"{source}: expected waveform int16 [clips, samples], got {_form(audio)}"
             )
         try:
             rate_of(file)
@@ -157,8 +156,7 @@ def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
             raise UserError(f"{source}: {error}") from None
     elif h5py.check_vlen_dtype(audio.dtype) != np.uint8 or audio.ndim != 1:
         raise UserError(
-            f"{source}: expected mp3 of variable-length uint8, one a clip, "
-            f"got {_form(audio)}"
+            f"{source}: expected mp3 of variable-length uint8, one a clip, got {_form(audio)}"
         )
     if target.ndim != 2:
         raise UserError(f"{source}: expected target [clips, classes], got {_form(target)}")

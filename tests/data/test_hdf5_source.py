@@ -184,7 +184,10 @@ def test_wrong_files(classes: Path, tmp_path: Path) -> None:
         (good | {"audio_name": names[:1]}, "2 clips, 2 targets, 1 names"),
         ({"mp3": audio, "target": target, "audio_name": names}, "expected mp3 of variable-length"),
         (good | {"audio_name": np.arange(2)}, r"audio_name of bytes \[clips\], got int64 \[2\]"),
-        (good | {"audio_name": names[:, None]}, r"audio_name of bytes \[clips\], got \|S1 \[2, 1\]"),
+        (
+            good | {"audio_name": names[:, None]},
+            r"audio_name of bytes \[clips\], got \|S1 \[2, 1\]",
+        ),
         (good | {"audio_name": np.bytes_(b"a")}, r"audio_name of bytes \[clips\], got \|S1 \[\]"),
         (good | {"target": np.uint8(1)}, r"target \[clips, classes\], got uint8 \[\]"),
         (good | {"target": h5py.Empty("u1")}, r"target \[clips, classes\], got uint8 \[\]"),
@@ -201,7 +204,15 @@ def test_wrong_files(classes: Path, tmp_path: Path) -> None:
     with h5py.File(path, "w") as file:
         for name, data in good.items():
             file[name] = data
-    for rate in (0, "32k", float("nan"), float("inf"), 32_000.5, [16_000, 16_000], h5py.Empty("i4")):
+    for rate in (
+        0,
+        "32k",
+        float("nan"),
+        float("inf"),
+        32_000.5,
+        [16_000, 16_000],
+        h5py.Empty("i4"),
+    ):
         with h5py.File(path, "r+") as file:
             file.attrs["sample_rate"] = rate
         with pytest.raises(UserError, match="expected sample_rate in Hz, got ") as caught:
