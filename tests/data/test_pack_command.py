@@ -59,7 +59,8 @@ def test_parts(table: Path, tmp_path: Path, fastat_pack: Command) -> None:
     done = fastat_pack(*options, "--shard", "1/3")
     assert done.code == 0
     assert done.out == (
-        "part 1/3 (--shard, or RANK and WORLD_SIZE) is packed, 3 clips; waiting for 2 others: 0, 2\n"
+        "part 1/3 (--shard, or RANK and WORLD_SIZE) is packed, 3 clips; waiting for 2 others: "
+        "0, 2\n"
         "bad files: 1 (1 empty)\n"
     )
     done = fastat_pack(*options, "--shard", "0/3", "--json")
