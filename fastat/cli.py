@@ -74,8 +74,17 @@ def demo(
     print(f"{out}: train_segments.csv, eval_segments.csv, class_labels_indices.csv, audio/")
 
 
+def _given(context: typer.Context) -> list[str]:
+    """The arguments and options that the command line has."""
+    sources = {
+        p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params
+    }
+    return [name for name, at in sources.items() if at is not None and at.name == "COMMANDLINE"]
+
+
 @app.command()
 def pack(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(
@@ -119,7 +128,10 @@ def pack(
     seed: Annotated[int, typer.Option(help="Of --holdout and of the statistics' sample.")] = 0,
     shard: Annotated[
         str | None,
-        typer.Option(help="i/n, from 0/n on: pack one of n parts; the last makes the set."),
+        typer.Option(
+            help="i/n, from 0/n on: pack one of n parts; the last makes the set. Default: RANK and "
+            "WORLD_SIZE of the environment."
+        ),
     ] = None,
     append: Annotated[
         bool, typer.Option("--append", help="Add to the set in --out what it does not have.")
@@ -146,8 +158,11 @@ def pack(
     from fastat.data.pack_report import print_appended, print_packed, print_verified
 
     if verify:
-        if out is not None:
-            raise UserError("--verify: expected the packed set alone, got --out too")
+        others = set(_given(context)) - {"source", "--verify", "--json"}
+        if others:
+            raise UserError(
+                f"--verify: expected the packed set alone, got {', '.join(sorted(others))} too"
+            )
         from fastat.data.verify import verify as verify_set
 
         print_verified(verify_set(source), as_json=json_)

@@ -30,6 +30,11 @@ def one_line(message: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the report that HDF5 and others put behind it."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The tail of an "unknown word" message: the nearest known one, or all of them."""
     words = list(known)

@@ -24,8 +24,6 @@ COMPRESSION_LEVEL = 5 / 8
 """libFLAC's 5, in soundfile's scale from 0 to 1. On ESC-10 at 16 kHz: level 0 59.8 % of PCM's bytes
 and 1.7 ms for ten seconds, 3 58.1 % and 1.8, 5 57.9 % and 1.8, 6 57.8 % and 2.1, 8 57.6 % and
 3.2."""
-PCM_SHARE = 0.6
-"""What FLAC rows take of PCM's bytes, for a look at the free disk: recordings 0.3 to 0.8."""
 ROWS_PER_THREAD = 16
 """Of a DALI batch: enough that its threads end together."""
 BATCHES_AHEAD = 2

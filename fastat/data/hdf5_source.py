@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastat.data.decode import SAMPLE_RATES, BadAudio, decode, resample_clip
-from fastat.errors import UserError
+from fastat.data.shards import H5PY_ERRORS
+from fastat.errors import UserError, first_line
 
 SUFFIXES = (".h5", ".hdf5", ".hdf")
 DEFAULT_RATE = 32_000
@@ -69,8 +70,10 @@ def read_rows(source: Path, num_classes: int) -> Iterator[Row]:
                 for name, row in zip(names[block], bits, strict=True):
                     text = name if isinstance(name, str) else os.fsdecode(name)
                     yield Row(text, tuple(np.flatnonzero(row).tolist()))
-    except (OSError, RuntimeError) as error:  # what h5py raises on damage
-        raise UserError(f"{source}: not a readable HDF5 file: {_first_line(error)}") from error
+    except UserError:
+        raise
+    except H5PY_ERRORS as error:
+        raise UserError(f"{source}: not a readable HDF5 file: {first_line(error)}") from error
 
 
 class Hdf5Rows:
@@ -111,8 +114,14 @@ class Hdf5Rows:
 
 
 def rate_of(file: Any) -> int:
-    """Of the waveforms, Hz."""
-    return int(file.attrs.get("sample_rate", DEFAULT_RATE))
+    """Of the waveforms, Hz: one whole number, also as an array; ValueError for anything else."""
+    given = file.attrs.get("sample_rate", DEFAULT_RATE)
+    rate = np.asarray(given).reshape(-1)
+    if len(rate) == 1 and rate.dtype.kind in "iuf" and float(rate[0]).is_integer():
+        hertz = int(rate[0])
+        if hertz in SAMPLE_RATES:
+            return hertz
+    raise ValueError(f"expected sample_rate in Hz, got {given}")
 
 
 @contextmanager
@@ -122,8 +131,8 @@ def _bad_audio() -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise BadAudio("missing") from None
-    except (OSError, RuntimeError, KeyError, IndexError) as error:
-        raise BadAudio("unreadable", f"HDF5: {_first_line(error)}") from error
+    except (*H5PY_ERRORS, IndexError) as error:
+        raise BadAudio("unreadable", f"HDF5: {first_line(error)}") from error
 
 
 def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
@@ -139,16 +148,20 @@ def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
     if found[0] == "waveform":
         if audio.dtype != np.int16 or audio.ndim != 2:
             raise UserError(
-                f"{source}: expected waveform int16 [clips, samples], "
-                f"got {audio.dtype} {list(audio.shape)}"
+                f"{source}: expected waveform int16 [clips, samples], got {_form(audio)}"
             )
-        if rate_of(file) not in SAMPLE_RATES:
-            raise UserError(f"{source}: expected sample_rate in Hz, got {rate_of(file)}")
+        try:
+            rate_of(file)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from None
     elif h5py.check_vlen_dtype(audio.dtype) != np.uint8 or audio.ndim != 1:
         raise UserError(
-            f"{source}: expected mp3 of variable-length uint8, one a clip, "
-            f"got {audio.dtype} {list(audio.shape)}"
+            f"{source}: expected mp3 of variable-length uint8, one a clip, got {_form(audio)}"
         )
+    if target.ndim != 2:
+        raise UserError(f"{source}: expected target [clips, classes], got {_form(target)}")
+    if names.ndim != 1 or h5py.check_string_dtype(names.dtype) is None:
+        raise UserError(f"{source}: expected audio_name of bytes [clips], got {_form(names)}")
     if len({len(audio), len(target), len(names)}) != 1:
         raise UserError(
             f"{source}: expected as many targets and names as clips, got {len(audio)} clips, "
@@ -159,7 +172,7 @@ def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
 
 def _is_packed(source: Path, target: Any, num_classes: int) -> bool:
     """Whether the targets are bits in bytes; UserError when they are not of ``num_classes``."""
-    if target.ndim == 2 and target.dtype in (np.bool_, np.uint8):
+    if target.dtype in (np.bool_, np.uint8):
         if target.shape[1] == num_classes:
             return False
         if target.dtype == np.uint8 and target.shape[1] == -(-num_classes // 8):
@@ -167,9 +180,10 @@ def _is_packed(source: Path, target: Any, num_classes: int) -> bool:
     raise UserError(
         f"{source}: expected target bool [clips, {num_classes}] or packed bits uint8 "
         f"[clips, {-(-num_classes // 8)}], as the class list has {num_classes} classes, "
-        f"got {target.dtype} {list(target.shape)}"
+        f"got {_form(target)}"
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _form(dataset: Any) -> str:
+    """Its dtype and shape, for a message; one without data has no shape."""
+    return f"{dataset.dtype} {list(dataset.shape or ())}"

@@ -107,7 +107,8 @@ def pack(
         Failure: the disk, or a worker process.
     """
     started = time.monotonic()
-    _check(holdout, group_by, clip_seconds, codec, workers, max_bad, seed)
+    check_ranges(clip_seconds, codec, workers, max_bad)
+    _check(holdout, group_by, seed)
     out = named(out)
     manifest = read_manifest(
         source, audio=audio, labels=labels, classes_from=classes_from, group_by=group_by
@@ -123,6 +124,7 @@ def pack(
             Plan(
                 title=f"pack {directory.name}",
                 directory=directory,
+                bad_list=directory / BAD_FILE,
                 inputs=inputs_of(share, job, shard_bytes, {**options, "role": role}),
                 classes=share.classes,
                 entries=share.entries,
@@ -175,32 +177,30 @@ def named(out: Path) -> Path:
     return Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
 
 
-def _check(
-    holdout: float | None,
-    group_by: str | None,
-    clip_seconds: float,
-    codec: str,
-    workers: int | None,
-    max_bad: float,
-    seed: int,
+def check_ranges(
+    clip_seconds: float | None, codec: str | None, workers: int | None, max_bad: float
 ) -> None:
-    if codec not in CODECS:
+    """Raises UserError when an option that --append has too is out of its range."""
+    if codec is not None and codec not in CODECS:
         raise UserError(f"--codec: expected {' or '.join(CODECS)}, got {codec}")
-    if not MIN_CLIP_SECONDS <= clip_seconds <= MAX_CLIP_SECONDS:
+    if clip_seconds is not None and not MIN_CLIP_SECONDS <= clip_seconds <= MAX_CLIP_SECONDS:
         raise UserError(
             f"--clip-seconds: expected {MIN_CLIP_SECONDS} to {MAX_CLIP_SECONDS}, "
             f"got {clip_seconds:g}"
         )
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {workers}")
+    if not 0.0 <= max_bad <= 1.0:
+        raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
+
+
+def _check(holdout: float | None, group_by: str | None, seed: int) -> None:
     if seed < 0:
         raise UserError(f"--seed: expected 0 or more, got {seed}")
     if holdout is not None and not 0.0 < holdout < 1.0:
         raise UserError(f"--holdout: expected a fraction between 0 and 1, got {holdout:g}")
     if group_by is not None and holdout is None:
         raise UserError("--group-by: only --holdout groups clips, and it is not given")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {workers}")
-    if not 0.0 <= max_bad <= 1.0:
-        raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
 
 
 def _roles(

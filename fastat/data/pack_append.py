@@ -14,20 +14,19 @@ import numpy as np
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Manifest, read_manifest
 from fastat.data.pack import (
-    CODECS,
     NUM_CORES,
     SHARD_BYTES,
     SHARD_OVERHEAD,
+    check_ranges,
     inputs_of,
     label_bytes,
     named,
 )
 from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
-from fastat.data.pack_index import checksum
 from fastat.data.pack_messages import Job
-from fastat.data.pack_parts import Part, pack_parts, settle
+from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
 from fastat.data.pack_plan import Plan
-from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, read_index
+from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
 from fastat.errors import UserError
 
 CHUNK_ROWS = 65_536
@@ -88,14 +87,11 @@ def append(
         Failure: the set is damaged, the disk, or a worker process.
     """
     started = time.monotonic()
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {workers}")
-    if not 0.0 <= max_bad <= 1.0:
-        raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
+    check_ranges(clip_seconds, codec, workers, max_bad)
     out = named(out)
     base = _open_base(out)
     _check_classes(base, labels, classes_from, out)
-    _check_layout(base, clip_seconds, segments, codec, out)
+    _check_layout(base, clip_seconds, segments, out)
     new = _news(base, read_manifest(source, audio=audio, classes_from=out))
     result = None
     if new.manifest.entries or new.manifest.bad:
@@ -173,9 +169,7 @@ def _check_classes(base: _Base, labels: Path | None, classes_from: Path | None, 
         )
 
 
-def _check_layout(
-    base: _Base, clip_seconds: float | None, segments: bool, codec: str | None, out: Path
-) -> None:
+def _check_layout(base: _Base, clip_seconds: float | None, segments: bool, out: Path) -> None:
     clip_samples = base.index["clip_samples"]
     if clip_seconds is not None and round(clip_seconds * SAMPLE_RATE) != clip_samples:
         raise UserError(
@@ -184,8 +178,6 @@ def _check_layout(
         )
     if segments and not base.index["options"]["segments"]:
         raise UserError(f"--segments: {out} was packed without, and --append does the same")
-    if codec is not None and codec not in CODECS:
-        raise UserError(f"--codec: expected {' or '.join(CODECS)}, got {codec}")
 
 
 def _news(base: _Base, manifest: Manifest) -> _News:
@@ -217,6 +209,7 @@ def _plan(out: Path, base: _Base, manifest: Manifest, codec: str | None, shard_b
     return Plan(
         title=f"append to {out.name}",
         directory=out,
+        bad_list=out / APPEND_BAD_FILE,
         inputs=inputs_of(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
         classes=manifest.classes,
         entries=manifest.entries,

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from fastat.data.pack_plan import Plan
 from fastat.data.pack_state import FinishedShard
-from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, codec_of
-from fastat.data.shards import checksum as checksum
+from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, checksum, codec_of
 from fastat.errors import UserError
 from fastat.features import FEATURES
 

@@ -30,7 +30,7 @@ import numpy as np
 from fastat.atomic import atomic_write_text, fsync
 from fastat.data.manifest import BadFile
 from fastat.data.pack_bad import BAD_FILE, read_bad, write_bad
-from fastat.data.pack_index import appended, checksum, index_of, label_counts
+from fastat.data.pack_index import appended, index_of, label_counts
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
@@ -42,7 +42,7 @@ from fastat.data.pack_state import (
     read_claim,
     standing,
 )
-from fastat.data.shards import INDEX_FILE, STATE_FOLDER, read_index, shard_file
+from fastat.data.shards import INDEX_FILE, STATE_FOLDER, checksum, read_index, shard_file
 from fastat.errors import Failure, UserError
 
 MAX_PARTS = 10_000
@@ -151,11 +151,12 @@ def pack_parts(
     for plan in plans:
         known.add(plan.bad)
     if known.exceeded():
-        raise _too_many(known, plans, [plan.bad for plan in plans], base)
+        raise _too_many(known, plans, [plan.bad for plan in plans])
     for plan in plans:
         _claim(plan, part, base)
-    for plan in plans:
-        _check_space(plan, known)
+    if part.count > 1:  # a part alone looks for itself
+        for plan in plans:
+            _check_space(plan, known)
     own = [_pack_part(plan, part, num_workers, known) for plan in plans]
     waiting_for = sorted({i for plan in plans for i in _unfinished(plan, part)})
     if waiting_for:
@@ -203,19 +204,15 @@ def _claim(plan: Plan, part: Part, base: dict[str, Any] | None) -> None:
 
 
 def _too_many(
-    bad_count: BadCount,
-    plans: Sequence[Plan],
-    bad: Sequence[Sequence[BadFile]],
-    base: dict[str, Any] | None,
+    bad_count: BadCount, plans: Sequence[Plan], bad: Sequence[Sequence[BadFile]]
 ) -> UserError:
     """Lists the ``bad`` files of each set; the error that says so."""
-    name = BAD_FILE if base is None else APPEND_BAD_FILE
     for plan, files in zip(plans, bad, strict=True):
         if files:
             with disk_errors(plan.directory):
                 plan.directory.mkdir(parents=True, exist_ok=True)
-                write_bad(plan.directory / name, files)
-    return bad_count.error(plans[0].directory / name)
+                write_bad(plan.bad_list, files)
+    return bad_count.error(plans[0].bad_list)
 
 
 def _check_space(plan: Plan, bad_count: BadCount) -> None:
@@ -243,12 +240,25 @@ def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) ->
         clips = sum(shard.rows for shard in note.shards)
         return _result(plan, note.shards, resumed_clips=clips)
     assert state is not None
-    with state, disk_errors(plan.directory):
-        packed = pack_rows(own, state, num_workers, bad_count)
-        shards = [shard._replace(bad=[])._asdict() for shard in packed.shards]
-        note_path = plan.directory / STATE_FOLDER / f"{part.name}.json"
-        atomic_write_text(note_path, json.dumps({"shards": shards, "bad": packed.bad}))
+    try:
+        with state, disk_errors(plan.directory):
+            packed = pack_rows(own, state, num_workers, bad_count)
+            shards = [shard._replace(bad=[])._asdict() for shard in packed.shards]
+            note_path = plan.directory / STATE_FOLDER / f"{part.name}.json"
+            atomic_write_text(note_path, json.dumps({"shards": shards, "bad": packed.bad}))
+    finally:
+        if part.count == 1:  # parts have peers, who go on
+            _drop_empty(plan, own)
     return _result(plan, packed.shards, packed.resumed_clips)
+
+
+def _drop_empty(plan: Plan, own: Plan) -> None:
+    """Ends the claim of an --append that failed before its first shard, as that of a plain pack
+    ends: a corrected table may follow."""
+    with _merge_lock(plan.directory) as held:
+        # PackState has removed its own when nothing in it was finished.
+        if held and not (own.directory / STATE_FOLDER).exists():
+            _remove_state(plan.directory)
 
 
 def _read_note(plan: Plan, part: Part) -> _Note | None:
@@ -291,7 +301,7 @@ def _merge(
             bad_count.add(read_bad(plan.directory / BAD_FILE) if note is None else note.bad)
         if bad_count.exceeded():
             found = [[] if note is None else note.bad for note in notes]
-            raise _too_many(bad_count, plans, found, base)
+            raise _too_many(bad_count, plans, found)
         return [
             _whole(plan) if note is None else _merge_set(plan, note, base)
             for plan, note in zip(plans, notes, strict=True)

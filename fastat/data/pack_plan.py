@@ -21,6 +21,8 @@ class Plan(NamedTuple):
     title: str
     """What progress is shown of."""
     directory: Path
+    bad_list: Path
+    """Where the bad files are listed when there are too many."""
     inputs: str
     """Fingerprint of the command and what it reads."""
     classes: ClassList

@@ -1,5 +1,6 @@
 """Worker processes of ``fastat pack``: started, fed, listened to, and ended."""
 
+import errno
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ class Pool:
         """Waits for what the workers report; at least one reply.
 
         Raises:
-            Failure: a worker could not write, or died.
+            Failure: a worker could not write, had no memory, or died.
         """
         ready = wait(self._connections)
         for connection in ready:
@@ -98,6 +99,11 @@ class Pool:
                 reply: Reply = self._connections[worker].recv()
             except (EOFError, ConnectionResetError):
                 raise self._died(worker) from None
+            if isinstance(reply, Refused) and reply.errno == errno.ENOMEM:
+                raise Failure(
+                    f"not enough memory for {reply.path}; the same command goes on, perhaps with "
+                    "fewer --workers"
+                )
             if isinstance(reply, Refused):
                 raise Failure(f"cannot write {reply.path}: {os.strerror(reply.errno)}")
             if isinstance(reply, Decoded):

@@ -89,7 +89,10 @@ def print_verified(summary: VerifySummary, *, as_json: bool) -> None:
 def _waiting(part: str | None, clips: int, others: Sequence[int]) -> str:
     names = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
     noun = "other" if len(others) == 1 else "others"
-    return f"part {part} is packed, {clips:,} clips; waiting for {len(others)} {noun}: {names}"
+    return (
+        f"part {part} (--shard, or RANK and WORLD_SIZE) is packed, {clips:,} clips; waiting for "
+        f"{len(others)} {noun}: {names}"
+    )
 
 
 def _print_bad(count: int, reasons: dict[str, int], directory: Path | None) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastat.atomic import fsync
-from fastat.data.flac import PCM_SHARE
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.pack_bad import BAD_FILE, stamp, write_bad
 from fastat.data.pack_index import index_of, label_counts
@@ -90,12 +89,14 @@ def require_clips(directory: Path, shards: list[FinishedShard], bad: list[BadFil
 
 def require_space(plan: Plan, num_clips: int, bad_count: BadCount, written: int = 0) -> None:
     """Raises Failure when the disk cannot hold ``num_clips``, of which ``written`` bytes are there:
-    better now than hours later."""
-    if plan.job.segments:
+    better now than hours later.
+
+    Nobody knows before decoding how many clips segments are, or how long FLAC rows.
+    """
+    if plan.job.segments or plan.job.codec == "flac":
         return
     sure = num_clips - bad_count.max_bad * bad_count.num_files
-    pcm_bytes = sure * 2 * plan.job.clip_samples
-    needed = int(pcm_bytes * (PCM_SHARE if plan.job.codec == "flac" else 1)) - written
+    needed = int(sure * 2 * plan.job.clip_samples) - written
     disk = os.statvfs(plan.directory)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:
@@ -225,11 +226,10 @@ class _Builder:
         return any(rows.writing for rows in (self._rows, *self._full) if rows is not None)
 
     def check_bad(self) -> None:
-        """Raises UserError when too many files are bad; bad.csv then lists those found so far."""
+        """Raises UserError when too many files are bad; lists those found so far."""
         if self.bad_count.exceeded():
-            listed = self.plan.directory / BAD_FILE
-            write_bad(listed, self.bad)
-            raise self.bad_count.error(listed)
+            write_bad(self.plan.bad_list, self.bad)
+            raise self.bad_count.error(self.plan.bad_list)
 
     def check_space(self) -> None:
         """As ``require_space``, for what is left."""

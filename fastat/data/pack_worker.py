@@ -8,10 +8,10 @@ workers.
 """
 
 import ctypes
+import errno
 import os
 import signal
 import sys
-import zlib
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+from zlib_ng import zlib_ng
 
 from fastat.data.decode import BadAudio, decode, to_int16
 from fastat.data.flac import encode
@@ -102,35 +103,41 @@ def _decode(
     message: Decode, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
 ) -> Decoded | Refused:
     files: list[list[Clip] | Bad] = []
-    seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
     for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
         try:
-            if is_row(path):
-                samples = hdf5.decode(path, SAMPLE_RATE, seconds)
-            else:
-                samples = decode(Path(path), SAMPLE_RATE, seconds=seconds)
-            pieces = cut(samples, job)
+            files.append(_decode_file(path, stats_clips, job, hdf5, measure, rows))
         except BadAudio as bad:
             files.append(Bad(bad.reason, bad.detail))
-            continue
         except OSError as error:  # a broken disk, no permission
             files.append(Bad("unreadable", error.strerror or str(error)))
-            continue
-        # Evenly spread over the file.
-        step = max(1.0, len(pieces) / stats_clips) if stats_clips else 0.0
-        measured = {int(i * step) for i in range(stats_clips)}
-        clips = []
-        for number, piece in enumerate(pieces):
-            row = np.zeros(job.clip_samples, np.int16)
-            row[: len(piece)] = piece
-            moments = measure(row, len(piece)) if number in measured else None
-            start = number * job.clip_samples / SAMPLE_RATE
-            stored = encode(piece, SAMPLE_RATE) if job.codec == "flac" else row.tobytes()
-            rows.append(stored)
-            crc = zlib.crc32(stored)
-            clips.append(Clip(start, len(piece), len(stored), crc, moments))
-        files.append(clips)
+        except MemoryError:
+            return Refused(errno.ENOMEM, path)
     return Decoded(message.batch, files)
+
+
+def _decode_file(
+    path: str, stats_clips: int, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
+) -> list[Clip]:
+    """The file's clips, ``stats_clips`` of them measured; their bytes go to ``rows``."""
+    seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
+    if is_row(path):
+        samples = hdf5.decode(path, SAMPLE_RATE, seconds)
+    else:
+        samples = decode(Path(path), SAMPLE_RATE, seconds=seconds)
+    pieces = cut(samples, job)
+    # Evenly spread over the file.
+    step = max(1.0, len(pieces) / stats_clips) if stats_clips else 0.0
+    measured = {int(i * step) for i in range(stats_clips)}
+    clips = []
+    for number, piece in enumerate(pieces):
+        row = np.zeros(job.clip_samples, np.int16)
+        row[: len(piece)] = piece
+        moments = measure(row, len(piece)) if number in measured else None
+        start = number * job.clip_samples / SAMPLE_RATE
+        stored = encode(piece, SAMPLE_RATE) if job.codec == "flac" else row.tobytes()
+        rows.append(stored)
+        clips.append(Clip(start, len(piece), len(stored), zlib_ng.crc32(stored), moments))
+    return clips
 
 
 class _Target:

@@ -45,7 +45,7 @@ from zlib_ng import zlib_ng
 
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, UserError, first_line
 
 SAMPLE_RATE = 16_000
 FORMAT = "fastat packed set"
@@ -376,7 +376,7 @@ def read_shard(
             names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
             rows = ShardRows(*(_read_small(file[name], info) for name in names))
     except H5PY_ERRORS as error:
-        raise Failure(f"{path}: damaged: {_first_line(error)}") from error
+        raise Failure(f"{path}: damaged: {first_line(error)}") from error
     expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
     if rows.flac_offsets is not None:
         expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
@@ -401,7 +401,3 @@ def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
         raise ValueError(f"{dataset.name}: {dataset.nbytes:,} bytes")
     array: NDArray[Any] = dataset[()]
     return array
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,6 +1,7 @@
 """fastat pack of PANNs' and PaSST's HDF5 files: the rows that the same audio in files makes."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def write_panns(path: Path, rate: int | None, seconds: float = 0.6, **options: A
             "audio_name", data=np.array([b"Yid%d.wav" % i for i in range(5)], "S20")
         )
         if rate is not None:
-            file.attrs["sample_rate"] = np.int32(rate)
+            file.attrs["sample_rate"] = np.array([rate], np.int32) if rate == 44_100 else rate
     return files
 
 
@@ -183,6 +184,15 @@ def test_wrong_files(classes: Path, tmp_path: Path) -> None:
         (good | {"target": target.astype(np.float32)}, "got float32"),
         (good | {"audio_name": names[:1]}, "2 clips, 2 targets, 1 names"),
         ({"mp3": audio, "target": target, "audio_name": names}, "expected mp3 of variable-length"),
+        (good | {"audio_name": np.arange(2)}, r"audio_name of bytes \[clips\], got int64 \[2\]"),
+        (
+            good | {"audio_name": names[:, None]},
+            r"audio_name of bytes \[clips\], got \|S1 \[2, 1\]",
+        ),
+        (good | {"audio_name": np.bytes_(b"a")}, r"audio_name of bytes \[clips\], got \|S1 \[\]"),
+        (good | {"target": np.uint8(1)}, r"target \[clips, classes\], got uint8 \[\]"),
+        (good | {"target": h5py.Empty("u1")}, r"target \[clips, classes\], got uint8 \[\]"),
+        (good | {"waveform": h5py.Empty("i2")}, r"waveform int16 \[clips, samples\], got int16"),
         ({k: v[:0] for k, v in good.items()}, "no clips in it"),
     ]
     for datasets, message in cases:
@@ -195,10 +205,14 @@ def test_wrong_files(classes: Path, tmp_path: Path) -> None:
     with h5py.File(path, "w") as file:
         for name, data in good.items():
             file[name] = data
-        file.attrs["sample_rate"] = 0
+    for rate in (0, "32k", math.nan, math.inf, 32_000.5, [16_000, 16_000], h5py.Empty("i4")):
+        with h5py.File(path, "r+") as file:
+            file.attrs["sample_rate"] = rate
+        with pytest.raises(UserError, match="expected sample_rate in Hz, got ") as caught:
+            pack(path, tmp_path / "set", labels=classes)
+        assert "\n" not in str(caught.value)
     for options, message in (
         ({}, "--labels CSV or --classes-from SET names them"),
-        ({"labels": classes}, "expected sample_rate in Hz, got 0"),
         ({"labels": classes, "audio": tmp_path}, "holds its audio"),
         ({"labels": classes, "group_by": "x", "holdout": 0.5}, "without columns"),
     ):

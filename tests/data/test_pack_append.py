@@ -190,6 +190,29 @@ def test_repaired_files_are_packed(tmp_path: Path) -> None:
     assert files(tmp_path / "set") == before and len(before) == 4
 
 
+@pytest.mark.parametrize("part", [None, Part(0, 2)])
+def test_too_many_are_bad(
+    tables: tuple[Path, Path], base: Path, out: Path, tmp_path: Path, part: Part | None
+) -> None:
+    """They are listed beside the set, which stays; alone, a corrected table may follow."""
+    wrong = tmp_path / "wrong.csv"
+    head, *lines = tables[1].read_text().splitlines()
+    junk = [tmp_path / f"junk{i}.wav" for i in range(4)]
+    for path in junk:
+        path.write_bytes(b"junk")
+    wrong.write_text("\n".join([head, *(f"{path},a,s" for path in junk), *lines]) + "\n")
+    known = (out / "bad.csv").read_bytes()
+    with pytest.raises(UserError, match="files are bad, more than --max-bad 0.1") as caught:
+        append(wrong, out, audio=tables[1].parent / "audio", part=part, **OPTIONS)
+    listed = out / "bad-append.csv"
+    assert f"listed in {listed};" in str(caught.value)
+    assert "junk" in listed.read_text() and (out / "bad.csv").read_bytes() == known
+    if part is None:
+        assert append(tables[1], out, **OPTIONS).appended_clips == 19
+        check_grown(out, base, tables[1], tmp_path)
+        assert not listed.exists()
+
+
 def test_killed_while_a_file_is_bad_once_more(tmp_path: Path) -> None:
     """The set stays the same but for bad.csv; the next append must not find a leftover."""
     table = write_table(tmp_path, 4)
@@ -238,6 +261,7 @@ def test_what_does_not_fit_is_refused(tables: tuple[Path, Path], out: Path, tmp_
     before = files(out)
     for options, message in (
         ({"clip_seconds": 1.0}, "--clip-seconds: expected 0.5 as in .*, got 1"),
+        ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to 1000.0, got nan"),
         ({"segments": True}, "--segments: .* was packed without"),
         ({"codec": "mp3"}, "--codec: expected pcm16 or flac, got mp3"),
         ({"labels": labels}, "expected the 3 classes of .* in their order"),

@@ -59,7 +59,9 @@ def test_parts(table: Path, tmp_path: Path, fastat_pack: Command) -> None:
     done = fastat_pack(*options, "--shard", "1/3")
     assert done.code == 0
     assert done.out == (
-        "part 1/3 is packed, 3 clips; waiting for 2 others: 0, 2\nbad files: 1 (1 empty)\n"
+        "part 1/3 (--shard, or RANK and WORLD_SIZE) is packed, 3 clips; waiting for 2 others: "
+        "0, 2\n"
+        "bad files: 1 (1 empty)\n"
     )
     done = fastat_pack(*options, "--shard", "0/3", "--json")
     summary = json.loads(done.out)
@@ -114,7 +116,11 @@ def test_mistakes_are_one_line(table: Path, tmp_path: Path, fastat_pack: Command
     for args, message in (
         ((table,), "pack needs --out DIR"),
         ((table, *out, "--shard", "3/3"), "--shard: expected i/n, from 0/n to (n-1)/n, got 3/3"),
-        ((table, *out, "--verify"), "--verify: expected the packed set alone"),
+        ((table, *out, "--verify"), "--verify: expected the packed set alone, got --out too"),
+        (
+            (tmp_path, "--verify", "--shard", "0/2", "--json", "--append", "--max-bad", 0.01),
+            "--verify: expected the packed set alone, got --append, --max-bad, --shard too",
+        ),
         ((tmp_path, "--verify"), "found no dataset.json"),
         ((table, *out, "--append"), "expected the folder of a packed set, found none"),
         ((table, *out, "--append", "--holdout", 0.2), "--append adds to one set"),

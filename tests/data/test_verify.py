@@ -110,9 +110,24 @@ def test_wrong_but_signed(damaged: Path) -> None:
         path.write_text(json.dumps(signed(index | change)))
         assert [d.file for d in verify(damaged).damaged] == ["dataset.json"]
         assert reason in verify(damaged).damaged[0].reason
+
+
+def test_a_set_without_checksum(damaged: Path) -> None:
+    """As an early fastat wrote it: that is said, and the rows are read."""
+    path = damaged / "dataset.json"
+    index = json.loads(path.read_text())
     del index["checksum"]
     path.write_text(json.dumps(index))
-    assert "no checksum" in verify(damaged).damaged[0].reason
+    shard = damaged / "shard-00001.h5"
+    flip(shard, place(shard, "waveform")[0] + 3 * 16_000)
+    summary = verify(damaged)
+    assert [(d.file, d.row) for d in summary.damaged] == [(path.name, None), (shard.name, 3)]
+    assert "no checksum" in summary.damaged[0].reason and summary.clips == 40
+    del index["label_counts"]
+    path.write_text(json.dumps(index))
+    assert "label counts" in verify(damaged).damaged[1].reason
+    path.write_text(json.dumps(index | {"clip_samples": 8_001}))
+    assert ["fingerprint" in d.reason for d in verify(damaged).damaged] == [True]
 
 
 def test_lost_and_cut_shards_and_all_that_is_printed(
@@ -168,7 +183,8 @@ def test_no_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no dataset"):
         verify(tmp_path)
     (tmp_path / "dataset.json").write_text("{")
-    assert [d.file for d in verify(tmp_path).damaged] == ["dataset.json"]
+    (damage,) = verify(tmp_path).damaged
+    assert damage.file == "dataset.json" and str(tmp_path) not in damage.reason
 
 
 def test_pieces_cover_rows_of_any_length() -> None:
