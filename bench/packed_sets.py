@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,11 +35,13 @@ def write_set(
     shards: list[ShardInfo] = []
     for first in range(0, num_clips, rows_per_shard):
         rows = np.arange(first, min(first + rows_per_shard, num_clips))
-        part = ShardPart(directory, len(shards), len(rows), clip_samples)
+        part = ShardPart(directory, len(shards), "pcm16", clip_samples, 0, SHARD_BYTES)
+        offsets = [part.add_row(2 * clip_samples) for _ in rows]
+        os.truncate(part.path, part.end)
         crc = np.zeros(len(rows), np.uint32)
         if waveform is not None:
             with part.path.open("r+b") as file:
-                file.seek(part.row_offset(0))
+                file.seek(offsets[0])
                 file.write(waveform[rows].data)
             crc[:] = [zlib_ng.crc32(waveform[row]) for row in rows]
         names = [f"Y{row:011d}.wav" for row in rows]

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, also after a power cut."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, over_folder: bool = False) -> Iterator[Path]:
     """A temporary path to write a file or folder at; renamed to ``path`` when the block ends well.
 
-    ``path`` may be an existing file, which is replaced, but not an existing folder. When the block
-    raises, what it wrote is removed and ``path`` stays as it was.
+    ``path`` may be an existing file, which is replaced, but not an existing folder, unless
+    ``over_folder`` says so: that takes two steps, and killed between them there is neither. When
+    the block raises, what it wrote is removed and ``path`` stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,8 +32,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             for child in temporary.iterdir():
                 fsync(child)
         fsync(temporary)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        if over_folder and path.is_dir():
+            os.replace(path, old)
         os.replace(temporary, path)
         fsync(path.parent)
+        if old.exists():
+            shutil.rmtree(old)
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -44,3 +51,30 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def append(file: io.FileIO, data: bytes) -> None:
+    """Writes ``data`` at the end of an unbuffered file, whole or, when it raises, not at all.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def drop_temporaries(folder: Path) -> None:
+    """Removes what ``atomic_path`` left in ``folder`` when its process was killed.
+
+    Only for a folder that nobody else writes to.
+    """
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

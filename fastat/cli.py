@@ -1,6 +1,7 @@
 """The commands. A user's mistake is one line, exit code 2; a failure one line, exit code 1."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, RankZeroFailed, UserError, one_line
 
 app = typer.Typer(
     name="fastat",
@@ -32,6 +33,8 @@ def main() -> None:
     try:
         # standalone_mode off: usage errors come here, to be one line like every other mistake
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except RankZeroFailed:
+        sys.exit(2)
     except USAGE_ERROR as error:
         _fail(error.format_message(), 2)
     except UserError as error:
@@ -49,7 +52,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"fastat: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of torchrun
+    who = "fastat" if rank == "0" else f"fastat, rank {rank}"
+    print(f"{who}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -74,10 +79,11 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, or class folders."
+            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, class folders, or "
+            "HDF5 of PANNs or PaSST; with --verify, a packed set."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the packed set.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the packed set.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Folder of the audio files.")] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Class list (index, mid, display_name).")
@@ -91,12 +97,19 @@ def pack(
     group_by: Annotated[
         str | None, typer.Option(help="Column whose groups stay on one side of --holdout.")
     ] = None,
-    clip_seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 10.0,
+    clip_seconds: Annotated[
+        float | None, typer.Option(help="Length of a clip; default: 10, the set's with --append.")
+    ] = None,
     segments: Annotated[
         bool,
         typer.Option("--segments", help="Split long files into clips instead of cutting them."),
     ] = False,
-    codec: Annotated[str, typer.Option(help="pcm16")] = "pcm16",
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="pcm16 (default), or flac: about 58 % of the bytes, decoded while training."
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Decoding processes; default: one a core.")
     ] = None,
@@ -104,6 +117,16 @@ def pack(
         float, typer.Option(help="Share of bad files that fails the command.")
     ] = 0.01,
     seed: Annotated[int, typer.Option(help="Of --holdout and of the statistics' sample.")] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="i/n, from 0/n on: pack one of n parts; the last makes the set."),
+    ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the set in --out what it does not have.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a packed set and check every checksum.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Decode audio once into a packed set: 16 kHz mono rows, labels, statistics, checksums.
@@ -113,38 +136,59 @@ def pack(
     `fastat pack train.csv --audio wavs --labels class_labels_indices.csv --out packed/train`
 
     `fastat pack my_sounds/ --holdout 0.1 --out packed/mine`
+
+    `fastat pack train.csv --audio wavs --out packed/train --shard $SLURM_ARRAY_TASK_ID/8`
+
+    `fastat pack more.csv --audio wavs --out packed/train --append`
+
+    `fastat pack packed/train --verify`
     """
+    from fastat.data.pack_report import print_appended, print_packed, print_verified
+
+    if verify:
+        if out is not None:
+            raise UserError("--verify: expected the packed set alone, got --out too")
+        from fastat.data.verify import verify as verify_set
+
+        print_verified(verify_set(source), as_json=json_)
+        return
+    if out is None:
+        raise UserError("pack needs --out DIR, the folder of the packed set")
+    from fastat.data.pack_parts import Part, default_workers
+
+    part = Part.parse(shard) if shard is not None else Part.from_environment(os.environ)
+    if workers is None and shard is None:
+        workers = default_workers(os.environ)
+    common: dict[str, Any] = {
+        "audio": audio,
+        "labels": labels,
+        "classes_from": classes_from,
+        "segments": segments,
+        "workers": workers,
+        "max_bad": max_bad,
+        "part": part,
+    }
+    if append:
+        if holdout is not None or group_by is not None:
+            raise UserError("--append adds to one set: expected no --holdout and no --group-by")
+        from fastat.data.pack_append import append as append_to_set
+
+        appended = append_to_set(source, out, clip_seconds=clip_seconds, codec=codec, **common)
+        print_appended(appended, as_json=json_)
+        return
     from fastat.data.pack import pack as pack_set
 
     summary = pack_set(
         source,
         out,
-        audio=audio,
-        labels=labels,
-        classes_from=classes_from,
         holdout=holdout,
         group_by=group_by,
-        clip_seconds=clip_seconds,
-        segments=segments,
-        codec=codec,
-        workers=workers,
-        max_bad=max_bad,
+        clip_seconds=10.0 if clip_seconds is None else clip_seconds,
+        codec=codec or "pcm16",
         seed=seed,
+        **common,
     )
-    if json_:
-        print(json.dumps(asdict(summary), default=str))
-        return
-    done = "already packed" if summary.already_packed else "packed"
-    print(f"{done}: {summary.clips:,} clips in {summary.shards} shards, {summary.directory}")
-    if summary.eval_directory is not None:
-        print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
-    if summary.bad:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in summary.bad_reasons.items())
-        print(f"bad files: {summary.bad} ({reasons}), listed in {summary.directory / 'bad.csv'}")
-    if summary.empty_classes:
-        names = ", ".join(summary.empty_classes[:5])
-        more = ", ..." if len(summary.empty_classes) > 5 else ""
-        print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
+    print_packed(summary, as_json=json_)
 
 
 # ------------------------------------------------------------------------------------- training
@@ -240,9 +284,11 @@ def train(
     `fastat train --proc A4 --model cnn_trans --init runs/a --freeze 'talnet.*' --data packed/mine`
 
     `fastat train --resume --out runs/a`
+
+    `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
     from fastat.config import parse_settings, parse_stride
-    from fastat.launch import configure
+    from fastat.launch import launched, run_training
 
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -276,19 +322,13 @@ def train(
         if model not in (None, "ast"):
             raise UserError(f"--stride is for ast, got --model {model}")
         settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
-    config, out, notes = configure(proc, model, overrides | settings, out, resume=resume)
+    if gpus is not None and gpus != 1:
+        if launched():
+            raise UserError("--gpus starts torchrun, and this already runs under it: leave it out")
+        from fastat.torchrun import run_ranks
 
-    from fastat.signals import Interrupted
-    from fastat.train import train as run_training
-
-    try:
-        run_training(config, out, notes, resume=resume)
-    except Interrupted as stop:
-        print(
-            f"fastat: stopped; saved in {out}; go on with: fastat train --resume --out {out}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(stop.exit_code) from stop
+        raise typer.Exit(run_ranks(gpus, sys.argv[1:]))
+    raise typer.Exit(run_training(proc, model, overrides | settings, out, resume=resume))
 
 
 @app.command("eval")

@@ -174,9 +174,31 @@ class TrainConfig:
     def load(cls, path: Path) -> "TrainConfig":
         """Reads ``config.json``. Raises Failure when it is damaged."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            document = json.loads(path.read_text())
+            _check_types(document)
+            return cls(**document)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise Failure(f"{path} is damaged: {error}") from error
+
+
+def _check_types(document: Any) -> None:
+    """Raises TypeError unless every value of config.json has its field's type."""
+    if not isinstance(document, dict):
+        raise TypeError("expected an object")
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        if name in document and not _is_a(document[name], hint):
+            raise TypeError(f"{name} must be of type {getattr(hint, '__name__', hint)}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, kind) for kind in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is list:
+        return type(value) is list and all(type(item) is str for item in value)
+    if type(value) is int and kind in (int, float):
+        return abs(value) < 2**63
+    return type(value) is kind
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

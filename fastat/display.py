@@ -43,10 +43,11 @@ def clock(seconds: float) -> str:
 class Display:
     """Notes, the running status and a line an epoch, on standard error."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, *, shown: bool = True) -> None:
+        """``shown``: False for a rank that keeps quiet."""
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not shown)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = shown and sys.stderr.isatty()
         self.last_plain = time.monotonic()
 
     def __enter__(self) -> "Display":

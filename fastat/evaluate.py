@@ -20,6 +20,7 @@ from fastat.checkpoint import build_frontend, load_model
 from fastat.config import PRECISIONS
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
+from fastat.distributed import ALONE, Ranks
 from fastat.environment import autocast, default_device
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
@@ -82,22 +83,36 @@ def evaluate(
     precision: str,
     batch: int,
     rows: NDArray[np.int64] | None = None,
+    ranks: Ranks = ALONE,
     on_batch: Callable[[int], object] = lambda clips: None,
-) -> Evaluation:
+    given_up: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Every clip (or those in ``rows``) once, in order, un-augmented.
 
-    Leaves the model in evaluation mode. ``on_batch`` hears the clips of each batch done.
+    Each rank takes a stretch of the clips, and all of them get the whole result. Leaves the model
+    in evaluation mode.
+
+    Args:
+        on_batch: hears the clips of each batch done.
+        given_up: asked after each batch; once it is true on one rank, all return None.
     """
     model.eval()
     rows = np.arange(packed.num_clips) if rows is None else rows
-    logits = []
-    for data in source.batches(evaluation_plans(rows, batch)):
+    own = np.array_split(rows, ranks.size)[ranks.rank]
+    columns = torch.from_numpy(match.model_columns)
+    logits = [torch.empty(0, len(columns))]  # a rank may have no clip
+    for data in source.batches(evaluation_plans(own, batch)):
         features = data.features(frontend)
         with autocast(device, precision):
             out = model(features)
-        logits.append(out.float())
+        logits.append(out.float()[:, columns.to(device)])
         on_batch(len(data.rows))
-    scores = torch.cat(logits).cpu()[:, torch.from_numpy(match.model_columns)]
+        if given_up():
+            break
+    parts = ranks.gather((given_up(), torch.cat([x.cpu() for x in logits])))
+    if any(left for left, _ in parts):
+        return None
+    scores = torch.cat([part for _, part in parts])
     if not torch.isfinite(scores).all():
         raise Failure("the model's scores are not finite: its weights have diverged")
     targets = packed.targets(rows)[:, match.set_columns]
@@ -170,6 +185,7 @@ def evaluate_checkpoint(
             batch=batch,
             on_batch=advance,
         )
+        assert result is not None, "nobody gives up"
     classes = [meta.classes[k] for k in match.model_columns]
     if predictions is not None:
         save_predictions(predictions, result, packed, classes)

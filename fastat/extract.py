@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastat.atomic import atomic_path
 from fastat.data.decode import BadAudio, decode, to_int16
-from fastat.errors import Failure, UserError, nearest
+from fastat.errors import Failure, UserError, nearest, one_line
 from fastat.features import FEATURES, Feature
 from fastat.frontend import INT16_SCALE, Frontend
 from fastat.progress import progress
@@ -37,7 +37,7 @@ class BadFiles:
 
     def add(self, path: Path, reason: object) -> None:
         """Reports ``path``; the only file of a command is left to ``finish``."""
-        self.lines.append(f"{path}: {reason}")
+        self.lines.append(one_line(f"{path}: {reason}"))
         if self.num_files > 1:
             print(f"fastat: {self.lines[-1]}", file=sys.stderr)
 

@@ -4,7 +4,9 @@ Mistakes are found in the order of what finding them costs; torch is imported af
 """
 
 import os
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,61 @@ from fastat.config import TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.procedures import PROCEDURES
+from fastat.signals import Interrupted, leaving_at_once
 
 PATHS = ("data", "eval", "init")
 """Options that are paths; a run keeps them absolute."""
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def run_training(
+    proc: str | None,
+    model: str | None,
+    overrides: dict[str, Any],
+    out: Path | None,
+    *,
+    resume: bool,
+) -> int:
+    """``fastat train`` in this process, one of several under torchrun; the exit code.
+
+    A rank that torchrun starts again goes on from the last checkpoint.
+
+    Raises:
+        UserError, Failure: as ``configure`` and ``train``.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        if out is None:
+            raise UserError("a training that torchrun starts again needs --out to go on in")
+        resume = True
+    make = partial(configure, proc, model, overrides, out, resume=resume)
+    try:
+        with leaving_at_once():
+            if not launched():
+                config, out, notes = make()
+                from fastat.train import train
+
+                train(config, out, notes, resume=resume)
+                return 0
+            from fastat.distributed import started
+            from fastat.train import train
+
+            with started() as ranks:
+                config, out, notes = ranks.from_first(make)
+                train(config, out, notes, resume=resume, ranks=ranks)
+    except Interrupted as stop:
+        saved = f"saved in {out}; go on with: fastat train --resume --out {out}"
+        why = saved if stop.saved else "there was nothing to save"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastat: stopped; {why}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("fastat: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
+    return 0
 
 
 def configure(
@@ -71,6 +125,7 @@ def configure(
         initial_options=initial,
     )
     packed.close()
+    _check_model(config, packed.clip_samples)
     return config, out, notes
 
 
@@ -93,19 +148,24 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
             "--no-pretrained, or --init CHECKPOINT train it"
         )
     if "data" not in overrides:  # the practice set, whose sizes are known before it is made
-        import torch
+        _check_model(config, CLIP_SAMPLES)
 
-        from fastat.models import create_model
 
-        feature = FEATURES[config.feature]
-        with torch.device("meta"):
-            create_model(
-                model,
-                num_mels=feature.num_mels,
-                num_frames=feature.num_frames(CLIP_SAMPLES),
-                num_classes=1,
-                **config.model_options,
-            )
+def _check_model(config: TrainConfig, clip_samples: int) -> None:
+    """The model can be made with these options; before every rank makes it."""
+    import torch
+
+    from fastat.models import create_model
+
+    feature = FEATURES[config.feature]
+    with torch.device("meta"):
+        create_model(
+            config.model,
+            num_mels=feature.num_mels,
+            num_frames=feature.num_frames(clip_samples),
+            num_classes=1,
+            **config.model_options,
+        )
 
 
 # ------------------------------------------------------------------------------ the practice set

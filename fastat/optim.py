@@ -3,12 +3,14 @@
 import importlib
 import importlib.machinery
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastat.distributed import ALONE, Ranks
 
 
 def create_adam(
@@ -91,6 +93,7 @@ def train_step(
     target: Tensor,
     precision: AbstractContextManager[object],
     accumulate: int = 1,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward, backward and Adam, without waiting for the device.
 
@@ -100,19 +103,24 @@ def train_step(
         precision: the context that the model runs in.
         accumulate: micro-batches, of equal size, that the batch is computed in; the gradient is
             that of the whole batch, but BatchNorm sees one micro-batch at a time.
+        ranks: the features are the part of one of them; gradients and loss are means over all.
 
     Returns:
         loss, gradient norm, and 1 where either is not finite and the step was not taken: scalars
-        on the device.
+        on the device, the same on every rank.
     """
     size = len(features) // accumulate
     loss = torch.zeros((), device=features.device)
-    for x, y in zip(features.split(size), target.split(size), strict=True):
-        with precision:
-            logits = model(x)
-        part = F.binary_cross_entropy_with_logits(logits.float(), y) / accumulate
-        part.backward()
+    no_sync: Callable[[], AbstractContextManager[object]] = getattr(model, "no_sync", nullcontext)
+    for i, (x, y) in enumerate(zip(features.split(size), target.split(size), strict=True), 1):
+        # Ranks exchange their gradients in the last backward pass alone.
+        with no_sync() if i < accumulate else nullcontext():
+            with precision:
+                logits = model(x)
+            part = F.binary_cross_entropy_with_logits(logits.float(), y) / accumulate
+            part.backward()
         loss += part.detach()
+    loss = ranks.mean(loss)
     found_inf, norm = finite_flag(loss, params)
     guarded_step(optimizer, found_inf)
     optimizer.zero_grad(set_to_none=True)

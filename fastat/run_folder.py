@@ -1,21 +1,25 @@
 """What a training run leaves in its folder beside the checkpoints, and where it goes on from."""
 
 import csv
+import fcntl
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastat.atomic import atomic_write_text
+from fastat.atomic import append, atomic_write_text, drop_temporaries
 from fastat.config import TrainConfig
 from fastat.data.shards import PackedSet
+from fastat.distributed import Ranks, seed_rank
 from fastat.environment import environment, numerics
-from fastat.errors import Failure
+from fastat.errors import Failure, UserError
 from fastat.metrics import finite
 
 BAD_CLIPS_FILE = "bad_clips.csv"
@@ -34,12 +38,71 @@ class Progress:
     """Of the current epoch: training alone."""
     wait_seconds: float = 0.0
     """Of the current epoch: waiting for data."""
+    best_step: int | None = None
+    """Of the checkpoint that is the best; None: there is none, or an older fastat did not say."""
+    unscored: bool = False
+    """A signal cut the evaluation off: the steps of the epoch are done, its score is not."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps, from 0, that were not or will not be taken, because they are not finite."""
+
+    def taken(self, first: int) -> int:
+        """How many steps were taken from step ``first`` on."""
+        return self.step - first - sum(first <= s < self.step for s in self.left_out)
+
+
+class RunLock:
+    """Held by the one training that may write to a run folder. Any death releases it."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Makes the folder where there is none, and takes the lock, unless it is held already.
+
+        Raises:
+            UserError: another training holds it.
+            Failure: the folder cannot be written.
+        """
+        if self._file is not None:
+            return
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            file = (self.run / ".lock").open("a")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another training is running in {self.run}: wait for it, or take another --out"
+            ) from error
+        except OSError as error:
+            raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
+        self._file = file
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets the next one in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def check_writable(run: Path) -> None:
+    """Raises Failure where ``run`` cannot be written or made, before anything else costs time."""
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is read-only" if there.is_dir() else "is a file"
+        raise Failure(f"cannot write the run folder {run}: {there} {why}")
 
 
 def open_run_folder(
     run: Path, config: TrainConfig, device: torch.device, keep_epochs: int | None
 ) -> None:
     """Writes ``config.json`` and ``env.json``; drops the metrics of epochs to be trained again.
+
+    Also drops what a killed run left half-written. The caller holds the lock.
 
     Args:
         keep_epochs: epochs whose metrics stay; None: all.
@@ -49,22 +112,83 @@ def open_run_folder(
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        for folder in (run, run / "checkpoints", run / "nonfinite"):
+            drop_temporaries(folder)
         config.save(run / "config.json")
         atomic_write_text(run / "env.json", json.dumps(environment(device), indent=1) + "\n")
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and keep_epochs is not None:
-            # A full disk or a power cut may have left part of a line.
-            lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
-            kept = [x for x in lines if json.loads(x)["epoch"] <= keep_epochs]
-            atomic_write_text(metrics, "".join(x + "\n" for x in kept))
+        if keep_epochs is not None:
+            drop_metrics(run, keep_epochs)
     except OSError as error:
         raise Failure(f"cannot write the run folder {run}: {error.strerror}") from error
 
 
+def drop_metrics(run: Path, keep_epochs: int) -> None:
+    """Drops the lines of epochs that will be trained again from ``metrics.jsonl``."""
+    metrics = run / "metrics.jsonl"
+    if metrics.exists():
+        # A power cut may have left part of a line.
+        try:
+            lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
+            kept = [x for x in lines if json.loads(x)["epoch"] <= keep_epochs]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Failure(f"{metrics} is damaged: {error!r}; remove that line") from error
+        atomic_write_text(metrics, "".join(x + "\n" for x in kept))
+
+
 def append_metrics(run: Path, line: dict[str, Any]) -> None:
-    """Adds an epoch to ``metrics.jsonl``."""
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(finite(line)) + "\n")
+    """Adds an epoch to ``metrics.jsonl``, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with (run / "metrics.jsonl").open("ab", buffering=0) as file:
+        append(file, (json.dumps(finite(line)) + "\n").encode())
+
+
+class Records:
+    """What a run writes beside its checkpoints: what a full disk refuses is tried again.
+
+    Args:
+        note: hears of every failure; training goes on.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._waiting: dict[str, Callable[[], None]] = {}
+
+    def write(self, name: str, action: Callable[[], None]) -> None:
+        """Runs ``action``, which writes ``name``, after those that failed before.
+
+        One that failed and has the same name is replaced.
+        """
+        self._waiting[name] = action
+        if errors := self._try():
+            self._note(f"cannot write {'; '.join(errors)}; training goes on, and tries again")
+
+    def close(self) -> None:
+        """Tries what is left a last time.
+
+        Raises:
+            Failure: something stays unwritten.
+        """
+        if errors := self._try():
+            raise Failure(f"cannot write {'; '.join(errors)}")
+
+    def _try(self) -> list[str]:
+        errors = []
+        for name, action in list(self._waiting.items()):
+            try:
+                action()
+                del self._waiting[name]
+            except OSError as error:
+                errors.append(f"{name}: {error.strerror}")
+        return errors
+
+
+def random_state(device: torch.device) -> dict[str, Tensor | None]:
+    """The state of the generators that this rank draws from."""
+    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
 
 
 def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
@@ -90,38 +214,56 @@ def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
 
 
 def trainer_state(
-    optimizer: torch.optim.Optimizer, progress: Progress, data: str, device: torch.device
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    data: str,
+    device: torch.device,
+    random_states: list[dict[str, Tensor | None]],
 ) -> dict[str, Any]:
     """``trainer.pt``: what a run needs to go on, bit for bit.
 
     Args:
         data: fingerprint of the training set.
+        random_states: of every rank.
     """
     return {
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        "random": random_states,
         "data": data,
         "numerics": numerics(device),
     }
 
 
 def restore_trainer_state(
-    state: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device, ranks: Ranks
 ) -> tuple[Progress, list[str]]:
-    """Puts ``trainer_state`` back; returns where the run stands, and what there is to say."""
+    """Puts ``trainer_state`` back; returns where the run stands, and what there is to say.
+
+    A rank that the run did not have before draws from a seed of its own.
+    """
     optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)  # older checkpoints have none
     progress = Progress(**state["progress"])
     progress.loss_sum = progress.loss_sum.to(device)
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    if (now := numerics(device)) == state["numerics"]:
-        return progress, []
-    return progress, [
-        f"numerics changed from {state['numerics']} to {now}: "
-        "the run goes on, not bit for bit as it would have"
-    ]
+    random_states = state.get("random") or [state]  # older checkpoints have one rank's
+    if ranks.rank < len(random_states):
+        mine = random_states[ranks.rank]
+        torch.set_rng_state(mine["rng"])
+        if mine["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda_rng"])
+    else:
+        seed_rank(progress.step, ranks)
+    notes = []
+    if len(random_states) != ranks.size:
+        notes.append(
+            f"the run had {len(random_states)} ranks and has {ranks.size} now: the same clips a "
+            "step, but dropout and the order of sums differ"
+        )
+    if (now := numerics(device)) != state["numerics"]:
+        notes.append(
+            f"numerics changed from {state['numerics']} to {now}: "
+            "the run goes on, not bit for bit as it would have"
+        )
+    return progress, notes

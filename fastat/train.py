@@ -1,50 +1,59 @@
 """The trainer: read it from top to bottom."""
 
-import os
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from fastat import nonfinite
 from fastat.checkpoint import (
-    ModelMeta,
+    Resumable,
+    best_there,
     build_frontend,
-    find_checkpoint,
-    load_trainer_state,
-    load_weights,
-    save_checkpoint,
+    go_back,
+    holds_checkpoints,
+    newest_whole,
+    put_weights,
+    step_name,
 )
+from fastat.checkpoint_writer import CheckpointWriter, Due
 from fastat.config import TrainConfig
-from fastat.data.loader import Batch, PackedSource, Source
-from fastat.data.sampler import Sampler, balanced_weights
-from fastat.data.shards import PackedSet
+from fastat.data.loader import Batch, PackedSource
 from fastat.display import Display, Status
+from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
 from fastat.environment import autocast, default_device, device_name, peak_memory_gib
 from fastat.errors import Failure, UserError
-from fastat.evaluate import Evaluation, evaluate, match_classes, save_predictions
-from fastat.features import FEATURES
+from fastat.evaluate import Evaluation, evaluate, save_predictions
+from fastat.event_file import EventFile
 from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.metrics import TaggingMetrics, finite
+from fastat.models.sync_batchnorm import synchronise_batchnorm
 from fastat.optim import create_adam, train_step
 from fastat.run_folder import (
     BAD_CLIPS_FILE,
     Progress,
+    Records,
+    RunLock,
     append_bad_clips,
     append_metrics,
+    check_writable,
+    drop_metrics,
     open_run_folder,
+    random_state,
     restore_trainer_state,
     trainer_state,
 )
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
+from fastat.training_data import open_data
 from fastat_kernels.backend import chosen_kernels, set_kernels
 from fastat_kernels.choice import parse_kernels
 
@@ -52,18 +61,24 @@ LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
 
 
 def train(
-    config: TrainConfig, run: Path, notes: list[str], *, resume: bool
+    config: TrainConfig,
+    run: Path,
+    notes: list[str],
+    *,
+    resume: bool,
+    ranks: Ranks = ALONE,
 ) -> TaggingMetrics | None:
     """Trains ``config`` into the folder ``run``; returns the last epoch's metrics, if any.
 
     Raises:
-        UserError: data, model and options do not fit together.
-        Failure: a damaged row, a full disk, a loss that is not finite.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+        UserError: data, model and options do not fit together, or the run is under way already.
+        Failure: a damaged row, a full disk, a loss that is not finite, another rank that is gone.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1; a checkpoint was saved.
     """
-    with Display() as display:
+    with Display(shown=ranks.first) as display, peers_may_fail(ranks):
         try:
-            return Trainer(config, run, notes, display, resume=resume).run_epochs()
+            trainer = Trainer(config, run, notes, display, resume=resume, ranks=ranks)
+            return trainer.run_epochs()
         except torch.OutOfMemoryError as error:
             raise Failure(f"the GPU's memory is full: {LESS_MEMORY} ({error})") from error
         except RuntimeError as error:
@@ -73,7 +88,10 @@ def train(
 
 
 class Trainer:
-    """One training run on one device."""
+    """One training run, on one device a rank.
+
+    Every rank takes the same decisions at the same steps; rank 0 alone writes.
+    """
 
     def __init__(
         self,
@@ -83,9 +101,18 @@ class Trainer:
         display: Display,
         *,
         resume: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.run, self.display = config, run, display
+        if config.batch % (ranks.size * config.accumulate):
+            raise UserError(
+                f"batch must be a multiple of ranks x accumulate: got batch {config.batch}, "
+                f"{ranks.size} ranks, accumulate {config.accumulate}"
+            )
+        preparing, self.ranks = ranks, ranks.with_timeout(config.rank_timeout)
         self.notes = list(notes)  # shown once everything fits together
+        self.lock = RunLock(run)
+        ranks.from_first(self._look_at_run_folder)
         torch.manual_seed(config.seed)
         self.device = default_device()
         set_kernels(parse_kernels(config.kernels))
@@ -95,71 +122,27 @@ class Trainer:
             self.notes.append(f"kernels={config.kernels}: Triton kernels run on CUDA only")
 
         # ---- data
-        self.train_set = PackedSet.open(config.data)
-        self.eval_set = None if config.eval is None else PackedSet.open(config.eval)
-        feature = FEATURES[config.feature]
-        num_frames = feature.num_frames(self.train_set.clip_samples)
-        stats = self.train_set.stats[feature.name] if config.statistics == "set" else feature
-        self.meta = ModelMeta(
-            model=config.model,
-            feature=feature.name,
-            clip_seconds=self.train_set.clip_samples / feature.sample_rate,
-            num_mels=feature.num_mels,
-            num_frames=num_frames,
-            mean=stats.mean,
-            std=stats.std,
-            classes=self.train_set.classes,
-            options=config.model_options,
-            remove_mean=config.remove_mean,
-            normalize=config.normalize,
-        )
-        self.match = None
-        if self.eval_set is not None:
-            if self.eval_set.clip_samples != self.train_set.clip_samples:
-                raise UserError(
-                    f"clips of {config.data} have {self.train_set.clip_samples} samples, "
-                    f"those of {config.eval} {self.eval_set.clip_samples}: pack both alike"
-                )
-            self.match = match_classes(self.meta.classes, self.eval_set)
-            if self.match.note:
-                self.notes.append(self.match.note)
+        self.data = open_data(config, self.device, self.ranks, preparing, self.notes)
+        self.sampler, self.meta = self.data.sampler, self.data.meta
         self.frontend = build_frontend(self.meta).to(self.device)
-        self.source, usable = self._open_source(self.train_set, config.batch)
-        self.eval_source, self.eval_rows = None, None
-        if self.eval_set is not None:
-            self.eval_source, eval_usable = self._open_source(self.eval_set, config.eval_batch)
-            self.eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
-        balanced = balanced_weights(self.train_set.target_bits, self.train_set.label_counts)
-        self.sampler = Sampler(
-            self.train_set.num_clips,
-            config.batch,
-            seed=config.seed,
-            num_frames=num_frames,
-            num_mels=feature.num_mels,
-            weights=balanced if config.balance else None,
-            usable=usable,
-            mixup=config.mixup,
-            mixup_alpha=config.mixup_alpha,
-            time_mask=config.time_mask,
-            freq_mask=config.freq_mask,
-            window=config.window,
-        )
-        if isinstance(self.source, PackedSource):
-            self.source = PackedSource(
-                self.train_set, self.device, sampler=self.sampler, max_bad=config.max_bad
-            )
 
         # ---- model
         self.raw_model = self.meta.create()
-        resuming = resume and (run / "checkpoints" / "last").exists()
+        resuming = ranks.from_first(lambda: resume and holds_checkpoints(run / "checkpoints"))
         if not resuming:
-            self.notes += self._start_weights()
+            self.notes += ranks.from_first(self._start_weights)  # the others get them from DDP
         self.raw_model.to(self.device).to(memory_format=torch.channels_last)
         if note := freeze(self.raw_model, config.freeze):
             self.notes.append(note)
-        self.model: nn.Module = self.raw_model
+        if config.sync_batchnorm and self.ranks.device_group is not None:
+            synchronise_batchnorm(self.raw_model, self.ranks.device_group)
+        self.model = self.ranks.parallel(self.raw_model, config.gradient_dtype, config.accumulate)
         if config.compile:
-            self.model = cast(nn.Module, torch.compile(self.raw_model))
+            self.model = cast(nn.Module, torch.compile(self.model))
+        self.eval_model = self.model
+        if ranks.size > 1:  # DDP would wait for a rank that has fewer clips
+            compiled = torch.compile(self.raw_model) if config.compile else self.raw_model
+            self.eval_model = cast(nn.Module, compiled)
         self.params = [p for p in self.raw_model.parameters() if p.requires_grad]
         self.optimizer, whose = create_adam(
             parameter_groups(self.raw_model, config.layer_decay),
@@ -170,54 +153,71 @@ class Trainer:
         )
 
         # ---- where it stands
+        seed_rank(config.seed, ranks)
         self.progress = Progress()
         self.pending: deque[tuple[int, Tensor]] = deque()
+        self.vote = Vote(self.ranks)
+        self.stop = StopSignals()
+        self.guard = nonfinite.BufferGuard(self.raw_model)
+        source = self.data.source
+        if self.ranks.size > 1:  # which gives this rank its part of a step alone
+            source = PackedSource(
+                self.data.train_set,
+                self.device,
+                sampler=self.sampler,
+                max_bad=self.config.max_bad,
+            )
+        self.recorder = nonfinite.Recorder(
+            self.run / "nonfinite",
+            self.data.train_set,
+            self.sampler,
+            source,
+            self.raw_model,
+            self.meta,
+            self.frontend,
+            self.config.precision,
+        )
+        ranks.from_first(lambda: self._claim_run_folder(resume))
         if resuming:
-            self._restore()
+            self.notes += self._restore()
         total_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(total_steps, config.steps or total_steps)
-        unfinished = self.progress.step < self.last_step
-        whole_epochs = self.progress.step // self.sampler.steps_per_epoch
-        open_run_folder(run, config, self.device, whole_epochs if unfinished else None)
+        if (
+            self.progress.step != self.last_step
+            and self.progress.step % self.sampler.steps_per_epoch
+        ):
+            self.progress.unscored = False  # at an end that --steps set, and does not any more
+        if ranks.first:
+            open_run_folder(run, config, self.device, self._whole_epochs())
         size = sum(p.numel() for p in self.raw_model.parameters())
+        devices = f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{device_name(self.device)}"
         self.notes.append(
-            f"{config.model}: {size:,} parameters, {config.proc}, {feature.name} "
-            f"{feature.num_mels} x {num_frames}, {config.precision} on {device_name(self.device)}, "
+            f"{config.model}: {size:,} parameters, {config.proc}, {self.meta.feature} "
+            f"{self.meta.num_mels} x {self.meta.num_frames}, {config.precision} on {devices}, "
             f"{whose}"
         )
         self.notes.append(
-            f"{self.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: "
+            f"{self.data.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: "
             f"{config.epochs} epochs of {self.sampler.steps_per_epoch:,} steps, "
             f"batch {config.batch}, LR {config.lr:g} -> {run}"
         )
-        if self.eval_set is None:
+        if self.data.eval_set is None:
             self.notes.append("no --eval set: training without scoring")
         for note in self.notes:
             display.note(note)
 
-    def _open_source(
-        self, packed: PackedSet, batch: int
-    ) -> tuple[Source, NDArray[np.bool_] | None]:
-        """A source of batches of ``packed``, and the clips it can deliver (None: all)."""
-        if self.config.source == "packed":
-            return PackedSource(packed, self.device), None
-        from fastat.data.dali import DaliSource  # DALI is heavy, and only needed here
+    def _look_at_run_folder(self) -> None:
+        """Before anything costs time: it can be written, and nobody trains in it."""
+        check_writable(self.run)
+        if self.run.exists():
+            self.lock.acquire()
 
-        source = DaliSource(
-            packed,
-            self.config.feature,
-            batch=batch,
-            threads=os.cpu_count() or 1,
-            device=self.device,
-            max_bad=self.config.max_bad,
-            remove_mean=self.config.remove_mean,
-        )
-        if source.bad:
-            row, path, reason = source.bad[0]
-            self.notes.append(
-                f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}"
-            )
-        return source, source.usable
+    def _claim_run_folder(self, resume: bool) -> None:
+        """Once everything fits together."""
+        self.lock.acquire()
+        if not resume and (self.run / "config.json").exists():
+            # made since the command line was read
+            raise UserError(f"{self.run} already holds a run: --resume goes on with it")
 
     def _start_weights(self) -> list[str]:
         """Loads the weights that the run starts from, if any; returns notes on them."""
@@ -232,46 +232,84 @@ class Trainer:
     # ------------------------------------------------------------------ epochs
     def run_epochs(self) -> TaggingMetrics | None:
         """Trains from where the run stands to its end."""
-        steps = self.sampler.steps_per_epoch
         metrics = None
-        with (
-            StopSignals() as self.stop,
-            SummaryWriter(str(self.run / "tb"), purge_step=self.progress.step) as self.tensorboard,
-        ):
-            if self.progress.step >= self.last_step:
+        self.due = Due(self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes)
+        with ExitStack() as stack:
+            if self.ranks.first:
+                stack.enter_context(self.lock)
+            stack.enter_context(self.stop)
+            if self.ranks.first:
+                self._open_records(stack)
+            if not self._unfinished():
                 self.display.note(
                     f"{self.run} has its {self.last_step:,} steps: nothing left to train"
                 )
-            while self.progress.step < self.last_step:
-                epoch = self.progress.step // steps
-                try:
-                    self._train_epoch(epoch)
-                finally:
-                    self._list_bad_clips()
+            elif self.config.on_nan == "rollback" and self.ranks.from_first(
+                lambda: not holds_checkpoints(self.writer.folder)
+            ):
+                self._save(best=False)  # to go back to
+            while self._unfinished():
+                epoch = self._epoch()
+                if not self.progress.unscored:
+                    try:
+                        self._train_epoch(epoch)
+                    except nonfinite.RollBack:
+                        self._roll_back()
+                        continue
+                self.progress.unscored = True
                 evaluation = self._evaluate()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
-                if self.stop.signum is not None and self.progress.step < self.last_step:
-                    raise Interrupted(self.stop.signum)
+                signum, _ = self.vote.now(self.stop.signum or 0, 0)
+                if signum and self._unfinished():
+                    self._finish_writing()
+                    raise Interrupted(signum)
+            self._finish_writing()
+            if self.ranks.first:
+                self.records.close()
         self.display.note(f"saved in {self.run}; tag a sound with: fastat predict {self.run} FILE")
-        self.source.close()
-        if self.eval_source is not None:
-            self.eval_source.close()
+        self.data.close()
         return metrics
+
+    def _open_records(self, stack: ExitStack) -> None:
+        """What rank 0 writes with."""
+        note = self.display.note
+        self.records = Records(note)
+        self.writer = stack.enter_context(CheckpointWriter(self.run / "checkpoints", note))
+        curves = EventFile(self.run / "tb", purge_step=self.progress.step, note=note)
+        self.curves = stack.enter_context(curves)
+
+    def _unfinished(self) -> bool:
+        """Whether there is something left to train, or to score."""
+        return self.progress.step < self.last_step or self.progress.unscored
+
+    def _epoch(self) -> int:
+        """The epoch, from 0, that the run is in."""
+        p = self.progress
+        return (p.step - p.unscored) // self.sampler.steps_per_epoch
+
+    def _whole_epochs(self) -> int | None:
+        """How many epochs' metrics stay; None: all."""
+        return self._epoch() if self._unfinished() else None
 
     def _train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, from the run's current step."""
         c, p = self.config, self.progress
-        steps = self.sampler.steps_per_epoch
-        end = min((epoch + 1) * steps, self.last_step)
+        first = epoch * self.sampler.steps_per_epoch
+        end = min(first + self.sampler.steps_per_epoch, self.last_step)
         train_mode(self.model)
-        plans = (self.sampler.plan(epoch, step - epoch * steps) for step in range(p.step, end))
-        for batch, waited in timed(self.source.batches(plans)):
+        steps = [step for step in range(p.step, end) if step not in p.left_out]
+        plans = (
+            self.data.own_part(self.sampler.plan(epoch, step - first), self.ranks) for step in steps
+        )
+        batches = timed(self.data.source.batches(plans))
+        for step, (batch, waited) in zip(steps, batches, strict=True):
             started = time.perf_counter()
             features = batch.features(self.frontend)
-            lr = self._lr(p.step)
+            lr = self._lr(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
+            self.guard.remember()
             loss, norm, found_inf = train_step(
                 self.model,
                 self.params,
@@ -280,23 +318,21 @@ class Trainer:
                 batch.target,
                 autocast(self.device, c.precision),
                 c.accumulate,
+                self.ranks,
             )
-            p.loss_sum += loss
-            self.pending.append((p.step, found_inf))
-            p.step += 1
+            self.guard.undo_if(found_inf)
+            p.loss_sum += torch.where(found_inf > 0, torch.zeros_like(loss), loss)
+            self.pending.append((step, found_inf))
+            p.step = step + 1
             self._look_for_nonfinite()
 
             p.wait_seconds += waited
             p.train_seconds += waited + time.perf_counter() - started
             if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
                 self._report(epoch, loss, norm, lr)
-            if self.stop.signum is not None and p.step < end:
-                self._look_for_nonfinite(wait=True)
-                self._save(best=False)
-                raise Interrupted(self.stop.signum)
-            if c.checkpoint_every_steps and p.step % c.checkpoint_every_steps == 0 and p.step < end:
-                self._look_for_nonfinite(wait=True)
-                self._save(best=False)
+            if p.step < end:
+                self._save_in_mid_epoch()
+        p.step = end  # the last steps may be left out
         self._look_for_nonfinite(wait=True)
 
     def _lr(self, step: int) -> float:
@@ -315,22 +351,48 @@ class Trainer:
         while len(self.pending) > keep:
             step, flag = self.pending.popleft()
             if flag.item():
-                plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
-                clips = ", ".join(self.train_set.names(plan.rows))
-                partners = ", ".join(self.train_set.names(plan.partners))
-                mixed = f"; mixed in: {partners}" if partners else ""
-                raise Failure(
-                    f"the loss or a gradient is not finite at step {step + 1}; "
-                    f"that step was not taken. Its clips: {clips}{mixed}"
-                )
+                self._leave_out(step)
+
+    def _leave_out(self, step: int) -> None:
+        """What ``on_nan`` says of a step that is not finite."""
+        p, on_nan = self.progress, self.config.on_nan
+        kept = self.recorder.keep(step) if self.ranks.first else ""
+        train_mode(self.model)
+        text = (
+            f"the loss or a gradient is not finite at step {step + 1}; "
+            f"that step was not taken{kept}; "
+        )
+        reason = nonfinite.why_stop(on_nan, step, p.left_out, self.sampler.steps_per_epoch)
+        if reason is not None:
+            self.ranks.from_first(lambda: self._fail(f"{text}{reason}", step))
+        p.left_out.append(step)
+        self.display.note(f"{text}{on_nan}: {len(p.left_out)} left out so far")
+        if on_nan == "rollback":
+            raise nonfinite.RollBack
+
+    def _fail(self, text: str, step: int) -> NoReturn:
+        raise Failure(f"{text}. {self.recorder.clips(step)}")
+
+    def _roll_back(self) -> None:
+        """To the newest whole checkpoint; what is left out stays so."""
+        left_out = self.progress.left_out
+        self.pending.clear()
+        self._heed_writer(wait=True)
+        for note in self._restore():
+            self.display.note(note)
+        self.progress.left_out = sorted({*self.progress.left_out, *left_out})
+        if self.ranks.first:
+            drop_metrics(self.run, self._epoch())
 
     def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        if not self.ranks.first:
+            return
         p, c = self.progress, self.config
-        done = p.step - epoch * self.sampler.steps_per_epoch
+        done = p.taken(epoch * self.sampler.steps_per_epoch) or 1
         rate = done * c.batch / p.train_seconds
-        self.tensorboard.add_scalar("train/loss", loss.item(), p.step)
-        self.tensorboard.add_scalar("train/grad_norm", norm.item(), p.step)
-        self.tensorboard.add_scalar("train/lr", lr, p.step)
+        self.curves.add_scalar("train/loss", loss.item(), p.step)
+        self.curves.add_scalar("train/grad_norm", norm.item(), p.step)
+        self.curves.add_scalar("train/lr", lr, p.step)
         self.display.status(
             Status(
                 epoch=epoch + 1,
@@ -345,42 +407,48 @@ class Trainer:
             )
         )
 
-    def _list_bad_clips(self) -> None:
-        """Says how many clips were found damaged since the last time, and lists them."""
-        bad = self.source.bad if isinstance(self.source, PackedSource) else {}
-        if new := append_bad_clips(self.run, self.train_set, bad):
-            self.display.note(
-                f"{new:,} damaged clips were replaced by others, {len(bad):,} in all; "
-                f"{self.run / BAD_CLIPS_FILE} lists them"
-            )
-
     def _evaluate(self) -> Evaluation | None:
-        if self.eval_set is None or self.eval_source is None or self.match is None:
+        """Scores the model; None without an evaluation set.
+
+        A signal leaves an evaluation little time; what it did not score, a resume scores.
+        """
+        d = self.data
+        if d.eval_set is None or d.eval_source is None or d.match is None:
             return None
-        return evaluate(
-            self.model,
+        evaluation = evaluate(
+            self.eval_model,
             self.frontend,
-            self.eval_set,
-            self.eval_source,
-            self.match,
+            d.eval_set,
+            d.eval_source,
+            d.match,
             device=self.device,
             precision=self.config.precision,
             batch=self.config.eval_batch,
-            rows=self.eval_rows,
+            rows=d.eval_rows,
+            ranks=self.ranks,
+            given_up=lambda: self.stop.overdue,
         )
+        if evaluation is None:
+            signum, _ = self.vote.now(self.stop.signum or 0, 0)
+            self._save(best=False)
+            self._finish_writing()
+            raise Interrupted(signum)
+        return evaluation
 
     def _finish_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
         """Records the epoch, saves it, and starts the next one's sums."""
         p, c = self.progress, self.config
         steps = self.sampler.steps_per_epoch
-        done = p.step - epoch * steps
+        first = epoch * steps
+        self._heed_writer(wait=True)  # it may say that the best so far was not written
+        done = p.taken(first)
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": p.step,
             "lr": self._lr(p.step - 1),
-            "train_loss": p.loss_sum.item() / done,
-            "clips_per_s": done * c.batch / p.train_seconds,
-            "data_wait_fraction": p.wait_seconds / p.train_seconds,
+            "train_loss": p.loss_sum.item() / done if done else math.nan,
+            "clips_per_s": done * c.batch / p.train_seconds if done else 0.0,
+            "data_wait_fraction": p.wait_seconds / p.train_seconds if done else 0.0,
             "epoch_s": p.train_seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
@@ -396,27 +464,72 @@ class Trainer:
                 "classes_scored": m.classes_scored,
             }
             best = m.mAP > p.best_map
-            p.best_map = max(p.best_map, m.mAP)
+            if best:
+                p.best_map, p.best_step = m.mAP, p.step
             text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}"
             text += f"  d' {m.d_prime:.3f}"
             if m.classes_scored < len(self.meta.classes):
                 text += f"  ({m.classes_scored} of {len(self.meta.classes)} classes scored)"
         text += f"  {line['clips_per_s']:.1f} clips/s  data wait {line['data_wait_fraction']:.1%}"
-        for name, value in line.items():
-            if name not in ("epoch", "step"):
-                self.tensorboard.add_scalar(f"epoch/{name}", value, epoch + 1)
-        if done == steps:  # an epoch that --steps cut short goes on from its sums on resume
+        p.unscored = False
+        if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
-        append_metrics(self.run, line)
-        if evaluation is not None and best:
-            assert self.eval_set is not None and self.match is not None
-            classes = [self.meta.classes[k] for k in self.match.model_columns]
-            save_predictions(self.run / "predictions.h5", evaluation, self.eval_set, classes)
+        bad_clips = self.ranks.gather(self.data.bad_clips())
+        if self.ranks.first:
+            self._record_epoch(line, evaluation if best else None)
+            self._list_bad_clips({row: why for bad in bad_clips for row, why in bad.items()})
         self._save(best=best)
         self.display.note(text + ("  *" if best else ""))
 
+    def _record_epoch(self, line: dict[str, Any], best: Evaluation | None) -> None:
+        for name, value in line.items():
+            if name not in ("epoch", "step"):
+                self.curves.add_scalar(f"epoch/{name}", value, line["epoch"])
+        write = partial(append_metrics, self.run, line)
+        self.records.write(f"metrics of epoch {line['epoch']}", write)
+        if best is not None:
+            assert self.data.eval_set is not None and self.data.match is not None
+            classes = [self.meta.classes[k] for k in self.data.match.model_columns]
+            path = self.run / "predictions.h5"
+            write = partial(save_predictions, path, best, self.data.eval_set, classes)
+            self.records.write(path.name, write)
+
+    def _list_bad_clips(self, bad: dict[int, str]) -> None:
+        """Says how many clips were found damaged since the last time, and lists them."""
+
+        def write() -> None:
+            if new := append_bad_clips(self.run, self.data.train_set, bad):
+                self.display.note(
+                    f"{new:,} damaged clips were replaced by others, {len(bad):,} in all; "
+                    f"{self.run / BAD_CLIPS_FILE} lists them"
+                )
+
+        self.records.write(BAD_CLIPS_FILE, write)
+
     # -------------------------------------------------------------- checkpoints
+    def _save_in_mid_epoch(self) -> None:
+        """After a signal, and when a checkpoint is due; several ranks agree on it a step later."""
+        due = False
+        if self.ranks.first:
+            self._heed_writer()
+            due = self.due.after(self.progress.step) and not self.writer.busy
+        signum, due_on_first = self.vote(self.stop.signum or 0, int(due))
+        if signum or due_on_first:
+            self._look_for_nonfinite(wait=True)
+            self._save(best=False)
+        if signum:
+            self._finish_writing()
+            raise Interrupted(signum)
+
     def _save(self, *, best: bool) -> None:
+        """Takes a snapshot, once the one before is written; it is written in the background.
+
+        Every rank takes part: all their random states are in it.
+        """
+        random_states = self.ranks.gather(random_state(self.device))
+        if not self.ranks.first:
+            return
+        self._heed_writer(wait=True)
         p = self.progress
         trained = {
             "procedure": self.config.proc,
@@ -425,17 +538,47 @@ class Trainer:
             "best_mAP": p.best_map,
         }
         meta = replace(self.meta, trained=finite(trained))
-        state = trainer_state(self.optimizer, p, self.train_set.fingerprint, self.device)
-        save_checkpoint(self.run / "checkpoints", p.step, self.raw_model, meta, state, best=best)
+        fingerprint = self.data.train_set.fingerprint
+        state = trainer_state(self.optimizer, p, fingerprint, self.device, random_states)
+        self.writer.start(p.step, self.raw_model.state_dict(), meta, state, best=best)
+        self.due.saved()
 
-    def _restore(self) -> None:
-        checkpoint = find_checkpoint(self.run, prefer="last")
-        state = load_trainer_state(checkpoint)
-        if state["data"] != self.train_set.fingerprint:
+    def _heed_writer(self, *, wait: bool = False) -> None:
+        """Says that a checkpoint could not be written, if so; the next occasion tries again."""
+        if not self.ranks.first:
+            return
+        unwritten = self.writer.outcome(wait=wait)
+        if unwritten is not None:
+            self.display.note(f"{unwritten.failure}; training goes on, and tries again")
+            if unwritten.best:  # the best is the best that there is
+                self.progress.best_map, self.progress.best_step = best_there(self.writer.folder)
+
+    def _finish_writing(self) -> None:
+        """Waits for the last checkpoint. The other ranks wait for rank 0: torchrun ends all of them
+        when one leaves."""
+        if self.ranks.first:
+            self.writer.finish()
+        self.ranks.gather(None)
+
+    def _restore(self) -> list[str]:
+        """Puts the newest whole checkpoint back, which rank 0 reads; returns notes on it."""
+        newest, lost = self.ranks.from_first(self._read_checkpoint)
+        put_weights(self.raw_model, newest.state, self.run / "checkpoints" / step_name(newest.step))
+        self.progress, notes = restore_trainer_state(
+            newest.trainer, self.optimizer, self.device, self.ranks
+        )
+        if lost is not None:
+            self.progress.best_map, self.progress.best_step = -math.inf, None
+            notes.append(lost)
+        return [*newest.notes, f"resuming {self.run} at step {self.progress.step:,}", *notes]
+
+    def _read_checkpoint(self) -> tuple[Resumable, str | None]:
+        """The newest whole checkpoint, and ``go_back``'s note: the run folder is put back to it."""
+        folder = self.run / "checkpoints"
+        newest = newest_whole(folder)
+        if newest.trainer["data"] != self.data.train_set.fingerprint:
             raise UserError(f"{self.config.data} is not the set that {self.run} was trained on")
-        load_weights(self.raw_model, checkpoint)
-        self.progress, notes = restore_trainer_state(state, self.optimizer, self.device)
-        self.notes += [f"resuming {self.run} at step {self.progress.step:,}", *notes]
+        return newest, go_back(folder, newest.step, newest.trainer["progress"].get("best_step"))
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

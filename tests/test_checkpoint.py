@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ import torch
 
 from fastat.checkpoint import (
     ModelMeta,
+    best_there,
     find_checkpoint,
+    go_back,
+    linked_step,
     load_meta,
     load_model,
     load_trainer_state,
+    newest_whole,
     save_checkpoint,
+    saved_steps,
 )
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
@@ -59,6 +65,9 @@ def test_last_and_best_are_kept_and_nothing_else(run: Path) -> None:
     for step, best in ((5, False), (7, True), (9, False)):
         save_checkpoint(folder, step, META.create(), META, {}, best=best)
     assert sorted(os.listdir(folder)) == ["best", "last", "step-00000007", "step-00000009"]
+    save_checkpoint(folder, 11, META.create(), META, {}, best=False)
+    save_checkpoint(folder, 13, META.create(), META, {}, best=False)
+    assert saved_steps(folder) == [13, 11, 7], "the one before the last is kept"
     assert find_checkpoint(run).name == "best"
     assert (folder / "best").readlink() == Path("step-00000007")
     assert find_checkpoint(run, prefer="last").name == "last"
@@ -162,6 +171,7 @@ def test_weights_of_another_shape_are_a_failure(run: Path) -> None:
     path = run / "checkpoints" / "last" / "model.json"
     document = json.loads(path.read_text())
     document["options"]["embedding"] = 128
+    del document["checksums"]
     path.write_text(json.dumps(document))
     with pytest.raises(Failure, match="does not fit"):
         load_model(run)
@@ -177,3 +187,162 @@ def test_a_missing_trainer_state_is_a_failure(run: Path) -> None:
 def test_no_checkpoint_there(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="a run folder or a checkpoint"):
         load_model(tmp_path / name)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("options", {**META.options, "embedding": 10**9}),
+        ("options", {**META.options, "num_layers": 10**9}),
+        ("options", {**META.options, "embedding": 10**30}),
+        ("num_frames", 10**9),
+        ("num_mels", 10**9),
+        ("clip_seconds", 1e308),
+        ("clip_seconds", 10**400),
+        ("classes", [[1, 2]]),
+        ("model", "x" * 10_000),
+    ],
+)
+def test_absurd_sizes_take_no_memory(run: Path, key: str, value: object) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(Failure, match="model.json"):
+        load_model(run)
+
+
+def test_json_that_python_does_not_read(run: Path) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    for text in ("[" * 100_000, "9" * 10_000):
+        path.write_text(text)
+        with pytest.raises(Failure, match="model.json is damaged"):
+            load_model(run)
+
+
+def test_any_damage_of_the_trainers_state_is_one_error(run: Path) -> None:
+    path = run / "checkpoints" / "last" / "trainer.pt"
+    data = path.read_bytes()
+    start = data.index(b"step")
+    raised: set[type[Exception]] = set()
+    for place in range(start - 40, start + 20):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            load_trainer_state(path.parent)
+        except (UserError, Failure) as error:
+            raised.add(type(error))
+    assert Failure in raised
+
+
+# ------------------------------------------------------------------------- damage, going back
+FILES = ("model.safetensors", "model.json", "trainer.pt")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Checkpoints of steps 4, the best, 6 and 8."""
+    for step in (4, 6, 8):
+        trained = {"best_mAP": 0.5, "step": step}
+        meta = replace(META, trained=trained)
+        model, state = META.create(), {"step": step, "x": torch.arange(1000.0)}
+        save_checkpoint(tmp_path / "checkpoints", step, model, meta, state, best=step == 4)
+    return tmp_path / "checkpoints"
+
+
+def damage(path: Path) -> None:
+    """One bit, in the middle: where model.json has a value, and the others have a tensor."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over(folder: Path, name: str) -> None:
+    whole = newest_whole(folder)
+    assert (whole.step, whole.trainer["step"], whole.notes) == (8, 8, [])
+    damage(folder / "last" / name)
+    older = newest_whole(folder)
+    assert (older.step, older.trainer["step"]) == (6, 6)
+    (note,) = older.notes
+    assert f"step-00000008/{name}" in note
+    damage(folder / "step-00000006" / name)
+    assert newest_whole(folder).step == 4
+    damage(folder / "step-00000004" / name)
+    with pytest.raises((Failure, UserError), match=f"step-00000008/{name}"):
+        newest_whole(folder)
+
+
+def test_a_lost_checkpoint_is_passed_over(folder: Path) -> None:
+    shutil.rmtree(folder / "step-00000008")
+    older = newest_whole(folder)
+    assert older.step == 6
+    assert "step-00000008 is gone" in older.notes[0]
+
+
+def test_one_that_last_does_not_point_at_yet_is_not_taken(folder: Path) -> None:
+    shutil.copytree(folder / "step-00000008", folder / "step-00000010")
+    assert newest_whole(folder).step == 8
+
+
+@pytest.mark.parametrize("name", FILES[:2])
+def test_a_damaged_best_is_named_and_nothing_else_is_taken(folder: Path, name: str) -> None:
+    damage(folder / "best" / name)
+    with pytest.raises(Failure, match=f"best/{name}"):
+        load_model(folder.parent)
+    shutil.rmtree(folder / "step-00000004")
+    with pytest.raises(Failure, match="best/model.json"):
+        load_model(folder.parent)
+
+
+def test_checkpoints_from_before_there_were_checksums(folder: Path) -> None:
+    for path in folder.glob("step-*/model.json"):
+        document = json.loads(path.read_text())
+        del document["checksums"]
+        path.write_text(json.dumps(document))
+    assert newest_whole(folder).step == 8
+    load_model(folder.parent)
+
+
+def test_others_may_read_the_weights_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(tmp_path, 1, META.create(), META, {}, best=False)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "last").iterdir()}
+    assert modes == dict.fromkeys(FILES, 0o640)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path) -> None:
+    go_back(folder, 6, 4)
+    save_checkpoint(folder, 8, META.create(), META, {"step": "again"}, best=False)
+    assert newest_whole(folder).trainer["step"] == "again"
+    assert saved_steps(folder) == [8, 6, 4]
+    assert not list(folder.glob(".*"))
+
+
+def test_going_back_leaves_a_best_from_before(folder: Path) -> None:
+    assert go_back(folder, 6, 4) is None
+    assert (linked_step(folder, "last"), linked_step(folder, "best")) == (6, 4)
+    assert best_there(folder) == (0.5, 4)
+
+
+def test_going_back_takes_the_best_back(folder: Path) -> None:
+    save_checkpoint(folder, 8, META.create(), META, {}, best=True)
+    assert go_back(folder, 6, 6) is None
+    assert (linked_step(folder, "last"), linked_step(folder, "best")) == (6, 6)
+
+
+def test_going_back_to_where_the_best_is_gone(folder: Path) -> None:
+    save_checkpoint(folder, 8, META.create(), META, {}, best=True)
+    assert saved_steps(folder) == [8, 6]
+    assert "is gone" in (go_back(folder, 6, 4) or "")
+    assert not os.path.lexists(folder / "best")
+    assert best_there(folder) == (-math.inf, None)
+    assert find_checkpoint(folder.parent).name == "last"
+
+
+def test_going_back_says_that_the_best_is_damaged(folder: Path) -> None:
+    damage(folder / "best" / "model.safetensors")
+    assert "best/model.safetensors is damaged" in (go_back(folder, 8, 4) or "")
+    with pytest.raises(Failure, match="best"):
+        load_model(folder.parent)

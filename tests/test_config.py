@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -518,3 +519,33 @@ def test_procedure_and_model_may_not_change_on_resume() -> None:
         resumed(stored, "A3", None, {})
     with pytest.raises(UserError, match="the run has 'cnn_trans', got 'crnn'"):
         resumed(stored, None, "crnn", {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", 3),
+        ("data", None),
+        ("freeze", "x"),
+        ("freeze", [1]),
+        ("balance", 1),
+        ("epochs", True),
+        ("epochs", 10**400),
+        ("lr", 10**400),
+        ("model_options", []),
+        ("kernels", []),
+    ],
+)
+def test_a_stored_value_of_another_type(tmp_path: Path, key: str, value: object) -> None:
+    config, _ = resolve("A4", "cnn_trans", {"data": "x"}, num_clips=100, clip_seconds=10.0)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(config) | {key: value}))
+    with pytest.raises(Failure, match=f"config.json is damaged: .*{key} must be of type"):
+        TrainConfig.load(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "9" * 10_000])
+def test_json_that_is_no_configuration(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(Failure, match="config.json is damaged"):
+        TrainConfig.load(tmp_path / "config.json")

@@ -29,7 +29,7 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
 
     def initial_options(path: Path, model: str) -> dict[str, Any]:
         asked.append((path, model))
-        return {"embedding": 96, "num_heads": 3}
+        return {"embedding": 128, "num_heads": 3}
 
     stub.initial_options = initial_options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastat.weights.initial", stub)
@@ -104,7 +104,7 @@ def test_what_the_weights_need_is_asked_of_them(
     mine = {"num_heads": 4}
     config = configured(tiny_sets, init="some/run", model_options=mine)
     assert weights == [(Path("some/run").absolute(), "cnn_trans")]
-    assert config.model_options == {"dropout": 0.75, "embedding": 96, "num_heads": 4}
+    assert config.model_options == {"dropout": 0.75, "embedding": 128, "num_heads": 4}
     configured(tiny_sets)
     assert len(weights) == 1
 

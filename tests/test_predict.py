@@ -201,6 +201,7 @@ def test_same_score_as_evaluation_of_the_packed_clip(run: Path, tmp_path: Path) 
         precision="fp32",
         batch=2,
     )
+    assert result is not None
     tagger = Tagger(run)
     for row, name in enumerate(packed.names(result.rows)):
         found = tagger.tag(tmp_path / name, read_waveform(tmp_path / name))

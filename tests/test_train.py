@@ -1,6 +1,5 @@
 """fastat train: the run folder, resuming, signals, what may not reach the weights."""
 
-import csv
 import json
 import math
 import os
@@ -10,11 +9,10 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 from fastat import train as training
 from fastat.checkpoint import ModelMeta, load_model
 from fastat.config import resolve
-from fastat.data.loader import PackedSource
 from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.display import Display
@@ -168,25 +165,40 @@ def test_resuming_after_steps_equals_the_whole_run(
     assert_same_run(out, whole_run)
 
 
-KILL_AFTER = [1, 5, 10]
+SLOW_WRITES = (
+    "import time; import fastat.atomic as atomic; fsync = atomic.fsync\n"
+    "def slow(path): time.sleep(0.2); fsync(path)\n"
+    "atomic.fsync = slow; from fastat.cli import main; main()"
+)
+KILLED = [("at", 1), ("writing", 5), ("at", 10)]
+"""At a step, or while the checkpoint of it, or of the next one that has one, is written."""
 
 
 @pytest.mark.parametrize(
-    "after",
-    [k if k in KILL_AFTER else pytest.param(k, marks=pytest.mark.full) for k in range(1, 12)],
+    ("when", "step"),
+    [
+        kill if kill in KILLED else pytest.param(*kill, marks=pytest.mark.full)
+        for kill in [*(("at", k) for k in range(1, 12)), *(("writing", k) for k in range(1, 12))]
+    ],
 )
 def test_killed_with_9_it_resumes_to_the_same_end(
-    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, after: int
+    whole_run: Path, tiny_sets: TinySets, tmp_path: Path, when: str, step: int
 ) -> None:
     out = tmp_path / "run"
-    every = ("--set", "checkpoint_every_steps=1")
-    process = start(*arguments(tiny_sets, out, *every))
-    wait_for_step(process, out, after)
+    args = arguments(tiny_sets, out, "--set", "checkpoint_every_steps=1")
+    if when == "at":
+        process = start(*args)
+        wait_for_step(process, out, step)
+    else:
+        process = start(*args, program=SLOW_WRITES)
+        wait_for_write(process, out, step)
     process.kill()
     process.wait()
-    assert list((out / "checkpoints").glob("step-*"))
+    if when == "writing":
+        assert list((out / "checkpoints").glob(".step-*.tmp"))
     fastat(*arguments(tiny_sets, out, "--resume"))
     assert_same_run(out, whole_run)
+    assert not list(out.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -247,20 +259,37 @@ def test_without_git_it_trains(tiny_sets: TinySets, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "env.json").read_text())["commit"] is None
 
 
-def start(*args: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fastat.cli", *map(str, args)]
+def start(*args: object, program: str | None = None) -> subprocess.Popen[str]:
+    """The command, or ``program`` with the command's arguments."""
+    code = ["-m", "fastat.cli"] if program is None else ["-c", program]
+    command = [sys.executable, *code, *map(str, args)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | QUIET)
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    link = run / "checkpoints" / "last"
+    wait(
+        process,
+        lambda: link.is_symlink() and int(link.readlink().name.removeprefix("step-")) >= step,
+    )
+
+
+def wait_for_write(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    folder = run / "checkpoints"
+    wait(
+        process,
+        lambda: any(int(path.name[6:14]) >= step for path in folder.glob(".step-*.tmp")),
+    )
+
+
+def wait(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        link = run / "checkpoints" / "last"
-        if link.is_symlink() and int(link.readlink().name.removeprefix("step-")) >= step:
+        if seen():
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached")
+    raise AssertionError("what was waited for did not come")
 
 
 def test_resume_where_nothing_is_left(whole_run: Path, tiny_sets: TinySets) -> None:
@@ -288,7 +317,7 @@ def test_mathematics_may_not_change_on_resume(
 def test_another_set_is_refused_on_resume(whole_run: Path, tiny_sets: TinySets) -> None:
     more = ("--data", tiny_sets.eval)
     done = fastat("train", "--resume", "--out", whole_run, *more, code=2)
-    assert "is not the set that" in done.stderr
+    assert "is not the set that" in one_line(done)
 
 
 # ------------------------------------------------------------------------- what must not happen
@@ -457,48 +486,6 @@ def trainer(sets: TinySets, run: Path, *, resume: bool = False, **overrides: Any
     return Trainer(config, run, notes, Display(), resume=resume)
 
 
-def test_damaged_clips_are_replaced_said_and_listed(
-    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run whose first rows are damaged trains on; resumed, it lists none twice."""
-    data = Path(shutil.copytree(tiny_sets.train, tmp_path / "data"))
-    packed = PackedSet.open(data)
-    path, _ = packed.place(0)
-    with h5py.File(path) as file:
-        offset = file["waveform"].id.get_offset()
-    with path.open("r+b") as raw:
-        raw.seek(offset)
-        raw.write(bytes(3 * 2 * packed.clip_samples))  # three rows of silence
-    sets = replace(tiny_sets, train=data)
-    out = tmp_path / "run"
-    changes: dict[str, Any] = {"balance": False, "mixup": 1.0, "max_bad": 0.2}
-    run = trainer(sets, out, steps=4, **changes)
-    said: list[str] = []
-    monkeypatch.setattr(run.display, "note", said.append)
-    run.run_epochs()
-    assert isinstance(run.source, PackedSource)
-    rows = sorted(run.source.bad)
-    assert rows and set(rows) <= {0, 1, 2}
-    (note,) = [line for line in said if "damaged clips" in line]
-    assert note.startswith(f"{len(rows)} damaged clips were replaced by others")
-    trainer(sets, out, resume=True, **changes).run_epochs()
-    with (out / "bad_clips.csv").open(newline="") as file:
-        listed = list(csv.DictReader(file))
-    places = [int(line["row"]) for line in listed]
-    assert len(set(places)) == len(places) and set(rows) <= set(places) <= {0, 1, 2}
-    for line in listed:
-        clip = packed.names(np.array([int(line["row"])]))[0]
-        assert (line["shard"], line["clip"]) == ("shard-00000.h5", clip)
-        assert line["reason"] == "its checksum differs"
-    with pytest.raises(Failure, match="of 36 clips are damaged, more than --max-bad 0.01"):
-        trainer(sets, tmp_path / "other", **changes | {"max_bad": 0.01}).run_epochs()
-    assert (tmp_path / "other" / "bad_clips.csv").exists()
-
-
-def test_windows_reach_the_sampler(tiny_sets: TinySets, tmp_path: Path) -> None:
-    assert trainer(tiny_sets, tmp_path / "run", window=12).sampler.window == 12
-
-
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in model.state_dict().items()}
 
@@ -566,6 +553,10 @@ def test_a_checkpoint_from_before_groups_had_rates_of_their_own(
     for group in state["optimizer"]["param_groups"]:
         del group["lr_scale"]
     torch.save(state, path)
+    description = path.with_name("model.json")
+    document = json.loads(description.read_text())
+    del document["checksums"]  # it had none of these either
+    description.write_text(json.dumps(document))
     trainer(tiny_sets, run, resume=True).run_epochs()
     assert_same_run(run, tmp_path / "whole")
 
@@ -641,8 +632,8 @@ def test_a_step_that_is_not_finite_names_its_clips_and_partners(
     with pytest.raises(Failure, match="not finite at step 6;") as error:
         run.run_epochs()
     plan = run.sampler.plan(1, 1)
-    clips = ", ".join(run.train_set.names(plan.rows))
-    partners = ", ".join(run.train_set.names(plan.partners))
+    clips = ", ".join(run.data.train_set.names(plan.rows))
+    partners = ", ".join(run.data.train_set.names(plan.partners))
     assert len(plan.partners) == 8
     assert str(error.value).endswith(f"Its clips: {clips}; mixed in: {partners}")
 

@@ -16,13 +16,29 @@ def is_audio_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() not in NOT_AUDIO
 
 
+def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk that follows links, but not one to a folder that it is inside of: every file would be
+    found forty times, and with two such links never the last."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        inside = os.path.realpath(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not (
+                os.path.islink(path := os.path.join(folder, name))
+                and f"{inside}/".startswith(f"{os.path.realpath(path)}/")
+            )
+        ]
+        yield folder, folders, files
+
+
 class AudioFolder:
     """The files of a folder and its sub-folders by their names without extension."""
 
     def __init__(self, root: Path) -> None:
         self.root = os.path.abspath(root)
         self._names: dict[str, str] = {}
-        for folder, folders, files in os.walk(self.root, followlinks=True):
+        for folder, folders, files in walk(self.root):
             folders.sort()
             for name in sorted(files):
                 stem, extension = os.path.splitext(name)

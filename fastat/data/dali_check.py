@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fastat.atomic import atomic_path
 from fastat.data.decode import UNKNOWN_FRAMES, BadAudio, decode
+from fastat.data.hdf5_source import is_row
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.progress import progress
 
@@ -115,6 +116,8 @@ def check(packed: PackedSet, threads: int) -> Clips:
 
 def look(path: str, known: Header | None = None) -> Header | str:
     """The file's header, or why DALI cannot take it; decodes the file unless it is as ``known``."""
+    if is_row(path):
+        return "unreadable: a row of an HDF5 file, DALI reads audio files"
     try:
         status = os.stat(path)
         unchanged = (status.st_size, status.st_mtime_ns)

@@ -1,8 +1,8 @@
 """The DALI graphs: encoded files -> int16 clips, or the log-mels of mixed clips.
 
-The only module that imports DALI, so that nothing but ``--source dali`` needs it. DALI decodes
-audio on the CPU; with a GPU the decoded clip is copied there and resampling, mixing and the
-spectrogram follow on it (written to DALI's documentation; not run on a GPU).
+The only module that imports DALI, so that nothing but ``--source dali`` and FLAC shards need it.
+DALI decodes audio on the CPU; with a GPU the decoded clip is copied there and resampling, mixing
+and the spectrogram follow on it (written to DALI's documentation; not run on a GPU).
 
 Per clip the graphs do what ``decode`` does before packing and what ``Frontend`` does after it, in
 the same order and, where a rounding could show, with the same arithmetic: channel mean, cut,
@@ -100,6 +100,19 @@ def clips_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:
     def graph() -> DataNode:
         x = _clip(spec, _inputs(source, spec.stream))
         return fn.cast(_cut(x, 0, spec.clip_samples), dtype=types.INT16)
+
+    return graph(**options)
+
+
+def flac_pipeline(**options: Any) -> Pipeline:
+    """int16 [samples, channels] of the input ``encoded``: audio files as uint8 [bytes], which must
+    stay where they are until their batch is done."""
+
+    @pipeline_def  # type: ignore[untyped-decorator]
+    def graph() -> DataNode:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        samples, _ = fn.decoders.audio(encoded, dtype=types.INT16)
+        return samples
 
     return graph(**options)
 

@@ -1,8 +1,8 @@
 """Tables of labelled audio, in the forms the field uses, as one list of files and class numbers.
 
-An AudioSet segments CSV, an AST data file, a CSV with columns path and labels, or a folder with
-one sub-folder per class. Nothing is decoded here; what is decided is which files exist and which
-classes they carry.
+An AudioSet segments CSV, an AST data file, a CSV with columns path and labels, a folder with one
+sub-folder per class, or an HDF5 file (``hdf5_source``). Nothing is decoded here; what is decided is
+which files exist and which classes they carry.
 """
 
 import csv
@@ -14,9 +14,10 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
-from fastat.data.audio_folder import AudioFolder, is_audio_name
+from fastat.data.audio_folder import AudioFolder, is_audio_name, walk
 from fastat.data.classes import ClassList
 from fastat.data.decode import Reason
+from fastat.data.hdf5_source import SUFFIXES, read_rows
 from fastat.errors import UserError
 
 PATH_COLUMNS = ("path", "filename")
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
     name: str
     """Its path inside the audio folder."""
     path: str
-    """Absolute."""
+    """Absolute; a row of an HDF5 file is ``/path/file.h5#row``."""
     labels: tuple[int, ...]
     """Classes, by their place in the class list."""
     line: int
@@ -46,6 +47,9 @@ class BadFile(NamedTuple):
     detail: str
     labels: str
     line: int
+    size: int = 0
+    mtime_ns: int = 0
+    """Of the file when it was tried; zeros when it was not there, or not looked at."""
 
 
 class Manifest(NamedTuple):
@@ -96,6 +100,8 @@ def read_manifest(
         raise UserError("expected --labels or --classes-from, got both")
     if audio is not None and not audio.is_dir():
         raise UserError(f"--audio {audio}: no such folder")
+    if source.suffix.lower() in SUFFIXES and source.is_file():
+        return _read_hdf5(source, audio, labels, classes_from, group_by)
     table = _read_table(source, audio, group_by)
     if not table.rows:
         raise UserError(f"{source}: no clips in it")
@@ -128,9 +134,6 @@ def _read_table(source: Path, audio: Path | None, group_by: str | None) -> Table
         return _read_folder(source, audio, group_by)
     if not source.is_file():
         raise UserError(f"{source}: no such file or folder")
-    suffix = source.suffix.lower()
-    if suffix in (".h5", ".hdf5", ".hdf"):
-        raise UserError(f"{source}: HDF5 sources (PANNs, PaSST) cannot be packed yet")
     if source.stat().st_size == 0:
         raise UserError(f"{source}: expected a table of clips, got an empty file")
     try:
@@ -140,12 +143,46 @@ def _read_table(source: Path, audio: Path | None, group_by: str | None) -> Table
             f"{source}: expected a segments CSV, a CSV with columns path and labels, an AST data "
             "file or a folder, got a file that is not text"
         ) from None
-    if suffix == ".json":
+    if source.suffix.lower() == ".json":
         return _read_ast(source, text, audio, group_by)
     lines = text.splitlines()
     if _is_audioset(lines):
         return _read_audioset(source, lines, audio, group_by)
     return _read_csv(source, lines, audio, group_by)
+
+
+def _read_hdf5(
+    source: Path,
+    audio: Path | None,
+    labels: Path | None,
+    classes_from: Path | None,
+    group_by: str | None,
+) -> Manifest:
+    if audio is not None:
+        raise UserError(f"--audio: {source} holds its audio and needs none")
+    if group_by is not None:
+        raise UserError(f"--group-by {group_by}: {source} is an HDF5 file, without columns")
+    if labels is not None:
+        classes = ClassList.from_csv(labels)
+    elif classes_from is not None:
+        classes = ClassList.from_packed(classes_from)
+    else:
+        raise UserError(
+            f"{source}: an HDF5 file numbers its classes; --labels CSV or --classes-from SET names "
+            "them"
+        )
+    path = os.path.abspath(source)
+    entries: list[Entry] = []
+    bad: list[BadFile] = []
+    for row, (name, numbers) in enumerate(read_rows(source, len(classes))):
+        place = f"{path}#{row}"
+        if numbers:
+            entries.append(Entry(name, place, numbers, row + 1, place))
+        else:
+            bad.append(BadFile(place, "label unknown", "no label", "", row + 1))
+    if not entries and not bad:
+        raise UserError(f"{source}: no clips in it")
+    return Manifest(classes, entries, bad)
 
 
 def _split(cell: str, one_label: bool, classes: ClassList | None) -> list[str]:
@@ -267,7 +304,7 @@ def _read_ast(source: Path, text: str, audio: Path | None, group_by: str | None)
     expected = 'expected {"data": [{"wav": ..., "labels": "/m/..,/m/.."}]}'
     try:
         document: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON: {error}") from None
     data = document.get("data") if isinstance(document, dict) else None
     if not isinstance(data, list):
@@ -306,7 +343,7 @@ def _read_folder(source: Path, audio: Path | None, group_by: str | None) -> Tabl
 
 def _walk(root: str) -> Iterable[str]:
     """Audio files under ``root``, by their path inside it, links to folders followed."""
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if is_audio_name(name):

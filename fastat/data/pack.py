@@ -5,15 +5,14 @@ number depends on which earlier files are good and on nothing else. A finished s
 the command is killed and run again; what else a killed run leaves is redone.
 
 State while packing, in OUT/.pack: ``state.json`` (a fingerprint of the command and its inputs),
-``lock``, and for every finished shard ``shard-00000.json`` with what its rows add to the set.
-dataset.json is written last and makes the set.
+``lock``, and for every finished shard ``shard-00000.h5.json`` with what its rows add to the set.
+dataset.json is written last and makes the set. Several processes pack a part each, and so does
+--append (``pack_parts``).
 """
 
-import csv
 import hashlib
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastat.data.flac import max_row_bytes
 from fastat.data.manifest import Manifest, read_manifest
+from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
 from fastat.data.pack_messages import Job
-from fastat.data.pack_set import BadCount, Plan, SetResult, pack_set
-from fastat.data.pack_state import BAD_FILE, Standing, standing
-from fastat.data.shards import SAMPLE_RATE, STATE_FOLDER, VERSION, read_index
+from fastat.data.pack_parts import Part, pack_parts, settle
+from fastat.data.pack_plan import BadCount, Plan, SetResult
+from fastat.data.pack_set import pack_set
+from fastat.data.pack_state import Claim, Standing, standing
+from fastat.data.shards import SAMPLE_RATE, VERSION, read_index
 from fastat.data.split import holdout_mask
 from fastat.errors import UserError
 
-CODECS = ("pcm16",)
+CODECS = ("pcm16", "flac")
 SHARD_BYTES = 1 << 30
 SHARD_OVERHEAD = 64 << 10
 """More than HDF5's own structures in a shard, bytes."""
@@ -49,7 +52,8 @@ class PackSummary:
 
     directory: Path
     clips: int
-    """Of the set in ``directory``, without the held-out ones."""
+    """Of the set in ``directory``, without the held-out ones; of a part while others are not
+    finished."""
     shards: int
     bad: int
     """Files in bad.csv, of both sets."""
@@ -63,6 +67,12 @@ class PackSummary:
     """Clips that a killed run of the same command had already packed."""
     already_packed: bool
     """The same command had finished before; nothing was done."""
+    changed_bad: int
+    """Files in bad.csv that have changed since they were tried; --append tries them again."""
+    part: str | None
+    """i/n when this was one of several parts."""
+    waiting_for: tuple[int, ...]
+    """Parts that are not finished; none: the set is whole."""
     seconds: float
     """Wall time."""
 
@@ -83,12 +93,14 @@ def pack(
     max_bad: float = 0.01,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    part: Part | None = None,
 ) -> PackSummary:
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
 
     ``source`` is an AudioSet segments CSV, an AST data file, a CSV with columns path and labels,
-    or a folder of classes (``manifest``). ``workers`` and ``max_bad`` may differ when a killed
-    command is run again; everything else is part of the set.
+    a folder of classes (``manifest``) or an HDF5 file (``hdf5_source``). ``workers`` and
+    ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
+    With ``part`` this packs one of several parts, and makes the set when it is the last.
 
     Raises:
         UserError: a wrong argument, table or folder, or too many bad files.
@@ -96,38 +108,48 @@ def pack(
     """
     started = time.monotonic()
     _check(holdout, group_by, clip_seconds, codec, workers, max_bad, seed)
-    out = Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
+    out = named(out)
     manifest = read_manifest(
         source, audio=audio, labels=labels, classes_from=classes_from, group_by=group_by
     )
     clip_samples = round(clip_seconds * SAMPLE_RATE)
-    job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples))
+    job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples), codec)
     options = {"segments": segments, "seed": seed, "holdout": holdout, "group_by": group_by}
     plans = []
-    for role, directory, part in _parts(manifest, out, holdout, seed, source):
-        if not part.entries and not part.bad:
+    for role, directory, share in _roles(manifest, out, holdout, seed, source):
+        if not share.entries and not share.bad:
             raise UserError(f"{source}: no clips in it")
         plans.append(
             Plan(
+                title=f"pack {directory.name}",
                 directory=directory,
-                inputs=_fingerprint(part, job, shard_bytes, {**options, "role": role}),
-                classes=part.classes,
-                entries=part.entries,
-                bad=part.bad,
+                inputs=inputs_of(share, job, shard_bytes, {**options, "role": role}),
+                classes=share.classes,
+                entries=share.entries,
+                bad=share.bad,
                 job=job,
-                rows_per_shard=_rows_per_shard(part, clip_samples, shard_bytes),
-                stats_clips=_stats_clips(len(part.entries), segments, seed),
+                shard_room=shard_bytes - SHARD_OVERHEAD,
+                label_bytes=label_bytes(share, job, shard_bytes),
+                stats_clips=_stats_clips(len(share.entries), segments, seed),
                 options={**options, "role": role},
             )
         )
-    # Both folders are looked at before either is written.
-    finished = [standing(plan.directory, plan.inputs) is Standing.FINISHED for plan in plans]
     num_files = len(manifest.entries) + len(manifest.bad)
-    bad_count = BadCount(num_files, max_bad)
-    results = [
-        _finished(plan, bad_count) if done else pack_set(plan, workers or NUM_CORES, bad_count)
-        for plan, done in zip(plans, finished, strict=True)
+    num_workers = workers or NUM_CORES
+    parts = part.count if part is not None and part.count > 1 else 0
+    # Both folders are looked at before either is written.
+    finished = [
+        standing(plan.directory, Claim(plan.inputs, parts)) is Standing.FINISHED for plan in plans
     ]
+    waiting_for: tuple[int, ...] = ()
+    if part is not None and parts and not all(finished):
+        results, waiting_for, bad_count = pack_parts(plans, part, num_workers, num_files, max_bad)
+    else:
+        bad_count = BadCount(num_files, max_bad)
+        results = [
+            _finished(plan, bad_count) if done else pack_set(plan, num_workers, bad_count)
+            for plan, done in zip(plans, finished, strict=True)
+        ]
     train = results[0]
     classes = manifest.classes.classes
     return PackSummary(
@@ -141,8 +163,16 @@ def pack(
         eval_clips=results[1].clips if holdout is not None else 0,
         resumed_clips=sum(result.resumed_clips for result in results),
         already_packed=all(finished),
+        changed_bad=sum(map(_num_changed, plans)) if all(finished) else 0,
+        part=None if part is None else str(part),
+        waiting_for=waiting_for,
         seconds=time.monotonic() - started,
     )
+
+
+def named(out: Path) -> Path:
+    """``out`` with a name of its own, not ``.`` or ``..``."""
+    return Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
 
 
 def _check(
@@ -173,7 +203,7 @@ def _check(
         raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
 
 
-def _parts(
+def _roles(
     manifest: Manifest, out: Path, holdout: float | None, seed: int, source: Path
 ) -> list[tuple[str, Path, Manifest]]:
     """The sets to pack: role, folder, entries. Files bad from the start are the training set's."""
@@ -195,7 +225,7 @@ def _parts(
     ]
 
 
-def _fingerprint(manifest: Manifest, job: Job, shard_bytes: int, options: dict[str, object]) -> str:
+def inputs_of(manifest: Manifest, job: Job, shard_bytes: int, options: dict[str, object]) -> str:
     """Of everything that decides the rows, but for the content of the audio files."""
     digest = hashlib.sha256()
     head = [VERSION, job, shard_bytes, options, manifest.classes.classes]
@@ -205,16 +235,16 @@ def _fingerprint(manifest: Manifest, job: Job, shard_bytes: int, options: dict[s
     return digest.hexdigest()
 
 
-def _rows_per_shard(manifest: Manifest, clip_samples: int, shard_bytes: int) -> int:
-    """As many rows as surely fit into a shard."""
+def label_bytes(manifest: Manifest, job: Job, shard_bytes: int) -> int:
+    """The most that everything of a row but its samples takes in a shard."""
     name = max((len(os.fsencode(entry.name)) for entry in manifest.entries), default=0)
     path = max((len(os.fsencode(entry.path)) for entry in manifest.entries), default=0)
     labels = -(-len(manifest.classes) // 8)
-    row_bytes = 2 * clip_samples + name + path + labels + 4 + 8 + 4
-    rows = (shard_bytes - SHARD_OVERHEAD) // row_bytes
-    if rows < 1:
+    row_labels = name + path + labels + 4 + 8 + 4 + 8 * (job.codec == "flac")
+    row_bytes = max_row_bytes(job.codec, job.clip_samples) + row_labels
+    if row_bytes > shard_bytes - SHARD_OVERHEAD:
         raise UserError(f"--clip-seconds: a clip of {row_bytes:,} bytes is larger than a shard")
-    return rows
+    return row_labels
 
 
 def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:
@@ -230,9 +260,13 @@ def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int6
 def _finished(plan: Plan, bad_count: BadCount) -> SetResult:
     """The result of a set that an earlier run finished."""
     index = read_index(plan.directory)
-    # A run killed at the very end leaves its state.
-    shutil.rmtree(plan.directory / STATE_FOLDER, ignore_errors=True)
-    with (plan.directory / BAD_FILE).open(newline="", encoding="utf-8") as file:
-        bad_count.reasons.update(row["reason"] for row in csv.DictReader(file))
+    settle(plan.directory)
+    bad_count.add(read_bad(plan.directory / BAD_FILE))
     counts = np.array(index["label_counts"], np.int64)
     return SetResult(index["clips"], len(index["shards"]), counts, index["clips"])
+
+
+def _num_changed(plan: Plan) -> int:
+    """Bad files of a finished set that are not as they were when they were tried."""
+    bad = read_bad(plan.directory / BAD_FILE)
+    return sum(has_changed(file) for file in bad if file.reason != "label unknown")

@@ -12,6 +12,7 @@ class Job(NamedTuple):
     segments: bool
     min_segment_samples: int
     """A shorter remainder of a file is dropped, unless it is all there is."""
+    codec: str
 
 
 class Decode(NamedTuple):
@@ -52,6 +53,8 @@ class Clip(NamedTuple):
 
     start_seconds: float
     num_samples: int
+    num_bytes: int
+    """Of its row in the shard, and the CRC-32 of these bytes."""
     crc: int
     moments: dict[str, Moments] | None
 

@@ -1,26 +1,27 @@
 """Packs one set: feeds the workers, gives rows to clips in the table's order, closes shards."""
 
-import hashlib
-import json
-import math
 import os
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastat.atomic import fsync
-from fastat.data.classes import ClassList
+from fastat.data.flac import PCM_SHARE
 from fastat.data.manifest import BadFile, Entry
-from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Job, Write
+from fastat.data.pack_bad import BAD_FILE, stamp, write_bad
+from fastat.data.pack_index import index_of, label_counts
+from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Write
+from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_pool import BATCHES_AHEAD, Pool
-from fastat.data.pack_state import BAD_FILE, FinishedShard, PackState
+from fastat.data.pack_state import FinishedShard, PackState
 from fastat.data.shard_writer import ShardPart
-from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, ShardRows
+from fastat.data.shards import ShardInfo, ShardRows
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.progress import progress
@@ -29,64 +30,17 @@ BATCH_FILES = 8
 """Files a message: enough to make messages rare, few enough to keep all workers busy to the
 end."""
 
-
 FLUSH_BYTES = 64 << 20
 """Written rows go to the disk while others are decoded, not all when the shard is sealed."""
 
 
-class Plan(NamedTuple):
-    """A set to be packed."""
+class Packed(NamedTuple):
+    """What of a plan is on the disk: all of it."""
 
-    directory: Path
-    inputs: str
-    """Fingerprint of the command and what it reads."""
-    classes: ClassList
-    entries: Sequence[Entry]
-    bad: Sequence[BadFile]
-    """Known to be bad without decoding."""
-    job: Job
-    rows_per_shard: int
-    stats_clips: NDArray[np.int64]  # [entries]
-    """How many clips of each entry the statistics are taken from."""
-    options: dict[str, Any]
-    """Of the command, for dataset.json."""
-
-
-class BadCount:
-    """Bad files over all sets of a command, against --max-bad."""
-
-    def __init__(self, num_files: int, max_bad: float) -> None:
-        self.num_files, self.max_bad = num_files, max_bad
-        self.reasons: Counter[str] = Counter()
-
-    def add(self, files: Sequence[BadFile]) -> None:
-        """Counts files."""
-        self.reasons.update(bad.reason for bad in files)
-
-    def exceeded(self) -> bool:
-        """Whether there are more than --max-bad of them."""
-        return self.reasons.total() > self.max_bad * self.num_files
-
-    def error(self, directory: Path, example: BadFile) -> UserError:
-        """What to tell the user when there are."""
-        count = self.reasons.total()
-        enough = math.ceil(100 * count / self.num_files) / 100
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
-        detail = f" ({example.detail})" if example.detail else ""
-        return UserError(
-            f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
-            f"{reasons}, such as {example.path}{detail}; listed in {directory / BAD_FILE}; "
-            f"--max-bad {enough:g} or more packs the others"
-        )
-
-
-class SetResult(NamedTuple):
-    """What became of a set."""
-
-    clips: int
-    shards: int
-    label_counts: NDArray[np.int64]  # [K]
+    shards: list[FinishedShard]
+    bad: list[BadFile]
     resumed_clips: int
+    """Clips of the shards that an earlier run finished."""
 
 
 def pack_set(plan: Plan, num_workers: int, bad_count: BadCount) -> SetResult:
@@ -96,26 +50,69 @@ def pack_set(plan: Plan, num_workers: int, bad_count: BadCount) -> SetResult:
         UserError: too many bad files, no good one, or a folder that is not ours to write.
         Failure: the disk, or a worker.
     """
-    with PackState(plan.directory, plan.inputs) as state:
-        builder = _Builder(plan, state, bad_count)
-        try:
-            builder.check_bad()
-            builder.check_space()
-            resumed_clips = sum(shard.rows for shard in builder.shards)
-            if builder.first_entry < len(plan.entries):
-                _run(plan, builder, num_workers)
-            builder.finish()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise Failure(f"{plan.directory}: cannot write: {reason}") from error
-        finally:
-            builder.stop()
-        return SetResult(
-            sum(shard.rows for shard in builder.shards),
-            len(builder.shards),
-            builder.label_counts(),
-            resumed_clips,
+    with PackState(plan.directory, plan.inputs) as state, disk_errors(plan.directory):
+        packed = pack_rows(plan, state, num_workers, bad_count)
+        write_bad(plan.directory / BAD_FILE, packed.bad)
+        require_clips(plan.directory, packed.shards, packed.bad)
+        state.finish(index_of(plan, packed.shards, len(packed.bad)))
+    return SetResult(
+        sum(shard.rows for shard in packed.shards),
+        len(packed.shards),
+        label_counts(packed.shards, len(plan.classes)),
+        packed.resumed_clips,
+    )
+
+
+def pack_rows(plan: Plan, state: PackState, num_workers: int, bad_count: BadCount) -> Packed:
+    """Packs what earlier runs have left of ``plan`` into finished shards; raises as ``pack_set``.
+
+    All bad files are added to ``bad_count``, those found earlier included.
+    """
+    builder = _Builder(plan, state, bad_count)
+    try:
+        builder.check_bad()
+        builder.check_space()
+        resumed_clips = sum(shard.rows for shard in builder.shards)
+        if builder.first_entry < len(plan.entries):
+            _run(plan, builder, num_workers)
+        return Packed(builder.finish(), builder.bad, resumed_clips)
+    finally:
+        builder.stop()
+
+
+def require_clips(directory: Path, shards: list[FinishedShard], bad: list[BadFile]) -> None:
+    """Raises UserError when there is no shard."""
+    if not shards:
+        raise UserError(
+            f"{directory}: no clip is left, all {len(bad)} files are bad; {BAD_FILE} there says why"
         )
+
+
+def require_space(plan: Plan, num_clips: int, bad_count: BadCount, written: int = 0) -> None:
+    """Raises Failure when the disk cannot hold ``num_clips``, of which ``written`` bytes are there:
+    better now than hours later."""
+    if plan.job.segments:
+        return
+    sure = num_clips - bad_count.max_bad * bad_count.num_files
+    pcm_bytes = sure * 2 * plan.job.clip_samples
+    needed = int(pcm_bytes * (PCM_SHARE if plan.job.codec == "flac" else 1)) - written
+    disk = os.statvfs(plan.directory)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise Failure(
+            f"{plan.directory}: {needed / 2**30:.1f} GiB needed for {num_clips:,} clips, "
+            f"the disk has {free / 2**30:.1f} GiB left"
+        )
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Raises what the disk refuses as Failure."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Failure(f"{directory}: cannot write: {reason}") from error
 
 
 def _run(plan: Plan, builder: "_Builder", num_workers: int) -> None:
@@ -127,7 +124,7 @@ def _run(plan: Plan, builder: "_Builder", num_workers: int) -> None:
     decoded: dict[int, Decoded] = {}
     sent = taken = 0
     with (
-        progress(f"pack {plan.directory.name}", len(plan.entries), "files", starts[0]) as advance,
+        progress(plan.title, len(plan.entries), "files", starts[0]) as advance,
         Pool(num_workers, plan.job) as pool,
     ):
         while taken < len(starts) or builder.writing:
@@ -167,7 +164,7 @@ class _Rows:
         self.next_entry = self.next_clip = 0
         self.bad: list[BadFile] = []
         self.flushed = 0
-        """Rows that were on their way when the file was last flushed."""
+        """Bytes that were on their way when the file was last flushed."""
 
     def arrays(self) -> ShardRows:
         """Everything but the waveform, as it goes into the file."""
@@ -181,7 +178,13 @@ class _Rows:
             np.array([os.fsencode(entry.path) for entry in self.entries], np.bytes_),
             np.array([clip.start_seconds for clip in self.clips], np.float64),
             np.array([clip.crc for clip in self.clips], np.uint32),
+            self._flac_offsets(),
         )
+
+    def _flac_offsets(self) -> NDArray[np.int64] | None:
+        if self.part.codec != "flac":
+            return None
+        return np.cumsum([0, *(clip.num_bytes for clip in self.clips)], dtype=np.int64)
 
     def note(self, info: ShardInfo) -> FinishedShard:
         """What the shard adds to the set, summed in row order: the same after any resume."""
@@ -206,9 +209,9 @@ class _Builder:
         self.shards = list(state.finished)
         self.first_entry = self.shards[-1].next_entry if self.shards else 0
         self._skip_clips = self.shards[-1].next_clip if self.shards else 0
-        self._bad = [*plan.bad, *(bad for shard in self.shards for bad in shard.bad)]
+        self.bad = [*plan.bad, *(bad for shard in self.shards for bad in shard.bad)]
         self._bad_since: list[BadFile] = []
-        bad_count.add(self._bad)
+        bad_count.add(self.bad)
         self._rows: _Rows | None = None
         self._full: deque[_Rows] = deque()
         self._num_started = len(self.shards)
@@ -224,23 +227,13 @@ class _Builder:
     def check_bad(self) -> None:
         """Raises UserError when too many files are bad; bad.csv then lists those found so far."""
         if self.bad_count.exceeded():
-            self.state.write_bad(self._bad)
-            raise self.bad_count.error(self.plan.directory, self._bad[-1])
+            listed = self.plan.directory / BAD_FILE
+            write_bad(listed, self.bad)
+            raise self.bad_count.error(listed)
 
     def check_space(self) -> None:
-        """Raises Failure when the disk cannot hold the clips: better now than hours later."""
-        if self.plan.job.segments:
-            return
-        left = len(self.plan.entries) - self.first_entry
-        sure = left - self.bad_count.max_bad * self.bad_count.num_files
-        needed = int(sure * 2 * self.plan.job.clip_samples)
-        disk = os.statvfs(self.plan.directory)
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free:
-            raise Failure(
-                f"{self.plan.directory}: {needed / 2**30:.1f} GiB needed for {left:,} clips, "
-                f"the disk has {free / 2**30:.1f} GiB left"
-            )
+        """As ``require_space``, for what is left."""
+        require_space(self.plan, len(self.plan.entries) - self.first_entry, self.bad_count)
 
     def take(self, first_entry: int, batch: Decoded) -> list[Write]:
         """Rows for the next batch's clips; what its worker must write where."""
@@ -268,8 +261,8 @@ class _Builder:
 
     def _take_bad(self, entry: Entry, bad: Bad) -> None:
         labels = ";".join(self.plan.classes.classes[k].id for k in entry.labels)
-        file = BadFile(entry.path, bad.reason, bad.detail, labels, entry.line)
-        self._bad.append(file)
+        file = BadFile(entry.path, bad.reason, bad.detail, labels, entry.line, *stamp(entry.path))
+        self.bad.append(file)
         self._bad_since.append(file)
         self.bad_count.add([file])
         self.check_bad()
@@ -278,21 +271,24 @@ class _Builder:
         self, number: int, clip: Clip, upto: tuple[int, int], batch: int, place: int
     ) -> Write:
         """A row for a clip of entry ``number``, the clip at ``place`` of its batch."""
-        rows = self._rows or self._start(number)
-        offset = rows.part.row_offset(len(rows.clips))
+        rows = self._rows or self._start()
+        offset = rows.part.add_row(clip.num_bytes)
         rows.clips.append(clip)
         rows.entries.append(self.plan.entries[number])
         rows.next_entry, rows.next_clip = upto
-        if len(rows.clips) == self.plan.rows_per_shard:
+        if rows.part.full:
             self._complete(rows)
         return Write(batch, place, 1, str(rows.part.path), offset)
 
-    def _start(self, number: int) -> _Rows:
-        capacity = self.plan.rows_per_shard
-        if not self.plan.job.segments:
-            capacity = min(capacity, len(self.plan.entries) - number)
+    def _start(self) -> _Rows:
+        plan = self.plan
         part = ShardPart(
-            self.plan.directory, self._num_started, capacity, self.plan.job.clip_samples
+            plan.directory,
+            self._num_started,
+            plan.job.codec,
+            plan.job.clip_samples,
+            plan.label_bytes,
+            plan.shard_room,
         )
         self._num_started += 1
         self._rows = _Rows(part, len(self.plan.classes))
@@ -308,9 +304,8 @@ class _Builder:
         """A write into the shard at ``path`` is done."""
         rows = self._rows_at(path)
         rows.writing -= 1
-        unflushed = len(rows.clips) - rows.flushed
-        if unflushed * 2 * self.plan.job.clip_samples >= FLUSH_BYTES:
-            rows.flushed = len(rows.clips)
+        if rows.part.end - rows.flushed >= FLUSH_BYTES:
+            rows.flushed = rows.part.end
             self._flushing.append(self._sealer.submit(fsync, rows.part.path))
         self._seal()
 
@@ -334,70 +329,17 @@ class _Builder:
         rows.part.publish()
         return note
 
-    def label_counts(self) -> NDArray[np.int64]:
-        """Clips of each class, [K]."""
-        counts = np.zeros(len(self.plan.classes), np.int64)
-        for shard in self.shards:
-            counts += shard.label_counts
-        return counts
-
-    def finish(self) -> None:
-        """Closes the last shard and makes the set."""
+    def finish(self) -> list[FinishedShard]:
+        """Closes the last shard; all shards, in order."""
         if self._rows is not None:
+            # With the bad files behind its last clip: a run that goes on must not try them again.
+            self._rows.next_entry, self._rows.next_clip = len(self.plan.entries), 0
             self._complete(self._rows)
         self._seal()
         while self._sealing:
             self.shards.append(self._sealing.popleft().result())
-        self.state.write_bad(self._bad)
-        if not self.shards:
-            raise UserError(
-                f"{self.plan.directory}: no clip is left, all {len(self._bad)} files are bad; "
-                f"{BAD_FILE} there says why"
-            )
-        self.state.finish(self._index())
+        return self.shards
 
     def stop(self) -> None:
         """Ends the sealing thread."""
         self._sealer.shutdown(cancel_futures=True)
-
-    def _index(self) -> dict[str, Any]:
-        """dataset.json."""
-        plan = self.plan
-        content = {
-            "classes": [c._asdict() for c in plan.classes.classes],
-            "clip_samples": plan.job.clip_samples,
-            "shards": [ShardInfo(*shard[:4])._asdict() for shard in self.shards],
-        }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": digest.hexdigest(),
-            "inputs": plan.inputs,
-            "clips": sum(shard.rows for shard in self.shards),
-            "bad_files": len(self._bad),
-            "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
-            "clip_samples": plan.job.clip_samples,
-            "sample_rate": SAMPLE_RATE,
-            "codec": "pcm16",
-            "options": plan.options,
-            "stats": {name: self._stats(name) for name in FEATURES},
-            "shards": content["shards"],
-            "label_counts": self.label_counts().tolist(),
-            "classes": content["classes"],
-        }
-
-    def _stats(self, feature: str) -> dict[str, float]:
-        clips = bins = 0
-        total = squares = 0.0
-        for shard in self.shards:  # in order: the same sum after any resume
-            m = shard.moments[feature]
-            clips, bins, total, squares = clips + m[0], bins + m[1], total + m[2], squares + m[3]
-        mean = total / bins if bins else math.nan
-        std = math.sqrt(max(squares / bins - mean**2, 0.0)) if bins else math.nan
-        if not std > 0.0:
-            raise UserError(
-                f"{self.plan.directory}: no statistics of {feature}: the {clips} sampled clips are "
-                "silent or too short for a frame"
-            )
-        return {"mean": mean, "std": std, "clips": clips}

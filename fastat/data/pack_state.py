@@ -1,24 +1,35 @@
 """The folder of a set while it is packed: whose it is, what of it is finished, what must go on
 failure."""
 
-import csv
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from fastat.atomic import atomic_path, atomic_write_text
+from fastat.atomic import atomic_write_text
 from fastat.data.manifest import BadFile
+from fastat.data.pack_bad import BAD_FILE
 from fastat.data.shard_writer import PART_SUFFIX
-from fastat.data.shards import INDEX_FILE, STATE_FOLDER, read_index, shard_file
+from fastat.data.shards import INDEX_FILE, STATE_FOLDER, ShardInfo, read_index, shard_file
 from fastat.errors import UserError
 
-BAD_FILE = "bad.csv"
+STATE_FILE = "state.json"
+
+
+class Claim(NamedTuple):
+    """Whose an unfinished set is: ``state.json``."""
+
+    inputs: str
+    """Fingerprint of the command and what it reads."""
+    parts: int = 0
+    """Processes that pack a part each; 0 for a command that packs the set alone."""
+    base: str | None = None
+    """Fingerprint of the finished set in the same folder that is appended to."""
 
 
 class Standing(Enum):
@@ -36,6 +47,7 @@ class FinishedShard(NamedTuple):
     rows: int
     bytes: int
     crc32: int
+    codec: str
     next_entry: int
     """The entry to go on with, and which of its clips."""
     next_clip: int
@@ -45,9 +57,21 @@ class FinishedShard(NamedTuple):
     moments: dict[str, tuple[int, int, float, float]]
     """Of each feature: clips, bins, sum, sum of squares."""
 
+    @property
+    def info(self) -> ShardInfo:
+        """What dataset.json says of it."""
+        return ShardInfo(self.file, self.rows, self.bytes, self.crc32, self.codec)
 
-def standing(directory: Path, inputs: str) -> Standing:
-    """What is in ``directory`` for a command with the fingerprint ``inputs``.
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """From ``_asdict`` after a way through JSON."""
+        bad = [BadFile(*file) for file in fields["bad"]]
+        moments = {name: tuple(m) for name, m in fields["moments"].items()}
+        return cls(**fields | {"bad": bad, "moments": moments})
+
+
+def standing(directory: Path, claim: Claim) -> Standing:
+    """What is in ``directory`` for the command of ``claim``; for one that appends, of its own.
 
     Raises:
         UserError: something else is.
@@ -56,25 +80,50 @@ def standing(directory: Path, inputs: str) -> Standing:
         return Standing.NEW
     if not directory.is_dir():
         raise UserError(f"--out {directory}: expected a folder, this is a file")
-    if (directory / INDEX_FILE).exists():
-        if read_index(directory).get("inputs") == inputs:
+    if claim.base is None and (directory / INDEX_FILE).exists():
+        if read_index(directory).get("inputs") == claim.inputs:
             return Standing.FINISHED
         raise UserError(
             f"--out {directory}: holds a packed set of another command, or of a table or files "
-            "that have changed since; give another --out or delete it"
+            "that have changed since; --append adds to it what is new, or give another --out"
         )
-    state = directory / STATE_FOLDER / "state.json"
-    if state.exists():
-        if json.loads(state.read_text("utf-8"))["inputs"] == inputs:
-            return Standing.UNFINISHED
+    found = read_claim(directory)
+    if found == claim:
+        return Standing.UNFINISHED
+    if found is not None and found.inputs == claim.inputs:
+        form = f"in {found.parts} parts (--shard 0/{found.parts}, ...)" if found.parts else "alone"
         raise UserError(
-            f"--out {directory}: holds an unfinished set of another command, or of a table or "
-            "files that have changed since; give another --out or delete it"
+            f"--out {directory}: the same command is packing it {form}; let that go on, or give "
+            "another --out or delete it"
         )
+    if found is not None:
+        what = "set" if found.base is None else "--append"
+        raise UserError(
+            f"--out {directory}: holds an unfinished {what} of another command, or of a table or "
+            "files that have changed since; "
+            + (
+                "give another --out or delete it"
+                if found.base is None
+                else f"finish that, or delete {directory / STATE_FOLDER} to give it up"
+            )
+        )
+    if claim.base is not None:
+        return Standing.NEW
     strangers = sorted({p.name for p in directory.iterdir()} - {STATE_FOLDER, BAD_FILE})
     if strangers:
         raise UserError(f"--out {directory}: expected a new or empty folder, found {strangers[0]}")
     return Standing.NEW
+
+
+def read_claim(directory: Path) -> Claim | None:
+    """Who packs into the folder; None for nobody."""
+    path = directory / STATE_FOLDER / STATE_FILE
+    try:
+        return Claim(**json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete {directory}") from error
 
 
 class PackState:
@@ -104,8 +153,14 @@ class PackState:
                 raise UserError(
                     f"--out {directory}: another fastat pack is writing to it"
                 ) from None
-            if standing(directory, inputs) is Standing.NEW:
-                atomic_write_text(self.state / "state.json", json.dumps({"inputs": inputs}))
+            claim = Claim(inputs)
+            found = standing(directory, claim)
+            if found is Standing.FINISHED:  # since this command looked
+                shutil.rmtree(self.state)
+                os.close(self._lock)
+                raise UserError(f"--out {directory}: another fastat pack has just finished it")
+            if found is Standing.NEW:
+                atomic_write_text(self.state / STATE_FILE, json.dumps(claim._asdict()))
             self.finished = list(self._read_finished())
             self._remove_unfinished()
         except OSError as error:
@@ -133,17 +188,6 @@ class PackState:
         path = self.state / (shard.file + ".json")
         atomic_write_text(path, json.dumps(shard._asdict()))
 
-    def write_bad(self, bad: Sequence[BadFile]) -> None:
-        """bad.csv, in the order of the table."""
-        with (
-            atomic_path(self.directory / BAD_FILE) as path,
-            path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(BadFile._fields)
-            in_order: list[BadFile] = sorted(bad, key=lambda b: (b.line, b.path))
-            writer.writerows(in_order)
-
     def finish(self, index: dict[str, Any]) -> None:
         """Writes dataset.json: the set is whole. Then removes the state."""
         atomic_write_text(self.directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
@@ -156,12 +200,10 @@ class PackState:
             note = self.state / (shard.name + ".json")
             if not (shard.is_file() and note.is_file()):
                 return
-            fields = json.loads(note.read_text("utf-8"))
-            if shard.stat().st_size != fields["bytes"]:
+            finished = FinishedShard.from_json(json.loads(note.read_text("utf-8")))
+            if shard.stat().st_size != finished.bytes:
                 return
-            fields["bad"] = [BadFile(*bad) for bad in fields["bad"]]
-            fields["moments"] = {name: tuple(m) for name, m in fields["moments"].items()}
-            yield FinishedShard(**fields)
+            yield finished
             index += 1
 
     def _remove_unfinished(self) -> None:

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from fastat.data.decode import BadAudio, decode, to_int16
+from fastat.data.flac import encode
+from fastat.data.hdf5_source import Hdf5Rows, is_row
 from fastat.data.moments import Meter
 from fastat.data.pack_messages import (
     Bad,
@@ -50,7 +52,8 @@ def serve(connection: Connection, job: Job) -> None:
     sys.stderr = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     measure = Meter()
-    held: dict[int, list[NDArray[np.int16]]] = {}
+    hdf5 = Hdf5Rows()
+    held: dict[int, list[bytes]] = {}
     target = _Target()
     while True:
         try:
@@ -60,7 +63,7 @@ def serve(connection: Connection, job: Job) -> None:
         match message:
             case Decode():
                 held[message.batch] = []
-                reply: Reply = _decode(message, job, measure, held[message.batch])
+                reply: Reply = _decode(message, job, hdf5, measure, held[message.batch])
             case Write():
                 rows = held[message.batch][message.first : message.first + message.num_clips]
                 reply = target.write(message, rows)
@@ -96,13 +99,17 @@ def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
 
 
 def _decode(
-    message: Decode, job: Job, measure: Meter, rows: list[NDArray[np.int16]]
+    message: Decode, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
 ) -> Decoded | Refused:
     files: list[list[Clip] | Bad] = []
     seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
     for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
         try:
-            pieces = cut(decode(Path(path), SAMPLE_RATE, seconds=seconds), job)
+            if is_row(path):
+                samples = hdf5.decode(path, SAMPLE_RATE, seconds)
+            else:
+                samples = decode(Path(path), SAMPLE_RATE, seconds=seconds)
+            pieces = cut(samples, job)
         except BadAudio as bad:
             files.append(Bad(bad.reason, bad.detail))
             continue
@@ -116,10 +123,12 @@ def _decode(
         for number, piece in enumerate(pieces):
             row = np.zeros(job.clip_samples, np.int16)
             row[: len(piece)] = piece
-            rows.append(row)
             moments = measure(row, len(piece)) if number in measured else None
             start = number * job.clip_samples / SAMPLE_RATE
-            clips.append(Clip(start, len(piece), zlib.crc32(row.data), moments))
+            stored = encode(piece, SAMPLE_RATE) if job.codec == "flac" else row.tobytes()
+            rows.append(stored)
+            crc = zlib.crc32(stored)
+            clips.append(Clip(start, len(piece), len(stored), crc, moments))
         files.append(clips)
     return Decoded(message.batch, files)
 
@@ -130,7 +139,7 @@ class _Target:
     def __init__(self) -> None:
         self.path, self.fd = "", -1
 
-    def write(self, message: Write, rows: Sequence[NDArray[np.int16]]) -> Written | Refused:
+    def write(self, message: Write, rows: Sequence[bytes]) -> Written | Refused:
         try:
             if message.path != self.path:
                 if self.fd >= 0:
@@ -140,7 +149,7 @@ class _Target:
                 self.path = message.path
             offset = message.offset
             for row in rows:
-                left = row.data.cast("B")
+                left = memoryview(row)
                 while left:  # a disk that fills takes part of a row first
                     count = os.pwrite(self.fd, left, offset)
                     left, offset = left[count:], offset + count

@@ -45,20 +45,33 @@ class RowFile(NamedTuple):
     """Of the waveform in the file, bytes."""
 
 
+class RowSpans(NamedTuple):
+    """Where each row of a set lies whose rows have lengths of their own."""
+
+    offset: NDArray[np.int64]  # [N] in its file, bytes
+    size: NDArray[np.int32]  # [N] bytes
+
+
 class RowReader:
     """Reads rows of ``files``, which are in order; may be used by several threads.
 
     Args:
         row_crc: [N] CRC-32 of each row.
         row_bytes: length of every row.
+        spans: where the rows lie, unless each has ``row_bytes`` and follows the one before.
     """
 
     def __init__(
-        self, files: Sequence[RowFile], row_crc: NDArray[np.uint32], row_bytes: int
+        self,
+        files: Sequence[RowFile],
+        row_crc: NDArray[np.uint32],
+        row_bytes: int,
+        spans: RowSpans | None = None,
     ) -> None:
         self.paths = [file.path for file in files]
         self.row_crc = row_crc
         self.row_bytes = row_bytes
+        self.spans = spans
         self._first_rows = np.array([file.first_row for file in files])
         self._offsets = np.array([file.offset for file in files])
         self._fds = np.full(len(files), -1)
@@ -67,8 +80,12 @@ class RowReader:
         self._blocks_read = -1
         _allow_open_files(len(files))
 
-    def read(self, rows: NDArray[np.int64], out: memoryview) -> dict[int, str]:
+    def read(
+        self, rows: NDArray[np.int64], out: memoryview, starts: NDArray[np.int64] | None = None
+    ) -> dict[int, str]:
         """Reads ``rows`` [R], in any order and with repeats, into ``out``, R x row_bytes bytes.
+
+        With ``starts`` [R], each into the bytes of ``out`` from there on.
 
         Returns:
             What is wrong with rows that could not be read, end early, or differ from their CRC, by
@@ -79,15 +96,16 @@ class RowReader:
         """
         order = np.argsort(rows, kind="stable")
         wanted = rows[order]
-        files, offsets = self._locate(wanted)
+        files, offsets, sizes = self._locate(wanted)
         bad: dict[int, str] = {}
         for index, reason in self._open(files).items():
             bad |= dict.fromkeys(order[files == index].tolist(), reason)
         if bad:
             opened = self._fds[files] >= 0
             order, wanted = order[opened], wanted[opened]
-            files, offsets = files[opened], offsets[opened]
-        columns = (order, self._fds[files], offsets, self.row_crc[wanted])
+            files, offsets, sizes = files[opened], offsets[opened], sizes[opened]
+        begin = order * self.row_bytes if starts is None else starts[order]
+        columns = (order, begin, sizes, self._fds[files], offsets, self.row_crc[wanted])
         num_jobs = min(JOBS_PER_THREAD * READ_THREADS, len(order) // ROWS_PER_JOB)
         if num_jobs < 2:
             return bad | self._read_in_turn(out, *columns)
@@ -110,11 +128,12 @@ class RowReader:
         if not disk_is_read:
             return
         rows = np.unique(rows)
-        files, offsets = self._locate(rows)
+        files, offsets, sizes = self._locate(rows)
         self._open(files)  # what cannot be opened is reported when it is read
         ends = np.flatnonzero((np.diff(rows) != 1) | (np.diff(files) != 0))
         starts = np.concatenate([[0], ends + 1])[: len(rows)]
-        lengths = np.diff(np.append(starts, len(rows))) * self.row_bytes
+        lasts = np.append(ends, len(rows) - 1)[: len(rows)]
+        lengths = offsets[lasts] + sizes[lasts] - offsets[starts]
         runs = zip(
             self._fds[files[starts]].tolist(),
             offsets[starts].tolist(),
@@ -135,25 +154,31 @@ class RowReader:
                 os.close(fd)
             self._fds[:] = -1
 
-    def _locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The index of each row's file, and where the row starts in it."""
+    def _locate(
+        self, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | NDArray[np.int32]]:
+        """The index of each row's file, where the row starts in it, and its bytes."""
         files = np.searchsorted(self._first_rows, rows, side="right") - 1
-        return files, self._offsets[files] + (rows - self._first_rows[files]) * self.row_bytes
+        if self.spans is not None:
+            return files, self.spans.offset[rows], self.spans.size[rows]
+        offsets = self._offsets[files] + (rows - self._first_rows[files]) * self.row_bytes
+        return files, offsets, np.full(len(rows), self.row_bytes)
 
     def _read_in_turn(
         self,
         out: memoryview,
         places: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        sizes: NDArray[np.int64] | NDArray[np.int32],
         fds: NDArray[np.int64],
         offsets: NDArray[np.int64],
         crcs: NDArray[np.uint32],
     ) -> dict[int, str]:
         """Reads one row after the other; what is wrong with some, by place."""
-        size = self.row_bytes
         bad: dict[int, str] = {}
-        columns = (places.tolist(), fds.tolist(), offsets.tolist(), crcs.tolist())
-        for place, fd, offset, crc in zip(*columns, strict=True):
-            row = out[place * size : (place + 1) * size]
+        columns = (column.tolist() for column in (places, starts, sizes, fds, offsets, crcs))
+        for place, start, size, fd, offset, crc in zip(*columns, strict=True):
+            row = out[start : start + size]
             try:
                 count = os.preadv(fd, (row,), offset)
             except OSError as error:

@@ -11,19 +11,30 @@ and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at most 1 GiB. 
     start_seconds  float64 [N]             where in that file the clip starts
     row_crc        uint32 [N]              CRC-32 of the row's waveform bytes
 
+A FLAC shard (``flac``) has instead of ``waveform``
+
+    flac_bytes     uint8 [total]           contiguous, a FLAC stream of each row's real samples
+    flac_offsets   int64 [N + 1]           where in it a row starts; the next row's start ends it
+
+and ``row_crc`` is of the stream. A set may have shards of both kinds.
+
 What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of
 everything but the waveform (``row_crc`` included), without reading the waveform. Reading checks
 every row against ``row_crc``. Rows are read with preadv: a shard cut short under a memory map would
 kill the process, under preadv it is an error.
 
 Of what opening reads, labels, lengths, CRCs and names stay in memory: about a hundred bytes a clip
-with 527 classes. A shard's ``audio_path`` and ``start_seconds``, which only ``sources`` needs, are
-read again when it is asked for. The names stay because a shard that was cut short loses everything
-behind its waveform, and its damaged clips are to be named still.
+with 527 classes, and twelve more where there are FLAC shards. A shard's ``audio_path`` and
+``start_seconds``, which only ``sources`` needs, are read again when it is asked for. The names stay
+because a shard that was cut short loses everything behind its waveform, and its damaged clips are
+to be named still.
 """
 
+import hashlib
 import json
 import os
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -32,7 +43,8 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from fastat.data.row_reader import RowFile, RowReader
+from fastat.data.flac import FlacReader
+from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError
 
 SAMPLE_RATE = 16_000
@@ -67,6 +79,7 @@ class ShardInfo(NamedTuple):
     bytes: int
     crc32: int
     """Of everything but the waveform, ``row_crc`` included."""
+    codec: str = "pcm16"
 
 
 class ShardRows(NamedTuple):
@@ -78,13 +91,47 @@ class ShardRows(NamedTuple):
     audio_path: NDArray[np.bytes_]  # [N]
     start_seconds: NDArray[np.float64]  # [N]
     row_crc: NDArray[np.uint32]  # [N]
+    flac_offsets: NDArray[np.int64] | None = None  # [N + 1], of a FLAC shard
+
+    def datasets(self) -> dict[str, NDArray[Any]]:
+        """What of this the shard holds, by the datasets' names."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
+    def offsets(self, clip_samples: int) -> NDArray[np.int64]:
+        """Where each row starts behind the first one's start, and the last one ends: [N + 1]."""
+        if self.flac_offsets is not None:
+            return self.flac_offsets
+        return np.arange(len(self.row_crc) + 1, dtype=np.int64) * 2 * clip_samples
 
     def crc32(self) -> int:
         """One checksum over all of it."""
         crc = 0
-        for array in self:
+        for array in self.datasets().values():
             crc = zlib_ng.crc32(array, crc)
         return crc
+
+
+SMALL_DTYPES = {
+    "num_samples": "<i4", "target": "|u1", "audio_name": "|S", "audio_path": "|S",
+    "start_seconds": "<f8", "row_crc": "<u4", "flac_offsets": "<i8",
+}  # fmt: skip
+"""As numpy spells them; the width of a name is the longest one's."""
+
+INDEX_ERRORS = (
+    KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError,
+    MemoryError,
+)  # fmt: skip
+"""What a dataset.json raises that is JSON, but not as pack writes it; the last: of impossibly many
+clips."""
+
+H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
+"""What h5py raises on damage; the last two where a group stands in a dataset's place."""
+
+
+def codec_of(shards: Iterable[ShardInfo]) -> str:
+    """What the index of a set of these shards says: their codec, or ``mixed``."""
+    codecs = {info.codec for info in shards}
+    return codecs.pop() if len(codecs) == 1 else "mixed"
 
 
 def shard_file(index: int) -> str:
@@ -103,6 +150,7 @@ class PackedSet:
     num_clips: int
     clip_samples: int
     codec: str
+    """``pcm16``, ``flac`` or ``mixed``."""
     label_counts: NDArray[np.int64]  # [K]
     stats: dict[str, Stats]
     fingerprint: str
@@ -135,6 +183,10 @@ class PackedSet:
         self.num_samples = np.empty(num_rows, np.int32)
         self.target_bits = np.empty((num_rows, -(-len(self.classes) // 8)), np.uint8)
         row_crc = np.empty(num_rows, np.uint32)
+        self._is_flac = np.array([info.codec == "flac" for info in self._shards])
+        spans = None
+        if self._is_flac.any():
+            spans = RowSpans(np.empty(num_rows, np.int64), np.empty(num_rows, np.int32))
         files: list[RowFile] = []
         for info, first_row in zip(self._shards, self._first_rows.tolist(), strict=True):
             offset, rows = read_shard(directory, info, self.clip_samples, len(self.classes))
@@ -144,7 +196,13 @@ class PackedSet:
             self.target_bits[place] = rows.target
             row_crc[place] = rows.row_crc
             self._names.append(rows.audio_name)
-        self.reader = RowReader(files, row_crc, 2 * self.clip_samples)
+            if spans is not None:
+                starts = rows.offsets(self.clip_samples)
+                spans.offset[place] = offset + starts[:-1]
+                spans.size[place] = np.diff(starts)
+        self.reader = RowReader(files, row_crc, 2 * self.clip_samples, spans)
+        self._flac: FlacReader | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
@@ -156,11 +214,15 @@ class PackedSet:
         """
         directory = Path(directory)
         index = read_index(directory)
+        path = directory / INDEX_FILE
         try:
-            return cls(directory, index)
-        # JSON, but not as pack writes it; MemoryError: of impossibly many clips.
-        except (KeyError, TypeError, AttributeError, ValueError, MemoryError) as error:
-            raise Failure(f"{directory / INDEX_FILE}: damaged: {error!r}") from error
+            packed = cls(directory, index)
+        except INDEX_ERRORS as error:
+            raise Failure(f"{path}: damaged: {error!r}") from error
+        # Sets packed before there was this checksum have none.
+        if "checksum" in index and index["checksum"] != checksum(index):
+            raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
+        return packed
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Labels of ``rows`` [R] as zeros and ones, [R, K]."""
@@ -215,7 +277,17 @@ class PackedSet:
             return {}
         if not (rows.min() >= 0 and rows.max() < self.num_clips):
             raise ValueError(f"rows: expected 0..{self.num_clips - 1}, got {rows.tolist()}")
-        return self.reader.read(rows, out.data.cast("B"))
+        memory = out.data.cast("B")
+        flac = self._is_flac[np.searchsorted(self._first_rows, rows, side="right") - 1]
+        if not flac.any():
+            return self.reader.read(rows, memory)
+        with self._lock:
+            if self._flac is None:
+                self._flac = FlacReader(self.reader, self.num_samples)
+        bad = self._flac.read(rows, np.flatnonzero(flac), out)
+        pcm = np.flatnonzero(~flac)
+        found = self.reader.read(rows[pcm], memory, pcm * self.reader.row_bytes)
+        return bad | {int(pcm[place]): reason for place, reason in found.items()}
 
     def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
         """``read``, for those who need every row.
@@ -236,6 +308,8 @@ class PackedSet:
 
     def close(self) -> None:
         """Closes the files; reading again opens them again."""
+        with self._lock:
+            self._flac = None
         self.reader.close()
 
     def _shard_of(self, row: int) -> int:
@@ -263,7 +337,7 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: expected a packed set (fastat pack), found no {INDEX_FILE}")
     try:
         index = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected the index of a packed set, got no JSON ({error})"
         ) from None
@@ -272,6 +346,12 @@ def read_index(directory: Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
     return index
+
+
+def checksum(index: dict[str, Any]) -> str:
+    """Of everything in the index but the checksum itself."""
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_shard(
@@ -290,18 +370,37 @@ def read_shard(
         raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
         with h5py.File(path) as file:
-            waveform = file["waveform"]
+            waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()
-            rows = ShardRows(*(file[name][()] for name in ShardRows._fields))
-    except (OSError, KeyError, RuntimeError, ValueError) as error:  # what h5py raises on damage
+            names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
+            rows = ShardRows(*(_read_small(file[name], info) for name in names))
+    except H5PY_ERRORS as error:
         raise Failure(f"{path}: damaged: {_first_line(error)}") from error
-    expected = ((info.rows, clip_samples), np.dtype(np.int16), None)
+    expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
+    if rows.flac_offsets is not None:
+        expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
     if layout != expected or offset is None:
         raise Failure(f"{path}: damaged: expected waveform {expected}, found {layout}")
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
         raise Failure(f"{path}: damaged: the checksum of its labels and names differs")
     return offset, rows
+
+
+def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
+    """A dataset beside the waveform.
+
+    Its header is checked first: the checksum is of bytes, to which another dtype would give another
+    meaning, and no array is larger than its file, whatever the header says.
+    """
+    kind = SMALL_DTYPES[dataset.name.removeprefix("/")]
+    length = info.rows + 1 if dataset.name == "/flac_offsets" else info.rows
+    if not dataset.dtype.str.startswith(kind) or dataset.shape[:1] != (length,):
+        raise ValueError(f"{dataset.name}: {dataset.dtype} {dataset.shape}")
+    if dataset.nbytes > info.bytes:
+        raise ValueError(f"{dataset.name}: {dataset.nbytes:,} bytes")
+    array: NDArray[Any] = dataset[()]
+    return array
 
 
 def _first_line(error: BaseException) -> str:

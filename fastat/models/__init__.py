@@ -23,6 +23,9 @@ MODELS: dict[str, type[TaggingModel]] = {
     "crnn": Crnn,
 }
 
+MAX_LAYERS = 1000
+"""More would take hours to make, let alone to train."""
+
 IMAGENET_MODELS = frozenset({"ast", "resnet50", "resnet34"})
 """Models with an ImageNet-trained trunk to start from."""
 
@@ -70,6 +73,8 @@ def create_model(
         if not _is_a(value, kind):
             kind_name = getattr(kind, "__name__", kind)
             raise UserError(f"model {name}: {option} must be of type {kind_name}, got {value!r}")
+        if option == "num_layers" and value > MAX_LAYERS:
+            raise UserError(f"model {name}: num_layers must be at most {MAX_LAYERS}, got {value}")
     try:
         model = MODELS[name](
             num_mels=num_mels, num_frames=num_frames, num_classes=num_classes, **options

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastat.atomic import atomic_path
-from fastat.checkpoint import ModelMeta
+from fastat.checkpoint import ModelMeta, save_tensors
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.weights.describe import EXTRACTOR, EXTRACTOR_FEATURE, OUR_NORM_EPS
@@ -55,7 +54,7 @@ def save_hugging_face(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -
             temporary.mkdir()
             # transformers refuses a safetensors file that does not name its framework.
             theirs = to_theirs(state, HF_RULES)
-            save_file(theirs, temporary / HF_WEIGHTS[0], metadata={"format": "pt"})
+            save_tensors(theirs, temporary / HF_WEIGHTS[0], metadata={"format": "pt"})
             for name, document in documents.items():
                 (temporary / name).write_text(json.dumps(document, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
@@ -132,7 +131,7 @@ def save_trunk(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> list[st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            save_file(trunk, temporary)
+            save_tensors(trunk, temporary)
     except (OSError, SafetensorError) as error:
         raise Failure(f"cannot write {path}: {error}") from error
     return ["the stem has one channel: timm.create_model(..., in_chans=1, num_classes=0)"]

@@ -1,7 +1,9 @@
 """decode: equal to soundfile + soxr, and the right reason for every bad file."""
 
+import os
 import struct
 import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastat.data.decode import BLOCK_SECONDS, BadAudio, decode, to_int16
 from tests.data.audio import noise, reference
+from tests.data.audio_bytes import flac_frames, ogg_pages
 
 
 def reason_of(path: Path, start_seconds: float = 0.0) -> str:
@@ -204,3 +207,152 @@ def test_without_ffmpeg_says_what_to_install(
     with pytest.raises(BadAudio, match=r"fastat\[av\]") as caught:
         decode(tmp_path / "x.m4a")
     assert caught.value.reason == "unreadable"
+
+
+def flac(tmp_path: Path) -> tuple[Path, list[int]]:
+    """A FLAC file of a second, and where its frames start; the last entry is its end."""
+    path = tmp_path / "x.flac"
+    sf.write(path, noise(1.0, 16_000, 10), 16_000)
+    data = path.read_bytes()
+    return path, [*flac_frames(data), len(data)]
+
+
+def test_a_lost_or_doubled_flac_frame_is_no_silence(tmp_path: Path) -> None:
+    path, starts = flac(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: starts[1]] + data[starts[2] :])
+    assert np.count_nonzero(sf.read(path)[0] == 0.0) > 4000, "libsndfile fills the gap"
+    assert reason_of(path) == "unreadable"
+    path.write_bytes(data[: starts[2]] + data[starts[1] :])
+    assert reason_of(path) == "unreadable"
+
+
+def test_a_flac_header_that_promises_less_than_there_is(tmp_path: Path) -> None:
+    path, _ = flac(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[22:26] = struct.pack(">I", 5000)  # the low bits of the number of samples
+    path.write_bytes(bytes(data))
+    assert len(sf.read(path)[0]) == 5000
+    assert reason_of(path) == "unreadable"
+
+
+def test_flac_without_md5_is_read(tmp_path: Path) -> None:
+    """As FFmpeg writes it to a pipe."""
+    path, _ = flac(tmp_path)
+    whole = decode(path)
+    data = bytearray(path.read_bytes())
+    data[26:42] = bytes(16)
+    path.write_bytes(bytes(data))
+    assert np.array_equal(decode(path), whole)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_S8", "PCM_16", "PCM_24"])
+def test_flac_of_every_width_has_its_md5(tmp_path: Path, subtype: str) -> None:
+    path = tmp_path / "x.flac"
+    sf.write(path, noise(0.7, 44_100, 11, channels=2), 44_100, subtype=subtype)
+    assert np.array_equal(to_int16(decode(path)), reference(path))
+    assert np.array_equal(decode(path, seconds=0.5), decode(path)[:8_000])
+
+
+def test_a_flac_header_of_another_rate_than_its_frames(tmp_path: Path) -> None:
+    path, _ = flac(tmp_path)
+    data = bytearray(path.read_bytes())
+    rate = int.from_bytes(data[18:21], "big")
+    assert rate >> 4 == 16_000
+    data[18:21] = (8_000 << 4 | rate & 0xF).to_bytes(3, "big")
+    path.write_bytes(bytes(data))
+    assert reason_of(path) == "unreadable"
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_pages(tmp_path: Path, subtype: str) -> None:
+    path = tmp_path / "x.ogg"
+    sf.write(path, noise(6.0, 48_000, 12), 48_000, format="OGG", subtype=subtype)
+    data, whole = path.read_bytes(), decode(path)
+    pages = ogg_pages(data)
+    assert pages is not None and len(pages) > 8
+    third, last = pages[-3], pages[-1]
+
+    def becomes(mutant: bytes) -> str:
+        path.write_bytes(mutant)
+        return reason_of(path)
+
+    damaged = bytearray(data)
+    damaged[third.end - 100] ^= 1
+    assert becomes(bytes(damaged)) == "unreadable"
+    assert np.array_equal(decode(path, seconds=1.0), whole[:16_000]), "damage behind the cut"
+    assert becomes(data[: third.start] + data[third.end :]) == "unreadable"
+    assert becomes(data[: third.start] + bytes(50) + data[third.start :]) == "unreadable"
+    assert becomes(data[: last.start]) == "truncated"
+    assert becomes(data[: last.start + 20]) == "truncated"
+    assert becomes(data[: last.end - 1]) == "truncated"
+    path.write_bytes(data + b"TAG" + bytes(125))  # an ID3v1 tag behind it
+    assert np.array_equal(decode(path), whole)
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "link.wav").symlink_to("pipe.wav")
+    for path in (tmp_path / "pipe.wav", tmp_path / "link.wav", Path("/dev/zero"), tmp_path):
+        assert reason_of(path) == "unreadable"
+    (tmp_path / "a.wav").symlink_to("b.wav")
+    (tmp_path / "b.wav").symlink_to("a.wav")
+    assert reason_of(tmp_path / "a.wav") == "missing"
+
+
+def test_a_header_that_promises_hours_of_many_channels_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.flac"
+    sf.write(path, noise(0.1, 192_000, 13, channels=8), 192_000)
+    data = bytearray(path.read_bytes())
+    data[21] |= 0xF  # the high bits of the number of samples
+    path.write_bytes(bytes(data))
+    tracemalloc.start()
+    assert reason_of(path) == "truncated"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6  # bytes; 30 s would be 92 MB of int16
+
+
+def test_ffmpeg_is_not_asked_about_damage(tmp_path: Path) -> None:
+    """It would leave out what is damaged, and say nothing."""
+    pytest.importorskip("av", reason="the extra av is not installed")
+    path = tmp_path / "x.ogg"
+    sf.write(path, noise(0.9, 48_000, 14), 48_000, format="OGG", subtype="OPUS")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(sf.LibsndfileError):
+        sf.SoundFile(path)
+    assert reason_of(path) == "unreadable"
+
+
+@pytest.mark.parametrize("content", [b"only words\n" * 50, bytes(5000)])
+def test_what_ffmpeg_takes_for_flac(tmp_path: Path, content: bytes) -> None:
+    """By its name alone, and with a rate of 0."""
+    (tmp_path / "x.flac").write_bytes(content)
+    assert reason_of(tmp_path / "x.flac") == "unreadable"
+
+
+def test_what_ffmpeg_has_no_decoder_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    sf.write(path, noise(0.5, 16_000, 15), 16_000)
+    data = bytearray(path.read_bytes())
+    data[20:22] = struct.pack("<H", 0x7FFF)  # the format
+    path.write_bytes(bytes(data))
+    assert reason_of(path) == "unreadable"
+
+
+def test_ffmpeg_truncated_webm(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="the extra av is not installed")
+    path = tmp_path / "x.webm"
+    write_with_ffmpeg(path, noise(3.0, 48_000, 16, channels=2), 48_000, "libopus")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert reason_of(path) == "truncated"
+
+
+@pytest.mark.filterwarnings("error")
+def test_float_samples_beyond_full_scale_are_clipped() -> None:
+    x = np.array([3e38, -3e38, 1.0, -1.0, 0.99999], np.float32)
+    assert to_int16(x).tolist() == [32767, -32768, 32767, -32768, 32767]

@@ -1,6 +1,7 @@
 """Reading tables of labelled audio, class lists, and the holdout split."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_ast_data_file(tmp_path: Path) -> None:
         ("t.json", "{", "not JSON"),
         ("t.json", '{"clips": []}', 'no list "data"'),
         ("t.json", '{"data": [{"wav": 3}]}', "clip 1: expected"),
-        ("t.h5", "x", "cannot be packed yet"),
+        ("t.h5", "x", "--labels CSV or --classes-from SET names them"),
         ("t.csv", "\x00\udcff\udcfe", "not text"),
     ],
 )
@@ -301,3 +302,50 @@ def test_holdout_is_stratified_and_seeded() -> None:
         of_class = np.array([k in ks for ks in labels])
         assert held[of_class].mean() == pytest.approx(0.1, abs=0.01)
     assert not np.array_equal(held, holdout_mask(groups, labels, 0.1, seed=1))
+
+
+@pytest.mark.parametrize("text", ['{"data": ' + "[" * 100_000, '{"data": ' + "9" * 10_000 + "}"])
+def test_json_that_python_does_not_read(tmp_path: Path, text: str) -> None:
+    table = write(tmp_path / "ast.json", text)
+    with pytest.raises(UserError, match="not JSON"):
+        read_manifest(table)
+
+
+@pytest.mark.timeout(60)
+def test_links_to_folders_around_them_are_not_followed(tmp_path: Path) -> None:
+    """Two such links would be followed a trillion times."""
+    root = touch(tmp_path / "sounds", "dog/a.wav", "cat/b.wav")
+    aside = touch(tmp_path / "aside", "c.wav")
+    (root / "dog" / "again").symlink_to(root)
+    (root / "cat" / "again").symlink_to(root)
+    (root / "cat" / "self").symlink_to(".")
+    (root / "bird").symlink_to(aside)
+    (root / "puppy").symlink_to("dog")
+    manifest = read_manifest(root)
+    names = sorted(entry.name for entry in manifest.entries)
+    assert names == ["bird/c.wav", "cat/b.wav", "dog/a.wav", "puppy/a.wav"]
+    table = write(tmp_path / "segments.csv", 'a, 0.0, 10.0, "/m/dog"\n')
+    assert len(read_manifest(table, audio=root).entries) == 1
+
+
+def test_names_with_any_bytes(tmp_path: Path) -> None:
+    """A pipe is no file; a name may hold a line end or bytes that are no text."""
+    (tmp_path / "a").mkdir()
+    odd = os.fsdecode(b"two\nlines \xff.wav")
+    touch(tmp_path / "a", odd, "plain.wav")
+    os.mkfifo(tmp_path / "a" / "pipe.wav")
+    manifest = read_manifest(tmp_path)
+    assert [entry.name for entry in manifest.entries] == ["a/plain.wav", f"a/{odd}"]
+    assert [(Path(bad.path).name, bad.reason) for bad in manifest.bad] == [("pipe.wav", "missing")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    touch(tmp_path, "a.wav")
+    table = tmp_path / "table.csv"
+    table.write_bytes("path,labels\na.wav,x\n".encode(encoding))
+    if encoding == "utf-8-sig":
+        assert len(read_manifest(table).entries) == 1
+    else:
+        with pytest.raises(UserError, match="not text|expected AudioSet's segments or a header"):
+            read_manifest(table)

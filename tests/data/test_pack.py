@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fastat.data import pack as pack_module
 from fastat.data.pack import pack
+from fastat.data.pack_state import PackState
 from fastat.data.shards import PackedSet, Stats
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
@@ -207,6 +208,24 @@ def test_killed_at_every_third_step(
     table: Path, undisturbed: Path, tmp_path: Path, step: int
 ) -> None:
     kill_and_resume(table, tmp_path / "set", step, undisturbed)
+
+
+def test_a_bad_file_behind_the_last_clip_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when all shards are finished, but the set is not."""
+    table = write_table(tmp_path, 6)
+    (tmp_path / "audio" / "0005.flac").write_bytes(b"")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PackState, "finish", stop)
+        pack(table, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=0.5)
+    summary = pack(table, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=0.5)
+    assert (summary.resumed_clips, summary.clips, summary.bad) == (5, 5, 1)
+    assert len(bad_lines(tmp_path / "set")) == 1
 
 
 def test_killed_in_the_middle_leaves_no_process(
@@ -495,7 +514,7 @@ def test_holdout_looks_at_both_folders_first(table: Path, tmp_path: Path) -> Non
 
 def test_wrong_options(table: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"codec": "flac"}, "--codec: expected pcm16, got flac"),
+        ({"codec": "mp3"}, "--codec: expected pcm16 or flac, got mp3"),
         ({"clip_seconds": 0.0}, "--clip-seconds: expected 0.1 to"),
         ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to"),
         ({"clip_seconds": 1e6}, "--clip-seconds: expected 0.1 to"),
@@ -545,3 +564,32 @@ except Failure as failure:
     done = run_python(code, table, tmp_path / "set")
     assert "Failure: a worker process ended with exit code -9" in done.stdout, done.stderr
     assert not (tmp_path / "set").exists()
+
+
+def test_names_with_any_bytes(tmp_path: Path) -> None:
+    """A name may hold a line end, or bytes that are no text; so may a bad file's."""
+    folder = tmp_path / "sounds"
+    (folder / "a").mkdir(parents=True)
+    good = os.fsdecode(b"two\nlines \xff.wav")
+    sf.write(os.fsencode(folder / "a" / good), noise(0.5, 16_000, 0), 16_000)
+    (folder / "a" / f"bad {good}").write_text("no audio")
+    summary = pack(folder, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=1)
+    assert (summary.clips, summary.bad) == (1, 1)
+    packed = PackedSet.open(tmp_path / "set")
+    assert packed.names(np.array([0])) == [f"a/{good}"]
+    packed.close()
+    with (tmp_path / "set" / "bad.csv").open(
+        newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        (line,) = csv.DictReader(file)
+    assert line["path"] == str(folder / "a" / f"bad {good}")
+
+
+def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 2)
+    for text in ("not json", "[]", "[" * 100_000, "{}"):
+        state = tmp_path / "set" / ".pack"
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json: damaged"):
+            pack(table, tmp_path / "set", clip_seconds=0.5, workers=1)

@@ -239,3 +239,58 @@ def test_fingerprint_is_of_the_content(made: Path, copy: Path, tmp_path: Path) -
     assert (
         PackedSet.open(tmp_path / "other" / "set").fingerprint != PackedSet.open(made).fingerprint
     )
+
+
+def read_as_other_numbers(file: h5py.File) -> None:
+    """The same bytes: only their order is another."""
+    data = file["num_samples"][()]
+    del file["num_samples"]
+    file.create_dataset("num_samples", data=data.view(">i4"))
+
+
+def group_for_names(file: h5py.File) -> None:
+    del file["audio_name"]
+    file.create_group("audio_name")
+
+
+def array_larger_than_the_file(file: h5py.File) -> None:
+    del file["audio_path"]
+    file.create_dataset("audio_path", (file["row_crc"].size, 10**9), dtype="S8", chunks=True)
+
+
+@pytest.mark.parametrize(
+    "change", [read_as_other_numbers, group_for_names, array_larger_than_the_file]
+)
+def test_headers_of_the_small_arrays_are_not_believed(
+    copy: Path, change: Callable[[h5py.File], None]
+) -> None:
+    edit(copy, change)
+    with pytest.raises(Failure, match=r"shard-00000\.h5: damaged"):
+        PackedSet.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label_counts", [1, 2, 3]),
+        ("label_counts", ["", 2, 3]),
+        ("label_counts", [10**400, 2, 3]),
+        ("stats", {"logmel64": {"mean": 0.0, "std": 1.0, "clips": 10}}),
+        ("clips", 10**18),
+        ("clip_samples", 10**18),
+        ("shards", [{"file": "x" * 5000, "rows": 1, "bytes": 1, "crc32": 1}]),
+        ("shards", [{"file": "shard-00000.h5", "rows": 1, "bytes": "1", "crc32": 1}]),
+    ],
+)
+def test_another_value_in_dataset_json(copy: Path, key: str, value: object) -> None:
+    index = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(index | {key: value}))
+    with pytest.raises(Failure, match="damaged|clips, but its shards hold"):
+        PackedSet.open(copy)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 10_000])
+def test_json_that_python_does_not_read(copy: Path, text: str) -> None:
+    (copy / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match="dataset.json: .* got no JSON"):
+        PackedSet.open(copy)

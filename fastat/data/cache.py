@@ -1,0 +1,321 @@
+"""The cached source: log-mels of a whole set, computed once and kept in memory.
+
+The same batches as the packed source from the same plans, without reading or transforming anything
+while training: un-augmented log-mels, after mean removal and before masks and normalisation, lie in
+the memory of the device or of the host, in 16 or 8 bits (``codes``). Only mixup differs: it adds
+mel powers, an approximation of mixing waveforms.
+
+With several ranks each computes and keeps the rows of its remainder, row % ranks. Every rank sees
+the whole plan of a step, so each knows which rows every other needs, and one all-to-all of known
+sizes moves them, still in their codes.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastat.data.codes import DTYPES, decode, encode, log_floor, mix, row_bytes
+from fastat.data.loader import (
+    PREFETCH,
+    Batch,
+    augment_of,
+    evaluation_plans,
+    mixed_targets,
+    prefetch,
+    to_device,
+)
+from fastat.data.sampler import StepPlan
+from fastat.data.shards import PackedSet
+from fastat.distributed import ALONE, Ranks
+from fastat.errors import Failure, UserError
+from fastat.features import get_feature
+from fastat.frontend import Frontend
+from fastat.progress import Advance, progress
+
+FILL_CLIPS = 64
+"""Clips that log-mels are computed of at a time."""
+SPARE_BYTES = 1 << 30
+"""Left free beside the cache: computing it takes as much, and training will need some."""
+
+
+class TooLittleMemory(UserError):
+    """The cache does not fit; says what it needs, what there is, and what would fit."""
+
+
+class _Gathered(NamedTuple):
+    """What a rank takes from its own memory for one step."""
+
+    batch: Batch  # of this rank's clips, without their log-mels
+    rows: NDArray[np.int64]  # [B + M] this rank's clips and partners
+    codes: Tensor  # [R, T, F] rows of this rank that rank 0 needs, then rank 1, ...
+    counts: list[int]  # how many each rank needs
+
+
+class CachedSource:
+    """Batches of log-mels of ``packed``, computed at construction.
+
+    Args:
+        feature: the name of the log-mel.
+        device: where batches land.
+        place: "device" or "host", whose memory holds them. The host's needs no pinning: a batch is
+            gathered into pinned memory, and pinning so much takes long and rounds its size up.
+        dtype: "float16" or "uint8".
+        remove_mean: as ``Frontend``'s.
+        max_bad: share of the set's clips that may be damaged; 0: the first is a Failure.
+        rows: [R] the only rows that plans will hold, kept by this rank for itself, as for
+            evaluation. None: all rows, shared with the other ranks; ``batches`` then takes the
+            plans of whole steps on every rank, and gives this rank's part of them.
+        ranks: which of the run's processes this is.
+        preparing: the same ranks, with the patience to wait for each other's start; None: they are
+            patient enough.
+
+    Raises:
+        TooLittleMemory: it does not fit, on any of the ranks.
+        Failure: more than ``max_bad`` of the clips are damaged; names the last.
+    """
+
+    bad: dict[int, str]
+    """Damaged rows, and why."""
+    usable: NDArray[np.bool_]
+    """[N] the only rows a plan may hold: not damaged, and kept here or by another rank."""
+
+    def __init__(
+        self,
+        packed: PackedSet,
+        feature: str,
+        device: torch.device,
+        *,
+        place: str,
+        dtype: str,
+        remove_mean: bool = True,
+        max_bad: float = 0.0,
+        rows: NDArray[np.int64] | None = None,
+        ranks: Ranks = ALONE,
+        preparing: Ranks | None = None,
+    ) -> None:
+        self.packed, self.device, self.max_bad = packed, device, max_bad
+        self.feature, self.dtype = get_feature(feature), DTYPES[dtype]
+        self.on_host = place == "host"
+        # Rows kept for itself are no business of the other ranks.
+        self.ranks = ranks if rows is None else ALONE
+        self.rank, self.num_ranks = self.ranks.rank, self.ranks.size
+        preparing = self.ranks if rows is not None else preparing or ranks
+        N = packed.num_clips
+        self.usable = np.full(N, rows is None)
+        self.rows = np.arange(self.rank, N, self.num_ranks) if rows is None else rows
+        self.usable[self.rows] = True
+        self._place = np.full(N, -1, np.int64)  # [N] of a row in ``codes``
+        self._place[self.rows] = np.arange(len(self.rows))
+        problems = preparing.gather(self._too_little(place, dtype))
+        preparing.from_first(lambda: _refuse(problems))
+
+        self.codes = torch.empty(
+            len(self.rows),
+            self.feature.num_frames(packed.clip_samples),
+            self.feature.num_mels,
+            dtype=self.dtype,
+            device="cpu" if self.on_host else device,
+        )  # [R, T, F]
+        self.scales = torch.zeros(N, 2)  # of every rank's rows
+        self.bad = {}
+        shown = progress(f"caching {packed.directory.name}", len(self.rows))
+        with shown if ranks.first else nullcontext(lambda n=1: None) as advance:
+            self._fill(remove_mean, advance)
+        self._share(preparing)
+        packed.close()  # nothing is read from here on
+
+    def summary(self) -> str:
+        """What is kept, and what is left out, in one line."""
+        size = self.codes.nbytes + self.scales.nbytes
+        of = f"{len(self.codes):,} of {self.packed.num_clips:,}"
+        what = f"log-mels of {of} clips as {str(self.dtype).removeprefix('torch.')}"
+        where = "host" if self.codes.is_cpu else "GPU"
+        text = f"{self.packed.directory}: {what}, {_size(size)} of {where} memory"
+        if self.bad:
+            first = self.packed.describe(*next(iter(self.bad.items())))
+            text += f"; {len(self.bad):,} damaged clips are left out, the first: {first}"
+        return text
+
+    def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+        """One batch a plan, in order, on the device; plans hold usable rows only."""
+        floor = log_floor(self.feature)
+        gathered = self._ahead(plans) if self.on_host else map(self._gather, plans)
+        for step in gathered:
+            batch = to_device(step.batch, self.device)
+            scales = self.scales[torch.from_numpy(step.rows).to(self.device)]
+            log_mel = decode(self._exchange(step), scales, floor)
+            assert batch.augment is not None
+            yield replace(batch, log_mel=mix(log_mel, batch.augment, self.feature))
+
+    def close(self) -> None:
+        """Closes the set's files."""
+        self.packed.close()
+
+    # ------------------------------------------------------------------ a step
+    def _gather(self, plan: StepPlan) -> _Gathered:
+        parts = [plan.part(rank, self.num_ranks) for rank in range(self.num_ranks)]
+        wanted = [np.concatenate([part.rows, part.partners]) for part in parts]
+        mine = [rows[rows % self.num_ranks == self.rank] for rows in wanted]
+        everyones = np.concatenate(wanted)
+        if not self.usable[everyones].all():
+            unusable = everyones[~self.usable[everyones]].tolist()
+            raise ValueError(f"rows: expected usable ones, got {unusable}")
+        places = torch.from_numpy(self._place[np.concatenate(mine)])
+        own = parts[self.rank]
+        codes = torch.empty(
+            (len(places), *self.codes.shape[1:]),
+            dtype=self.dtype,
+            device=self.codes.device,
+            pin_memory=self.on_host and self.device.type == "cuda",
+        )
+        torch.index_select(self.codes, 0, places.to(self.codes.device), out=codes)
+        batch = Batch(
+            rows=own.rows,
+            target=mixed_targets(self.packed, own),
+            num_samples=torch.from_numpy(self.packed.num_samples[own.rows].astype(np.int64)),
+            augment=augment_of(own),
+        )
+        return _Gathered(batch, wanted[self.rank], codes, [len(rows) for rows in mine])
+
+    def _ahead(self, plans: Iterable[StepPlan]) -> Iterator[_Gathered]:
+        """What ``_gather`` makes of each plan, by a thread ahead of the model."""
+        coming: deque[Future[_Gathered]] = deque()
+        with ThreadPoolExecutor(1, "fastat-cache") as thread:
+            for plan in plans:
+                coming.append(thread.submit(self._gather, plan))
+                if len(coming) > PREFETCH:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _exchange(self, step: _Gathered) -> Tensor:
+        """[B + M, T, F] codes of this rank's clips and partners, wherever they were kept.
+
+        In the caller's thread: collectives need one order on all ranks, the model's among them.
+        """
+        codes = step.codes.to(self.device, non_blocking=True)
+        if self.num_ranks == 1:
+            return codes
+        keeper = step.rows % self.num_ranks
+        order = np.argsort(keeper, kind="stable")  # of the rows as they arrive
+        arriving = codes.new_empty((len(order), *codes.shape[1:]))
+        counts = np.bincount(keeper, minlength=self.num_ranks).tolist()
+        dist.all_to_all_single(arriving, codes, counts, step.counts, group=self.ranks.device_group)
+        return arriving[torch.from_numpy(np.argsort(order)).to(self.device)]
+
+    # ---------------------------------------------------------------- the start
+    def _fill(self, remove_mean: bool, advance: Advance) -> None:
+        frontend = Frontend(
+            self.feature.name,
+            clip_samples=self.packed.clip_samples,
+            remove_mean=remove_mean,
+            normalize=False,
+        ).to(self.device)
+        frame = torch.arange(frontend.num_frames, device=self.device)
+        floor = log_floor(self.feature)
+        plans = evaluation_plans(self.rows, FILL_CLIPS)
+        filled = 0
+        for batch in prefetch((self._read(plan.rows) for plan in plans), PREFETCH):
+            batch = to_device(batch, self.device)
+            log_mel = batch.features(frontend)
+            real = self.feature.real_frames(batch.num_samples, self.packed.clip_samples)
+            # Beyond a clip's end there is no sound, which is what it is mixed with there.
+            log_mel.masked_fill_((frame >= real[:, None])[:, :, None], floor)
+            codes, scales = encode(log_mel, self.dtype, floor)
+            self.codes[filled : filled + len(codes)] = codes
+            self.scales[torch.from_numpy(batch.rows)] = scales.cpu()
+            filled += len(codes)
+            advance(len(codes))
+
+    def _share(self, preparing: Ranks) -> None:
+        """Every rank learns the scales and the damaged rows of all."""
+        own = self.scales[self.rank :: self.num_ranks]
+        for rank, (scales, bad) in enumerate(preparing.gather((own, self.bad))):
+            self.scales[rank :: self.num_ranks] = scales
+            self.bad |= bad
+        preparing.from_first(self._check_bad)
+        self.scales = self.scales.to(self.device)
+        self.usable[list(self.bad)] = False
+
+    def _read(self, rows: NDArray[np.int64]) -> Batch:
+        """The waveforms of ``rows``; damaged ones are silent and go into ``bad``."""
+        waveform = torch.empty(
+            (len(rows), self.packed.clip_samples),
+            dtype=torch.int16,
+            pin_memory=self.device.type == "cuda",
+        )
+        into = waveform.numpy()
+        for place, reason in self.packed.read(rows, into).items():
+            into[place] = 0
+            self.bad[int(rows[place])] = reason
+            self._check_bad()
+        num_samples = torch.from_numpy(self.packed.num_samples[rows].astype(np.int64))
+        return Batch(rows, torch.empty(len(rows), 0), num_samples, None, waveform)
+
+    def _check_bad(self) -> None:
+        if len(self.bad) <= self.max_bad * self.packed.num_clips:
+            return
+        last = f"{self.packed.describe(*list(self.bad.items())[-1])}; pack the set again"
+        if self.max_bad == 0:
+            raise Failure(last)
+        raise Failure(
+            f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
+            f"--max-bad {self.max_bad:g}; the last: {last}"
+        )
+
+    def _too_little(self, place: str, dtype: str) -> str:
+        """What does not fit, and what would; empty where it fits."""
+        clips = len(self.rows)
+        needed, smaller = (
+            clips * row_bytes(self.feature, self.packed.clip_samples, name)
+            for name in (dtype, "uint8")
+        )
+        free = free_bytes(place, self.device)
+        if needed <= free:
+            return ""
+        on_gpu = place == "device" and self.device.type == "cuda"
+        ways = []
+        if smaller <= free:
+            ways.append(f"--set cache_dtype=uint8 ({_size(smaller)})")
+        if on_gpu and needed <= free_bytes("host", self.device):
+            ways.append("--cache host")
+        if on_gpu and free > 0:
+            ways.append(f"{-(-needed * self.num_ranks // free)} GPUs")
+        return (
+            f"--cache {place} needs {_size(needed)} of {'GPU' if on_gpu else 'host'} memory for "
+            f"{clips:,} clips of {self.packed.directory} in {dtype}, {_size(free)} are free; "
+            f"what fits: {', '.join(ways) or 'no cache'}"
+        )
+
+
+def _refuse(problems: list[str]) -> None:
+    for problem in problems:
+        if problem:
+            raise TooLittleMemory(problem)
+
+
+def free_bytes(place: str, device: torch.device) -> int:
+    """Bytes that a rank may take for a cache in ``place``: its part of what is free, less a spare.
+
+    The ranks of one machine (``LOCAL_WORLD_SIZE``, which torchrun sets) share the host's memory.
+    """
+    if place == "device" and device.type == "cuda":
+        return max(0, torch.cuda.mem_get_info(device)[0] - SPARE_BYTES)
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024 - SPARE_BYTES
+    return max(0, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,175 @@
+"""Clips inside one HDF5 file, as PANNs and PaSST prepare AudioSet, as a source of ``fastat pack``.
+
+    PANNs   waveform     int16 [N, S]         at attribute sample_rate, else 32 kHz
+    PaSST   mp3          uint8, variable [N]  the bytes of an MP3 file a row
+    both    target       bool or uint8 [N, K], or packed bits uint8 [N, ceil(K / 8)]
+            audio_name   bytes [N]
+
+An entry's path is ``file.h5#row``. Samples take the same way as those of files: the decoder for
+MP3, the resampler, the rounding.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from fastat.data.decode import SAMPLE_RATES, BadAudio, decode, resample_clip
+from fastat.errors import UserError
+
+SUFFIXES = (".h5", ".hdf5", ".hdf")
+DEFAULT_RATE = 32_000
+"""Of PANNs' waveforms without the attribute, Hz."""
+BLOCK_ROWS = 16_384
+"""Targets of so many rows are read at once."""
+CACHE_BYTES = 64 << 20
+"""Of decompressed chunks: HDF5's default is less than one chunk of many compressed files."""
+_ROW = re.compile(r"(.+\.(?:h5|hdf5|hdf))#(\d+)", re.IGNORECASE | re.DOTALL)
+
+
+class Row(NamedTuple):
+    """A clip: its name, and its classes by number."""
+
+    name: str
+    labels: tuple[int, ...]
+
+
+def is_row(path: str) -> bool:
+    """Whether ``path`` names a row of an HDF5 file."""
+    return _ROW.fullmatch(path) is not None
+
+
+def file_of(path: str) -> str:
+    """The file that an entry's path names, for a row that which holds it."""
+    match = _ROW.fullmatch(path)
+    return match[1] if match else path
+
+
+def read_rows(source: Path, num_classes: int) -> Iterator[Row]:
+    """The rows of ``source``, in order.
+
+    Raises:
+        UserError: not an HDF5 file of one of the two layouts, or of another number of classes.
+    """
+    try:
+        with h5py.File(source) as file:
+            audio, target, names = _datasets(source, file)
+            packed = _is_packed(source, target, num_classes)
+            for start in range(0, len(audio), BLOCK_ROWS):
+                block = slice(start, start + BLOCK_ROWS)
+                bits = target[block]
+                if packed:
+                    bits = np.unpackbits(bits, axis=1, count=num_classes)
+                for name, row in zip(names[block], bits, strict=True):
+                    text = name if isinstance(name, str) else os.fsdecode(name)
+                    yield Row(text, tuple(np.flatnonzero(row).tolist()))
+    except (OSError, RuntimeError) as error:  # what h5py raises on damage
+        raise UserError(f"{source}: not a readable HDF5 file: {_first_line(error)}") from error
+
+
+class Hdf5Rows:
+    """Decodes rows of HDF5 files; the last file stays open. One process, one thread."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._file: Any = None
+
+    def decode(
+        self, path: str, sample_rate: int = 16_000, seconds: float | None = None
+    ) -> NDArray[np.float32]:
+        """Samples of the row ``path`` (``file.h5#row``), as ``decode`` gives those of a file.
+
+        Raises:
+            BadAudio: no such file or row, or no audio in it.
+        """
+        match = _ROW.fullmatch(path)
+        assert match is not None, f"{path} is no row of an HDF5 file"
+        row = int(match[2])
+        with _bad_audio():
+            file = self._open(match[1])
+            encoded = "mp3" in file
+            content = file["mp3" if encoded else "waveform"][row]
+            rate = rate_of(file)
+        if encoded:
+            return decode(content.tobytes(), sample_rate, seconds=seconds)
+        return resample_clip(content, rate, sample_rate, seconds)
+
+    def _open(self, path: str) -> Any:
+        if path != self._path:
+            if self._file is not None:
+                self._file.close()
+            self._path, self._file = "", None
+            self._file = h5py.File(path, rdcc_nbytes=CACHE_BYTES)
+            self._path = path
+        return self._file
+
+
+def rate_of(file: Any) -> int:
+    """Of the waveforms, Hz."""
+    return int(file.attrs.get("sample_rate", DEFAULT_RATE))
+
+
+@contextmanager
+def _bad_audio() -> Iterator[None]:
+    """Raises what h5py raises for a damaged file as BadAudio."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BadAudio("missing") from None
+    except (OSError, RuntimeError, KeyError, IndexError) as error:
+        raise BadAudio("unreadable", f"HDF5: {_first_line(error)}") from error
+
+
+def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
+    """Audio, target and names, checked against each other."""
+    found = [name for name in ("waveform", "mp3") if isinstance(file.get(name), h5py.Dataset)]
+    missing = [n for n in ("target", "audio_name") if not isinstance(file.get(n), h5py.Dataset)]
+    if len(found) != 1 or missing:
+        raise UserError(
+            f"{source}: expected datasets waveform (PANNs) or mp3 (PaSST), target and audio_name, "
+            f"got {', '.join(sorted(file)) or 'none'}"
+        )
+    audio, target, names = file[found[0]], file["target"], file["audio_name"]
+    if found[0] == "waveform":
+        if audio.dtype != np.int16 or audio.ndim != 2:
+            raise UserError(
+                f"{source}: expected waveform int16 [clips, samples], "
+                f"got {audio.dtype} {list(audio.shape)}"
+            )
+        if rate_of(file) not in SAMPLE_RATES:
+            raise UserError(f"{source}: expected sample_rate in Hz, got {rate_of(file)}")
+    elif h5py.check_vlen_dtype(audio.dtype) != np.uint8 or audio.ndim != 1:
+        raise UserError(
+            f"{source}: expected mp3 of variable-length uint8, one a clip, "
+            f"got {audio.dtype} {list(audio.shape)}"
+        )
+    if len({len(audio), len(target), len(names)}) != 1:
+        raise UserError(
+            f"{source}: expected as many targets and names as clips, got {len(audio)} clips, "
+            f"{len(target)} targets, {len(names)} names"
+        )
+    return audio, target, names
+
+
+def _is_packed(source: Path, target: Any, num_classes: int) -> bool:
+    """Whether the targets are bits in bytes; UserError when they are not of ``num_classes``."""
+    if target.ndim == 2 and target.dtype in (np.bool_, np.uint8):
+        if target.shape[1] == num_classes:
+            return False
+        if target.dtype == np.uint8 and target.shape[1] == -(-num_classes // 8):
+            return True
+    raise UserError(
+        f"{source}: expected target bool [clips, {num_classes}] or packed bits uint8 "
+        f"[clips, {-(-num_classes // 8)}], as the class list has {num_classes} classes, "
+        f"got {target.dtype} {list(target.shape)}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,59 @@
+"""bad.csv: the files of a set's table that it could not hold, and why.
+
+Each with its size and time of change when it was tried: one that is repaired is seen to have
+changed, and ``fastat pack --append`` tries it again.
+"""
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastat.atomic import atomic_path
+from fastat.data.hdf5_source import file_of
+from fastat.data.manifest import BadFile
+
+BAD_FILE = "bad.csv"
+
+
+def write_bad(path: Path, bad: Iterable[BadFile]) -> None:
+    """Writes the list, in the order of the table."""
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(BadFile._fields)
+        in_order: list[BadFile] = sorted(bad, key=lambda b: (b.line, b.path))
+        writer.writerows(in_order)
+
+
+def read_bad(path: Path) -> list[BadFile]:
+    """What ``write_bad`` wrote."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [
+            BadFile(
+                row["path"],
+                row["reason"],  # type: ignore[arg-type]
+                row["detail"],
+                row["labels"],
+                int(row["line"]),
+                int(row.get("size") or 0),  # lists of older sets have none
+                int(row.get("mtime_ns") or 0),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """Size and time of change of an entry's file; zeros when there is none."""
+    try:
+        status = os.stat(file_of(path))
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def has_changed(bad: BadFile) -> bool:
+    """Whether the file is another than the one that was tried, or is there now."""
+    return stamp(bad.path) != (bad.size, bad.mtime_ns)

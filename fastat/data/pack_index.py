@@ -1,0 +1,102 @@
+"""dataset.json: what a finished set says of itself."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastat.data.pack_plan import Plan
+from fastat.data.pack_state import FinishedShard
+from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, codec_of
+from fastat.data.shards import checksum as checksum
+from fastat.errors import UserError
+from fastat.features import FEATURES
+
+
+def index_of(plan: Plan, shards: Sequence[FinishedShard], num_bad: int) -> dict[str, Any]:
+    """The index of a set of ``shards``, in order.
+
+    Raises:
+        UserError: its sampled clips give no statistics.
+    """
+    infos = [shard.info for shard in shards]
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "inputs": plan.inputs,
+        "clips": sum(shard.rows for shard in shards),
+        "bad_files": num_bad,
+        "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
+        "clip_samples": plan.job.clip_samples,
+        "sample_rate": SAMPLE_RATE,
+        "codec": codec_of(infos),
+        "options": plan.options,
+        "stats": {name: _stats(plan, shards, name) for name in FEATURES},
+        "shards": [info._asdict() for info in infos],
+        "label_counts": label_counts(shards, len(plan.classes)).tolist(),
+        "classes": [c._asdict() for c in plan.classes.classes],
+    }
+    return signed(index)
+
+
+def appended(base: dict[str, Any], shards: Sequence[FinishedShard], num_bad: int) -> dict[str, Any]:
+    """The index of the set ``base`` with further ``shards`` behind its own.
+
+    Statistics, options and ``inputs`` stay those of the first pack: runs on the grown set are
+    comparable with runs before, and the first command still finds its own set.
+    """
+    counts = np.array(base["label_counts"], np.int64)
+    clips = sum(shard.rows for shard in shards)
+    infos = [ShardInfo(**entry) for entry in base["shards"]] + [shard.info for shard in shards]
+    return signed(
+        base
+        | {
+            "clips": base["clips"] + clips,
+            "appends": base.get("appends", 0) + 1,
+            "appended_clips": base.get("appended_clips", 0) + clips,
+            "bad_files": num_bad,
+            "codec": codec_of(infos),
+            "shards": [info._asdict() for info in infos],
+            "label_counts": (counts + label_counts(shards, len(counts))).tolist(),
+        }
+    )
+
+
+def label_counts(shards: Iterable[FinishedShard], num_classes: int) -> NDArray[np.int64]:
+    """Clips of each class, [K]."""
+    counts = np.zeros(num_classes, np.int64)
+    for shard in shards:
+        counts += shard.label_counts
+    return counts
+
+
+def signed(index: dict[str, Any]) -> dict[str, Any]:
+    """``index`` with its fingerprint and its checksum."""
+    index = index | {"fingerprint": fingerprint(index)}
+    return index | {"checksum": checksum(index)}
+
+
+def fingerprint(index: dict[str, Any]) -> str:
+    """Of the content: classes and, by the shards' checksums, every row."""
+    content = {name: index[name] for name in ("classes", "clip_samples", "shards")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stats(plan: Plan, shards: Sequence[FinishedShard], feature: str) -> dict[str, float]:
+    clips = bins = 0
+    total = squares = 0.0
+    for shard in shards:  # in order: the same sum after any resume
+        m = shard.moments[feature]
+        clips, bins, total, squares = clips + m[0], bins + m[1], total + m[2], squares + m[3]
+    mean = total / bins if bins else math.nan
+    std = math.sqrt(max(squares / bins - mean**2, 0.0)) if bins else math.nan
+    if not std > 0.0:
+        raise UserError(
+            f"{plan.directory}: no statistics of {feature}: the {clips} sampled clips are "
+            "silent or too short for a frame"
+        )
+    return {"mean": mean, "std": std, "clips": clips}

@@ -1,0 +1,79 @@
+"""What a pack is to do, and how many bad files it may meet."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastat.data.classes import ClassList
+from fastat.data.manifest import BadFile, Entry
+from fastat.data.pack_messages import Job
+from fastat.errors import UserError
+
+
+class Plan(NamedTuple):
+    """A set to be packed."""
+
+    title: str
+    """What progress is shown of."""
+    directory: Path
+    inputs: str
+    """Fingerprint of the command and what it reads."""
+    classes: ClassList
+    entries: Sequence[Entry]
+    bad: Sequence[BadFile]
+    """Known to be bad without decoding."""
+    job: Job
+    shard_room: int
+    """What the rows of a shard may take with their labels, bytes."""
+    label_bytes: int
+    """The most that everything of a row but its samples takes."""
+    stats_clips: NDArray[np.int64]  # [entries]
+    """How many clips of each entry the statistics are taken from."""
+    options: dict[str, Any]
+    """Of the command, for dataset.json."""
+
+
+class BadCount:
+    """Bad files over all sets of a command, against --max-bad."""
+
+    def __init__(self, num_files: int, max_bad: float) -> None:
+        self.num_files, self.max_bad = num_files, max_bad
+        self.reasons: Counter[str] = Counter()
+        self._example: BadFile | None = None
+
+    def add(self, files: Iterable[BadFile]) -> None:
+        """Counts files."""
+        for self._example in files:
+            self.reasons[self._example.reason] += 1
+
+    def exceeded(self) -> bool:
+        """Whether there are more than --max-bad of them."""
+        return self.reasons.total() > self.max_bad * self.num_files
+
+    def error(self, listed: Path) -> UserError:
+        """What to tell the user when there are; they are listed in the file ``listed``."""
+        example = self._example
+        assert example is not None, "no file is bad"
+        count = self.reasons.total()
+        enough = math.ceil(100 * count / self.num_files) / 100
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+        detail = f" ({example.detail})" if example.detail else ""
+        return UserError(
+            f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
+            f"{reasons}, such as {example.path}{detail}; listed in {listed}; "
+            f"--max-bad {enough:g} or more packs the others"
+        )
+
+
+class SetResult(NamedTuple):
+    """What became of a set, or of a part of one."""
+
+    clips: int
+    shards: int
+    label_counts: NDArray[np.int64]  # [K]
+    resumed_clips: int

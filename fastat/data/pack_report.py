@@ -1,0 +1,99 @@
+"""What ``fastat pack`` prints when it is done."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fastat.data.pack import PackSummary
+from fastat.data.pack_append import AppendSummary
+from fastat.data.pack_bad import BAD_FILE
+from fastat.data.verify import VerifySummary
+from fastat.errors import Failure
+
+MAX_DAMAGES = 20
+"""Lines of --verify; --json has all."""
+
+
+def print_packed(summary: PackSummary, *, as_json: bool) -> None:
+    """Prints what ``pack`` made."""
+    if as_json:
+        print(json.dumps(asdict(summary), default=str))
+        return
+    if summary.waiting_for:
+        print(_waiting(summary.part, summary.clips + summary.eval_clips, summary.waiting_for))
+        _print_bad(summary.bad, summary.bad_reasons, None)
+        return
+    done = "already packed" if summary.already_packed else "packed"
+    print(f"{done}: {summary.clips:,} clips in {summary.shards} shards, {summary.directory}")
+    if summary.eval_directory is not None:
+        print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
+    _print_bad(summary.bad, summary.bad_reasons, summary.directory)
+    if summary.changed_bad:
+        print(f"changed since: {summary.changed_bad} of the bad files; --append tries them again")
+    if summary.empty_classes:
+        names = ", ".join(summary.empty_classes[:5])
+        more = ", ..." if len(summary.empty_classes) > 5 else ""
+        print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
+
+
+def print_appended(summary: AppendSummary, *, as_json: bool) -> None:
+    """Prints what ``append`` added."""
+    if as_json:
+        print(json.dumps(asdict(summary), default=str))
+        return
+    if summary.waiting_for:
+        print(_waiting(summary.part, summary.appended_clips, summary.waiting_for))
+    elif summary.appended_clips:
+        print(
+            f"appended: {summary.appended_clips:,} clips, {summary.directory} now has "
+            f"{summary.clips:,} in {summary.shards} shards; its statistics stay as they were"
+        )
+    else:
+        print(f"nothing new: {summary.directory} still has {summary.clips:,} clips")
+    if summary.already_there:
+        print(f"already in the set: {summary.already_there:,} files")
+    if summary.known_bad:
+        print(f"bad before and unchanged: {summary.known_bad:,} files of {BAD_FILE}")
+    _print_bad(summary.bad, summary.bad_reasons, None if summary.waiting_for else summary.directory)
+
+
+def print_verified(summary: VerifySummary, *, as_json: bool) -> None:
+    """Prints what ``verify`` found.
+
+    Raises:
+        Failure: something is damaged.
+    """
+    damaged = summary.damaged
+    if as_json:
+        found = [damage._asdict() for damage in damaged]
+        print(json.dumps(asdict(summary) | {"damaged": found}, default=str))
+    else:
+        for damage in damaged[:MAX_DAMAGES]:
+            row = "" if damage.row is None else f", row {damage.row} (clip {damage.clip})"
+            print(f"{damage.file}{row}: {damage.reason}")
+        if len(damaged) > MAX_DAMAGES:
+            print(f"... {len(damaged) - MAX_DAMAGES:,} more; --json lists all")
+    if damaged:
+        files = len({damage.file for damage in damaged})
+        rows = sum(damage.row is not None for damage in damaged)
+        raise Failure(
+            f"{summary.directory}: damaged: {files} of its files, {rows:,} rows by themselves; "
+            "pack the set again"
+        )
+    if not as_json:
+        gib = summary.bytes / 2**30
+        print(f"verified: {summary.clips:,} clips, {gib:,.2f} GiB of audio, {summary.directory}")
+
+
+def _waiting(part: str | None, clips: int, others: Sequence[int]) -> str:
+    names = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
+    noun = "other" if len(others) == 1 else "others"
+    return f"part {part} is packed, {clips:,} clips; waiting for {len(others)} {noun}: {names}"
+
+
+def _print_bad(count: int, reasons: dict[str, int], directory: Path | None) -> None:
+    if count:
+        listed = "" if directory is None else f", listed in {directory / BAD_FILE}"
+        parts = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        print(f"bad files: {count} ({parts}){listed}")

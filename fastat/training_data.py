@@ -1,0 +1,200 @@
+"""What a run trains on and is scored on: sets, classes, the steps, and where batches come from."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastat.checkpoint import ModelMeta
+from fastat.config import TrainConfig
+from fastat.data.cache import CachedSource, TooLittleMemory
+from fastat.data.loader import PackedSource, Source
+from fastat.data.sampler import Sampler, StepPlan, balanced_weights
+from fastat.data.shards import PackedSet
+from fastat.distributed import Ranks
+from fastat.errors import UserError
+from fastat.evaluate import ClassMatch, match_classes
+from fastat.features import FEATURES
+
+Opened = tuple[Source, NDArray[np.bool_] | None]
+"""A source, and the clips of its set that it can deliver; None: all."""
+
+
+@dataclass
+class TrainingData:
+    """Opened for one rank of a run."""
+
+    train_set: PackedSet
+    sampler: Sampler
+    source: Source
+    meta: ModelMeta
+    eval_set: PackedSet | None
+    eval_source: Source | None
+    eval_rows: NDArray[np.int64] | None
+    """Of the evaluation set, those that can be read; None: all."""
+    match: ClassMatch | None
+
+    def own_part(self, plan: StepPlan, ranks: Ranks) -> StepPlan:
+        """What the source takes on this rank: its part, or the whole plan to take it from."""
+        whole = isinstance(self.source, CachedSource)
+        return plan if whole else plan.part(ranks.rank, ranks.size)
+
+    def bad_clips(self) -> dict[int, str]:
+        """Rows that were found damaged, and why; the original files that DALI reads are not
+        rows."""
+        if isinstance(self.source, PackedSource | CachedSource):
+            return dict(self.source.bad)
+        return {}
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.source.close()
+        if self.eval_source is not None:
+            self.eval_source.close()
+
+
+def open_data(
+    config: TrainConfig, device: torch.device, ranks: Ranks, preparing: Ranks, notes: list[str]
+) -> TrainingData:
+    """Opens the sets of a run and adds to ``notes`` what there is to say.
+
+    Args:
+        preparing: the same ranks, with more patience for each other.
+
+    Raises:
+        UserError: the sets do not fit together, or are not the same on every rank.
+        Failure: one is damaged.
+    """
+    train_set = PackedSet.open(config.data)
+    eval_set = None if config.eval is None else PackedSet.open(config.eval)
+    feature = FEATURES[config.feature]
+    stats = train_set.stats[feature.name] if config.statistics == "set" else feature
+    meta = ModelMeta(
+        model=config.model,
+        feature=feature.name,
+        clip_seconds=train_set.clip_samples / feature.sample_rate,
+        num_mels=feature.num_mels,
+        num_frames=feature.num_frames(train_set.clip_samples),
+        mean=stats.mean,
+        std=stats.std,
+        classes=train_set.classes,
+        options=config.model_options,
+        remove_mean=config.remove_mean,
+        normalize=config.normalize,
+    )
+    match = None
+    if eval_set is not None:
+        if eval_set.clip_samples != train_set.clip_samples:
+            raise UserError(
+                f"clips of {config.data} have {train_set.clip_samples} samples, "
+                f"those of {config.eval} {eval_set.clip_samples}: pack both alike"
+            )
+        match = match_classes(meta.classes, eval_set)
+        if match.note:
+            notes.append(match.note)
+    if len(set(ranks.gather(train_set.fingerprint))) > 1:
+        raise UserError(f"{config.data} is not the same set on every host")
+    source: Source | None = None
+    usable = None
+    if config.cache != "none":
+        source, usable = _cached(config, train_set, device, ranks, preparing, notes)
+    elif config.source == "dali":
+        with preparing.first_goes_ahead():  # the others then find what it found of the files
+            source, usable = _dali(config, train_set, config.batch // ranks.size, device, notes)
+    weights = balanced_weights(train_set.target_bits, train_set.label_counts)
+    sampler = Sampler(
+        train_set.num_clips,
+        config.batch,
+        seed=config.seed,
+        num_frames=meta.num_frames,
+        num_mels=meta.num_mels,
+        weights=weights if config.balance else None,
+        usable=usable,
+        mixup=config.mixup,
+        mixup_alpha=config.mixup_alpha,
+        time_mask=config.time_mask,
+        freq_mask=config.freq_mask,
+        window=config.window,
+    )
+    eval_source, eval_rows = None, None
+    if eval_set is not None:
+        eval_source, eval_usable = _open_evaluation(config, eval_set, device, ranks, notes)
+        eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
+    return TrainingData(
+        train_set,
+        sampler,
+        source or PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad),
+        meta,
+        eval_set,
+        eval_source,
+        eval_rows,
+        match,
+    )
+
+
+def _open_evaluation(
+    config: TrainConfig, packed: PackedSet, device: torch.device, ranks: Ranks, notes: list[str]
+) -> Opened:
+    if config.source == "dali":
+        return _dali(config, packed, config.eval_batch, device, notes)
+    if config.cache != "none":
+        stretches = np.array_split(np.arange(packed.num_clips), ranks.size)  # as in evaluate
+        try:
+            own = stretches[ranks.rank]
+            return _cached(config, packed, device, ranks, ranks, notes, own)[0], None
+        except TooLittleMemory as error:
+            notes.append(f"the evaluation set is read from disk: {error}")
+    return PackedSource(packed, device), None
+
+
+def _dali(
+    config: TrainConfig, packed: PackedSet, batch: int, device: torch.device, notes: list[str]
+) -> Opened:
+    from fastat.data.dali import DaliSource  # DALI is heavy, and only needed here
+
+    source = DaliSource(
+        packed,
+        config.feature,
+        batch=batch,
+        threads=os.cpu_count() or 1,
+        device=device,
+        max_bad=config.max_bad,
+        remove_mean=config.remove_mean,
+    )
+    if source.bad:
+        row, path, reason = source.bad[0]
+        notes.append(f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}")
+    return source, source.usable
+
+
+def _cached(
+    config: TrainConfig,
+    packed: PackedSet,
+    device: torch.device,
+    ranks: Ranks,
+    preparing: Ranks,
+    notes: list[str],
+    rows: NDArray[np.int64] | None = None,
+) -> Opened:
+    """Log-mels kept in memory: of all clips, shared by the ranks, or of this rank's ``rows``."""
+    training = rows is None
+    source = CachedSource(
+        packed,
+        config.feature,
+        device,
+        place=config.cache,
+        dtype=config.cache_dtype,
+        remove_mean=config.remove_mean,
+        max_bad=config.max_bad if training else 0.0,
+        rows=rows,
+        ranks=ranks,
+        preparing=preparing,
+    )
+    notes.append(source.summary())
+    if training and config.mixup:
+        notes.append(
+            "mixup adds the mel powers of cached clips, an approximation of mixing waveforms"
+        )
+    return source, source.usable

@@ -1,0 +1,9 @@
+"""The line that an error becomes."""
+
+from fastat.errors import one_line
+
+
+def test_a_message_is_a_line_of_bearable_length() -> None:
+    assert one_line("a\nfile \t of  lines\n") == "a file of lines"
+    long = one_line(f"/x/table.csv: got {'x' * 100_000}")
+    assert long.startswith("/x/table.csv: got xxx") and len(long) < 1100
