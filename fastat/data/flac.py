@@ -68,6 +68,10 @@ class _Batch(NamedTuple):
     encoded: list[NDArray[np.uint8]]
 
 
+class _CannotDecode(Exception):
+    """DALI gave up a batch; says what it said."""
+
+
 class FlacReader:
     """Reads and decodes FLAC rows; one DALI pipeline serves all batches and threads, and ends with
     this.
@@ -109,29 +113,59 @@ class FlacReader:
         """Decodes ``rows[places]`` into ``out[places]``, [S] each, padded with zeros.
 
         Returns:
-            What is wrong with rows that could not be read, differ from their CRC or have another
-            length, by place; ``out`` is undefined there.
+            What is wrong with rows that could not be read, differ from their CRC, cannot be decoded
+            or have another length, by place; ``out`` is undefined there.
 
         Raises:
-            Failure: DALI cannot decode what is as it was written.
+            Failure: DALI cannot decode what soundfile can.
         """
-        in_file_order = places[np.argsort(rows[places], kind="stable")]
+        places = places[np.argsort(rows[places], kind="stable")]
+        bad: dict[int, str] = {}
+        with self._lock:
+            while True:
+                try:
+                    return bad | self._decode(rows, places, out)
+                except _CannotDecode as error:  # one of many, and DALI does not say which
+                    found = self._undecodable(rows, places)
+                    if not found:
+                        raise Failure(f"DALI cannot decode FLAC rows: {error}") from error
+                    bad |= found
+                    places = places[~np.isin(places, list(found))]
+
+    def _decode(
+        self, rows: NDArray[np.int64], places: NDArray[np.int64], out: NDArray[np.int16]
+    ) -> dict[int, str]:
+        """``read`` of rows[places] in file order. Raises _CannotDecode."""
         bad: dict[int, str] = {}
         under_way: deque[_Batch] = deque()
-        with self._lock:
-            pipe, self._idle = self._idle or self._start(), None
-            for start in range(0, len(places), self._batch):
-                batch = self._load(rows, in_file_order[start : start + self._batch], bad)
-                if len(under_way) == BATCHES_AHEAD:
-                    bad |= _take(pipe, under_way.popleft(), out)
-                if batch.places:
-                    pipe.feed_input("encoded", batch.encoded)
-                    pipe.schedule_run()
-                    under_way.append(batch)
-            while under_way:
+        pipe, self._idle = self._idle or self._start(), None
+        for start in range(0, len(places), self._batch):
+            batch = self._load(rows, places[start : start + self._batch], bad)
+            if len(under_way) == BATCHES_AHEAD:
                 bad |= _take(pipe, under_way.popleft(), out)
-            # Only a pipeline that came to this end has nothing under way; the others are dropped.
-            self._idle = pipe
+            if batch.places:
+                pipe.feed_input("encoded", batch.encoded)
+                pipe.schedule_run()
+                under_way.append(batch)
+        while under_way:
+            bad |= _take(pipe, under_way.popleft(), out)
+        # Only a pipeline that came to this end has nothing under way; the others are dropped.
+        self._idle = pipe
+        return bad
+
+    def _undecodable(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> dict[int, str]:
+        """Those of rows[places] that soundfile decodes no better than DALI, by place."""
+        bad: dict[int, str] = {}
+        for start in range(0, len(places), self._batch):
+            batch = self._load(rows, places[start : start + self._batch], bad)
+            for place, count, encoded in zip(*batch, strict=True):
+                try:
+                    samples, _ = sf.read(io.BytesIO(encoded), dtype="int16", always_2d=True)
+                except sf.LibsndfileError as error:
+                    bad[place] = f"cannot decode it: {error.error_string}"
+                    continue
+                if samples.shape != (count, 1):
+                    bad[place] = _another_length(samples, count)
         return bad
 
     def _start(self) -> Any:
@@ -166,21 +200,29 @@ class FlacReader:
 
 
 def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
-    """Copies DALI's next batch to its places; what is wrong with the length of some, by place."""
+    """Copies DALI's next batch to its places; what is wrong with the length of some, by place.
+
+    Raises:
+        _CannotDecode: the pipeline is of no more use.
+    """
     try:
         (decoded,) = pipe.share_outputs()
     except RuntimeError as error:
         lines = str(error).partition("encountered:")[2].split("\n")
         reason = next((line for line in lines if line), str(error))
-        raise Failure(f"DALI cannot decode FLAC rows: {reason}") from error
+        raise _CannotDecode(reason) from error
     bad: dict[int, str] = {}
     for i, (place, count) in enumerate(zip(batch.places, batch.num_samples, strict=True)):
         samples = decoded.at(i)
         if samples.shape != (count, 1):
-            found = " x ".join(map(str, samples.shape))
-            bad[place] = f"it decodes to {found} samples, not {count} x 1"
+            bad[place] = _another_length(samples, count)
             continue
         out[place, :count] = samples[:, 0]
         out[place, count:] = 0
     pipe.release_outputs()
     return bad
+
+
+def _another_length(samples: NDArray[np.int16], count: int) -> str:
+    found = " x ".join(map(str, samples.shape))
+    return f"it decodes to {found} samples, not {count} x 1"

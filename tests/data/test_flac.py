@@ -299,21 +299,60 @@ def test_a_row_of_another_length(copy: Path) -> None:
     packed.close()
 
 
-def test_what_dali_cannot_decode(made: dict[str, Path], copy: Path) -> None:
-    """Not FLAC at all under a right checksum: one line, and the reader goes on with other rows."""
+def spoil(copy: Path, row: int, damage: Callable[[NDArray[np.uint8]], None]) -> None:
+    """Changes a row of the first shard, under a right checksum."""
 
-    def spoil(file: h5py.File) -> None:
-        start, end = file["flac_offsets"][2:4].tolist()
-        file["flac_bytes"][start:end] = 7
-        file["row_crc"][2] = zlib.crc32(bytes([7]) * (end - start))
+    def change(file: h5py.File) -> None:
+        here = slice(*file["flac_offsets"][row : row + 2].tolist())
+        stream = file["flac_bytes"][here]
+        damage(stream)
+        file["flac_bytes"][here] = stream
+        file["row_crc"][row] = zlib.crc32(stream)
 
-    rewrite(copy, spoil)
-    packed = PackedSet.open(copy)
+    rewrite(copy, change)
+
+
+def no_flac(stream: NDArray[np.uint8]) -> None:
+    stream[:] = 7
+
+
+def broken_inside(stream: NDArray[np.uint8]) -> None:
+    stream[len(stream) // 2 :][:200] = 0
+
+
+def test_what_cannot_be_decoded(made: dict[str, Path], copy: Path) -> None:
+    """Each such row is named, in whatever batch; the others are as they were."""
+    spoil(copy, 2, no_flac)
+    spoil(copy, 5, broken_inside)
+    packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
+    batch = flac.ROWS_PER_THREAD * flac.num_threads()
+    rows = np.random.default_rng(0).integers(0, NUM_CLIPS, 5 * batch)
+    out = np.empty((len(rows), SAMPLES), np.int16)
+    for _ in range(2):
+        bad = packed.read(rows, out)
+        assert set(bad) == set(np.flatnonzero(np.isin(rows, (2, 5))).tolist())
+        good = np.delete(np.arange(len(rows)), list(bad))
+        assert np.array_equal(out[good], read(pcm, rows[good]))
+    reasons = {int(rows[place]): reason for place, reason in bad.items()}
+    assert reasons[2].startswith("cannot decode it: ")
+    assert reasons[5].startswith(("cannot decode it: ", "it decodes to "))
+    assert packed.read(np.array([2]), out[:1]) == {0: reasons[2]}  # nothing left to decode
+    packed.close()
+    pcm.close()
+
+
+def test_what_only_dali_cannot_decode(
+    made: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, and the reader goes on with other rows."""
+    spoil(copy, 2, no_flac)
+    packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
+    count = packed.num_samples[2]
+    monkeypatch.setattr(sf, "read", lambda *_, **__: (np.zeros((count, 1), np.int16), 16_000))
     with pytest.raises(Failure, match="DALI cannot decode FLAC rows: .+") as caught:
-        read(packed, np.arange(NUM_CLIPS))
+        read(packed, np.array([2]))
     assert "\n" not in str(caught.value)
     others = np.delete(np.arange(NUM_CLIPS), 2)
-    pcm = PackedSet.open(made["pcm16"])
     assert np.array_equal(read(packed, others), read(pcm, others))
     packed.close()
     pcm.close()
