@@ -7,7 +7,6 @@ packing workers; decoding is a DALI pipeline on the CPU with a thread for every 
 """
 
 import io
-import os
 import threading
 from collections import deque
 from functools import partial
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastat.data.row_reader import RowReader
 from fastat.errors import Failure, UserError
+from fastat.host import cores_of_rank
 
 COMPRESSION_LEVEL = 5 / 8
 """libFLAC's 5, in soundfile's scale from 0 to 1. On ESC-10 at 16 kHz: level 0 59.8 % of PCM's bytes
@@ -55,11 +55,6 @@ def max_row_bytes(codec: str, clip_samples: int) -> int:
     return 2 * clip_samples + (clip_samples // 64 + 4096 if codec == "flac" else 0)
 
 
-def num_threads() -> int:
-    """Cores of this rank: the process's own, shared with the ranks torchrun started beside it."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 class _Batch(NamedTuple):
     """Rows that DALI decodes together; it reads ``encoded`` where it lies."""
 
@@ -93,11 +88,11 @@ class FlacReader:
                 f"with --codec pcm16: {error}"
             ) from None
         self.reader, self.num_samples = reader, num_samples
-        self._batch = ROWS_PER_THREAD * num_threads()
+        self._batch = ROWS_PER_THREAD * cores_of_rank()
         self._build = partial(
             flac_pipeline,
             batch_size=self._batch,
-            num_threads=num_threads(),
+            num_threads=cores_of_rank(),
             device_id=None,  # no context on a GPU
             prefetch_queue_depth=BATCHES_AHEAD,
         )
@@ -160,7 +155,9 @@ class FlacReader:
             batch = self._load(rows, places[start : start + self._batch], bad)
             for place, count, encoded in zip(*batch, strict=True):
                 try:
-                    samples, _ = sf.read(io.BytesIO(encoded), dtype="int16", always_2d=True)
+                    samples, _ = sf.read(
+                        io.BytesIO(encoded.tobytes()), dtype="int16", always_2d=True
+                    )
                 except sf.LibsndfileError as error:
                     bad[place] = f"cannot decode it: {error.error_string}"
                     continue

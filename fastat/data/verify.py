@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from fastat.data.pack_index import checksum, fingerprint
 from fastat.data.shards import INDEX_FILE, ShardInfo, ShardRows, read_index, read_shard
 from fastat.errors import Failure, UserError
+from fastat.host import cores_of_rank
 from fastat.progress import progress
 
-THREADS = min(4, len(os.sched_getaffinity(0)))
+THREADS = min(4, cores_of_rank())
 """Reading waits for the disk and CRC-32 takes 1 GB/s or more a thread, without the GIL."""
 READ_BYTES = 8 << 20
 """Of one read: long enough for a disk, short enough that a few are in the cache."""

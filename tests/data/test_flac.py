@@ -28,6 +28,7 @@ from fastat.data.pack import pack
 from fastat.data.sampler import Sampler
 from fastat.data.shards import PackedSet, ShardInfo, ShardRows, checksum, codec_of
 from fastat.errors import Failure, UserError
+from fastat.host import cores_of_rank
 from tests.conftest import TinySets
 from tests.data.audio import write_table
 from tests.data.test_pack_real import check_rows
@@ -93,7 +94,7 @@ def test_rows_equal_those_of_pcm(made: dict[str, Path]) -> None:
     want = read(pcm, every)
     assert np.array_equal(read(packed, every), want)
     rng = np.random.default_rng(1)
-    batch = flac.ROWS_PER_THREAD * flac.num_threads()
+    batch = flac.ROWS_PER_THREAD * cores_of_rank()
     for count in (0, 1, batch, batch + 1, 5 * batch):  # repeats, several batches of DALI
         rows = rng.integers(0, NUM_CLIPS, count)
         assert np.array_equal(read(packed, rows), want[rows])
@@ -325,7 +326,7 @@ def test_what_cannot_be_decoded(made: dict[str, Path], copy: Path) -> None:
     spoil(copy, 2, no_flac)
     spoil(copy, 5, broken_inside)
     packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
-    batch = flac.ROWS_PER_THREAD * flac.num_threads()
+    batch = flac.ROWS_PER_THREAD * cores_of_rank()
     rows = np.random.default_rng(0).integers(0, NUM_CLIPS, 5 * batch)
     out = np.empty((len(rows), SAMPLES), np.int16)
     for _ in range(2):
@@ -437,15 +438,6 @@ def test_the_kernel_is_told_of_the_bytes(
         offsets = file["flac_bytes"].id.get_offset() + file["flac_offsets"][()]
     assert told == [(offsets[a], offsets[b] - offsets[a]) for a, b in ((1, 4), (7, 8))]
     packed.close()
-
-
-def test_cores_are_shared_with_the_other_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert flac.num_threads() == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert flac.num_threads() == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert flac.num_threads() == 1
 
 
 def test_without_dali(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
