@@ -148,6 +148,11 @@ class TrainConfig:
                 raise UserError(f"{name} must be a positive number, got {value}")
         if self.cache != "none" and self.source != "packed":
             raise UserError(f"cache {self.cache} takes source packed, got {self.source}")
+        if self.cache != "none" and self.window:
+            raise UserError(
+                f"window is the order of reading a disk, which cache {self.cache} does not read: "
+                f"expected window 0, got {self.window}"
+            )
         if self.batch % self.accumulate:
             raise UserError(
                 f"batch must be a multiple of accumulate: got batch {self.batch}, "
