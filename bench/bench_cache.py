@@ -1,7 +1,8 @@
 """Clips a second up to the features: from the cache, and from packed rows through the front end.
 
 Both deliver the same plans (batches of 16 clips of ten seconds, five of them mixed) as normalised
-features, the packed rows from the page cache. The cache lies in the memory of the device.
+features, the packed rows from the page cache. The cache lies in the memory of the host or of the
+device, in 16 or 8 bits.
 """
 
 from statistics import median

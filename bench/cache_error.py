@@ -91,24 +91,28 @@ def main() -> None:
         for name, dtype in DTYPES.items():
             kept[name] = decode(*encode(single, dtype, floor), floor)
             line(name, kept[name], single, real, feature)
-        weights = {f"mixed, lam {lam:g}": np.full(N, lam, np.float32) for lam in LAMS}
-        weights["mixed, Beta(10, 10)"] = drawn
-        for name, lam in weights.items():
-            steps = list(plans(packed, partners, lam))
+        for lam in LAMS:
+            steps = list(plans(packed, partners, np.full(N, lam, np.float32)))
             want = log_mels(packed, feature, iter(steps))
-            got = torch.cat([_mixed(single, step, feature) for step in steps])
-            line(name, got, want, real, feature)
+            line(f"mixed, lam {lam:g}", _mixed(single, steps, feature), want, real, feature)
+        steps = list(plans(packed, partners, drawn))
+        want = log_mels(packed, feature, iter(steps))
+        got = _mixed(single, steps, feature)
+        name = f"mixed, Beta({BETA:g}, {BETA:g})"
+        line(name, got, want, real, feature)
         ratio = units_per_neper(feature) * 2 * torch.from_numpy(np.log(drawn / (1 - drawn)))
         apart = (single - single[torch.from_numpy(partners)] + ratio[:, None, None]).abs()
         alike = apart <= ALIKE_DB * units_per_neper(feature) * np.log(10.0) / 10.0
         line(f"{name}, alike", got, want, real, feature, alike)
-        got = torch.cat([_mixed(kept["uint8"], step, feature) for step in steps])
+        got = _mixed(kept["uint8"], steps, feature)
         line(f"{name}, uint8", got, want, real, feature)
 
 
-def _mixed(clips: Tensor, step: StepPlan, feature: Feature) -> Tensor:
-    rows = np.concatenate([step.rows, step.partners])
-    return mix(clips[torch.from_numpy(rows)], augment_of(step), feature)
+def _mixed(clips: Tensor, steps: list[StepPlan], feature: Feature) -> Tensor:
+    """[N, T, F]: ``clips`` mixed as the steps say, by their mel powers."""
+    rows = [torch.from_numpy(np.concatenate([step.rows, step.partners])) for step in steps]
+    mixed = (mix(clips[r], augment_of(s), feature) for r, s in zip(rows, steps, strict=True))
+    return torch.cat(list(mixed))
 
 
 if __name__ == "__main__":

@@ -169,11 +169,9 @@ def pack(
         return
     if out is None:
         raise UserError("pack needs --out DIR, the folder of the packed set")
-    from fastat.data.pack_parts import Part, default_workers
+    from fastat.data.pack_parts import Part
 
     part = Part.parse(shard) if shard is not None else Part.from_environment(os.environ)
-    if workers is None and shard is None:
-        workers = default_workers(os.environ)
     common: dict[str, Any] = {
         "audio": audio,
         "labels": labels,

@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastat.errors import UserError
+from fastat.host import cores_of_rank
 
 
 def run_ranks(num_ranks: int, arguments: list[str]) -> int:
@@ -30,8 +31,7 @@ def run_ranks(num_ranks: int, arguments: list[str]) -> int:
             else f"--gpus {num_ranks}: this machine has no GPU; without --gpus it trains on the "
             "processor"
         )
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores_of_rank(num_ranks)))
     agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
     agent.setLevel(logging.ERROR)  # its words on every signal
     config = LaunchConfig(

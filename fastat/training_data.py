@@ -1,6 +1,5 @@
 """What a run trains on and is scored on: sets, classes, the steps, and where batches come from."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from fastat.distributed import Ranks
 from fastat.errors import UserError
 from fastat.evaluate import ClassMatch, match_classes
 from fastat.features import FEATURES
+from fastat.host import cores_of_rank
 
 Opened = tuple[Source, NDArray[np.bool_] | None]
 """A source, and the clips of its set that it can deliver; None: all."""
@@ -178,7 +178,7 @@ def _dali(
         packed,
         config.feature,
         batch=batch,
-        threads=os.cpu_count() or 1,
+        threads=cores_of_rank(),
         device=device,
         max_bad=config.max_bad,
         remove_mean=config.remove_mean,

@@ -10,13 +10,11 @@ the whole plan of a step, so each knows which rows every other needs, and one al
 sizes moves them, still in their codes.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +39,7 @@ from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, UserError
 from fastat.features import get_feature
 from fastat.frontend import Frontend
+from fastat.host import free_memory, ranks_here
 from fastat.progress import Advance, progress
 
 FILL_CLIPS = 64
@@ -310,13 +309,11 @@ def _refuse(problems: list[str]) -> None:
 def free_bytes(place: str, device: torch.device) -> int:
     """Bytes that a rank may take for a cache in ``place``: its part of what is free, less a spare.
 
-    The ranks of one machine (``LOCAL_WORLD_SIZE``, which torchrun sets) share the host's memory.
+    The ranks of one machine share the host's memory.
     """
     if place == "device" and device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - SPARE_BYTES)
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024 - SPARE_BYTES
-    return max(0, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(0, (free_memory() - SPARE_BYTES) // ranks_here())
 
 
 def _size(count: int) -> str:

@@ -7,7 +7,6 @@ packing workers; decoding is a DALI pipeline on the CPU with a thread for every 
 """
 
 import io
-import os
 import threading
 from collections import deque
 from functools import partial
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastat.data.row_reader import RowReader
 from fastat.errors import Failure, UserError
+from fastat.host import cores_of_rank
 
 COMPRESSION_LEVEL = 5 / 8
 """libFLAC's 5, in soundfile's scale from 0 to 1. On ESC-10 at 16 kHz: level 0 59.8 % of PCM's bytes
@@ -53,17 +53,16 @@ def max_row_bytes(codec: str, clip_samples: int) -> int:
     return 2 * clip_samples + (clip_samples // 64 + 4096 if codec == "flac" else 0)
 
 
-def num_threads() -> int:
-    """Cores of this rank: the process's own, shared with the ranks torchrun started beside it."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 class _Batch(NamedTuple):
     """Rows that DALI decodes together; it reads ``encoded`` where it lies."""
 
     places: list[int]
     num_samples: list[int]
     encoded: list[NDArray[np.uint8]]
+
+
+class _CannotDecode(Exception):
+    """DALI gave up a batch; says what it said."""
 
 
 class FlacReader:
@@ -87,11 +86,11 @@ class FlacReader:
                 f"with --codec pcm16: {error}"
             ) from None
         self.reader, self.num_samples = reader, num_samples
-        self._batch = ROWS_PER_THREAD * num_threads()
+        self._batch = ROWS_PER_THREAD * cores_of_rank()
         self._build = partial(
             flac_pipeline,
             batch_size=self._batch,
-            num_threads=num_threads(),
+            num_threads=cores_of_rank(),
             device_id=None,  # no context on a GPU
             prefetch_queue_depth=BATCHES_AHEAD,
         )
@@ -107,29 +106,61 @@ class FlacReader:
         """Decodes ``rows[places]`` into ``out[places]``, [S] each, padded with zeros.
 
         Returns:
-            What is wrong with rows that could not be read, differ from their CRC or have another
-            length, by place; ``out`` is undefined there.
+            What is wrong with rows that could not be read, differ from their CRC, cannot be decoded
+            or have another length, by place; ``out`` is undefined there.
 
         Raises:
-            Failure: DALI cannot decode what is as it was written.
+            Failure: DALI cannot decode what soundfile can.
         """
-        in_file_order = places[np.argsort(rows[places], kind="stable")]
+        places = places[np.argsort(rows[places], kind="stable")]
+        bad: dict[int, str] = {}
+        with self._lock:
+            while True:
+                try:
+                    return bad | self._decode(rows, places, out)
+                except _CannotDecode as error:  # one of many, and DALI does not say which
+                    found = self._undecodable(rows, places)
+                    if not found:
+                        raise Failure(f"DALI cannot decode FLAC rows: {error}") from error
+                    bad |= found
+                    places = places[~np.isin(places, list(found))]
+
+    def _decode(
+        self, rows: NDArray[np.int64], places: NDArray[np.int64], out: NDArray[np.int16]
+    ) -> dict[int, str]:
+        """``read`` of rows[places] in file order. Raises _CannotDecode."""
         bad: dict[int, str] = {}
         under_way: deque[_Batch] = deque()
-        with self._lock:
-            pipe, self._idle = self._idle or self._start(), None
-            for start in range(0, len(places), self._batch):
-                batch = self._load(rows, in_file_order[start : start + self._batch], bad)
-                if len(under_way) == BATCHES_AHEAD:
-                    bad |= _take(pipe, under_way.popleft(), out)
-                if batch.places:
-                    pipe.feed_input("encoded", batch.encoded)
-                    pipe.schedule_run()
-                    under_way.append(batch)
-            while under_way:
+        pipe, self._idle = self._idle or self._start(), None
+        for start in range(0, len(places), self._batch):
+            batch = self._load(rows, places[start : start + self._batch], bad)
+            if len(under_way) == BATCHES_AHEAD:
                 bad |= _take(pipe, under_way.popleft(), out)
-            # Only a pipeline that came to this end has nothing under way; the others are dropped.
-            self._idle = pipe
+            if batch.places:
+                pipe.feed_input("encoded", batch.encoded)
+                pipe.schedule_run()
+                under_way.append(batch)
+        while under_way:
+            bad |= _take(pipe, under_way.popleft(), out)
+        # Only a pipeline that came to this end has nothing under way; the others are dropped.
+        self._idle = pipe
+        return bad
+
+    def _undecodable(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> dict[int, str]:
+        """Those of rows[places] that soundfile decodes no better than DALI, by place."""
+        bad: dict[int, str] = {}
+        for start in range(0, len(places), self._batch):
+            batch = self._load(rows, places[start : start + self._batch], bad)
+            for place, count, encoded in zip(*batch, strict=True):
+                try:
+                    samples, _ = sf.read(
+                        io.BytesIO(encoded.tobytes()), dtype="int16", always_2d=True
+                    )
+                except sf.LibsndfileError as error:
+                    bad[place] = f"cannot decode it: {error.error_string}"
+                    continue
+                if samples.shape != (count, 1):
+                    bad[place] = _another_length(samples, count)
         return bad
 
     def _start(self) -> Any:
@@ -164,21 +195,29 @@ class FlacReader:
 
 
 def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
-    """Copies DALI's next batch to its places; what is wrong with the length of some, by place."""
+    """Copies DALI's next batch to its places; what is wrong with the length of some, by place.
+
+    Raises:
+        _CannotDecode: the pipeline is of no more use.
+    """
     try:
         (decoded,) = pipe.share_outputs()
     except RuntimeError as error:
         lines = str(error).partition("encountered:")[2].split("\n")
         reason = next((line for line in lines if line), str(error))
-        raise Failure(f"DALI cannot decode FLAC rows: {reason}") from error
+        raise _CannotDecode(reason) from error
     bad: dict[int, str] = {}
     for i, (place, count) in enumerate(zip(batch.places, batch.num_samples, strict=True)):
         samples = decoded.at(i)
         if samples.shape != (count, 1):
-            found = " x ".join(map(str, samples.shape))
-            bad[place] = f"it decodes to {found} samples, not {count} x 1"
+            bad[place] = _another_length(samples, count)
             continue
         out[place, :count] = samples[:, 0]
         out[place, count:] = 0
     pipe.release_outputs()
     return bad
+
+
+def _another_length(samples: NDArray[np.int16], count: int) -> str:
+    found = " x ".join(map(str, samples.shape))
+    return f"it decodes to {found} samples, not {count} x 1"

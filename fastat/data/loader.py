@@ -139,7 +139,9 @@ class PackedSource:
         """``plans``, after the kernel was asked for the rows that later ones need.
 
         It hears of as many plans at a time as ADVISED_ROWS or a window lasts: their rows in file
-        order over all of them, a part with every plan before. The page cache holds two windows.
+        order over all of them, a part with every plan before. The page cache holds two windows. The
+        first stretches are shorter, each twice the one before: a whole window, asked for at once,
+        would hold up the first step by gigabytes.
         """
         plans = iter(plans)
         current = list(islice(plans, 1))
@@ -147,7 +149,8 @@ class PackedSource:
         s = self.sampler
         plans_a_window = 0 if s is None else -(-s.window // s.batch)  # a rank has a part of each
         while current:
-            num_plans = max(plans_a_window, -(-ADVISED_ROWS // len(current[0].rows)))
+            at_least = -(-ADVISED_ROWS // len(current[0].rows))
+            num_plans = max(at_least, min(plans_a_window, 2 * len(current)))
             following = list(islice(plans, num_plans))
             parts = np.array_split(np.unique(_rows(following)), len(current))
             for plan, part in zip(current, parts, strict=True):

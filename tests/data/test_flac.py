@@ -28,6 +28,7 @@ from fastat.data.pack import pack
 from fastat.data.sampler import Sampler
 from fastat.data.shards import PackedSet, ShardInfo, ShardRows, checksum, codec_of
 from fastat.errors import Failure, UserError
+from fastat.host import cores_of_rank
 from tests.conftest import TinySets
 from tests.data.audio import write_table
 from tests.data.test_pack_real import check_rows
@@ -93,7 +94,7 @@ def test_rows_equal_those_of_pcm(made: dict[str, Path]) -> None:
     want = read(pcm, every)
     assert np.array_equal(read(packed, every), want)
     rng = np.random.default_rng(1)
-    batch = flac.ROWS_PER_THREAD * flac.num_threads()
+    batch = flac.ROWS_PER_THREAD * cores_of_rank()
     for count in (0, 1, batch, batch + 1, 5 * batch):  # repeats, several batches of DALI
         rows = rng.integers(0, NUM_CLIPS, count)
         assert np.array_equal(read(packed, rows), want[rows])
@@ -299,21 +300,60 @@ def test_a_row_of_another_length(copy: Path) -> None:
     packed.close()
 
 
-def test_what_dali_cannot_decode(made: dict[str, Path], copy: Path) -> None:
-    """Not FLAC at all under a right checksum: one line, and the reader goes on with other rows."""
+def spoil(copy: Path, row: int, damage: Callable[[NDArray[np.uint8]], None]) -> None:
+    """Changes a row of the first shard, under a right checksum."""
 
-    def spoil(file: h5py.File) -> None:
-        start, end = file["flac_offsets"][2:4].tolist()
-        file["flac_bytes"][start:end] = 7
-        file["row_crc"][2] = zlib.crc32(bytes([7]) * (end - start))
+    def change(file: h5py.File) -> None:
+        here = slice(*file["flac_offsets"][row : row + 2].tolist())
+        stream = file["flac_bytes"][here]
+        damage(stream)
+        file["flac_bytes"][here] = stream
+        file["row_crc"][row] = zlib.crc32(stream)
 
-    rewrite(copy, spoil)
-    packed = PackedSet.open(copy)
+    rewrite(copy, change)
+
+
+def no_flac(stream: NDArray[np.uint8]) -> None:
+    stream[:] = 7
+
+
+def broken_inside(stream: NDArray[np.uint8]) -> None:
+    stream[len(stream) // 2 :][:200] = 0
+
+
+def test_what_cannot_be_decoded(made: dict[str, Path], copy: Path) -> None:
+    """Each such row is named, in whatever batch; the others are as they were."""
+    spoil(copy, 2, no_flac)
+    spoil(copy, 5, broken_inside)
+    packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
+    batch = flac.ROWS_PER_THREAD * cores_of_rank()
+    rows = np.random.default_rng(0).integers(0, NUM_CLIPS, 5 * batch)
+    out = np.empty((len(rows), SAMPLES), np.int16)
+    for _ in range(2):
+        bad = packed.read(rows, out)
+        assert set(bad) == set(np.flatnonzero(np.isin(rows, (2, 5))).tolist())
+        good = np.delete(np.arange(len(rows)), list(bad))
+        assert np.array_equal(out[good], read(pcm, rows[good]))
+    reasons = {int(rows[place]): reason for place, reason in bad.items()}
+    assert reasons[2].startswith("cannot decode it: ")
+    assert reasons[5].startswith(("cannot decode it: ", "it decodes to "))
+    assert packed.read(np.array([2]), out[:1]) == {0: reasons[2]}  # nothing left to decode
+    packed.close()
+    pcm.close()
+
+
+def test_what_only_dali_cannot_decode(
+    made: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, and the reader goes on with other rows."""
+    spoil(copy, 2, no_flac)
+    packed, pcm = PackedSet.open(copy), PackedSet.open(made["pcm16"])
+    count = packed.num_samples[2]
+    monkeypatch.setattr(sf, "read", lambda *_, **__: (np.zeros((count, 1), np.int16), 16_000))
     with pytest.raises(Failure, match="DALI cannot decode FLAC rows: .+") as caught:
-        read(packed, np.arange(NUM_CLIPS))
+        read(packed, np.array([2]))
     assert "\n" not in str(caught.value)
     others = np.delete(np.arange(NUM_CLIPS), 2)
-    pcm = PackedSet.open(made["pcm16"])
     assert np.array_equal(read(packed, others), read(pcm, others))
     packed.close()
     pcm.close()
@@ -398,15 +438,6 @@ def test_the_kernel_is_told_of_the_bytes(
         offsets = file["flac_bytes"].id.get_offset() + file["flac_offsets"][()]
     assert told == [(offsets[a], offsets[b] - offsets[a]) for a, b in ((1, 4), (7, 8))]
     packed.close()
-
-
-def test_cores_are_shared_with_the_other_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert flac.num_threads() == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert flac.num_threads() == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert flac.num_threads() == 1
 
 
 def test_without_dali(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

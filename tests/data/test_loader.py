@@ -195,6 +195,23 @@ def test_a_disk_hears_of_every_row_before_it_is_read(
     assert all(offsets == sorted(offsets) for offsets in together[1:])
 
 
+def test_no_step_asks_for_a_whole_window(
+    packed: PackedSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requests grow to a window in file order, a step's worth or two at a time."""
+    batch, window = 10, 600
+    monkeypatch.setattr(loader, "ADVISED_ROWS", 30)
+    s = Sampler(6_000, batch, seed=3, num_frames=40, num_mels=64, window=window)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(packed.reader, "advise", lambda rows: asked.append(rows.tolist()))
+    announced = PackedSource(packed, CPU, sampler=s)._announced(s.plan(0, i) for i in range(600))
+    for plan in announced:
+        assert set(plan.rows.tolist()) <= {row for rows in asked for row in rows}
+    assert max(len(rows) for rows in asked) == 30
+    falls = [i for i in range(1, len(asked)) if asked[i] and asked[i][0] < asked[i - 1][-1]]
+    assert max(np.diff(falls)) == window // batch
+
+
 def test_a_warm_set_is_not_announced(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(ru_inblock=7)
     quiet = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: usage)

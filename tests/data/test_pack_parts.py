@@ -16,7 +16,7 @@ import soundfile as sf
 
 from fastat.data import pack_parts
 from fastat.data.pack import PackSummary, pack
-from fastat.data.pack_parts import Part, default_workers
+from fastat.data.pack_parts import Part
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
@@ -319,7 +319,5 @@ def test_which_part() -> None:
     assert Part.from_environment({"SLURM_PROCID": "3", "RANK": "0"}) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}
     assert Part.from_environment(torchrun) == Part(3, 8)
-    assert default_workers(torchrun) == max(1, len(os.sched_getaffinity(0)) // 4)
-    assert default_workers({}) is None
     with pytest.raises(UserError, match="expected RANK below WORLD_SIZE, got RANK=8"):
         Part.from_environment({"RANK": "8", "WORLD_SIZE": "8"})
