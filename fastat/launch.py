@@ -112,20 +112,19 @@ def configure(
 
     import torch
 
-    from fastat.data.shards import SAMPLE_RATE, PackedSet
+    from fastat.data.shards import SAMPLE_RATE, sizes_of
 
-    packed = PackedSet.open(overrides["data"])
+    num_clips, clip_samples = sizes_of(Path(overrides["data"]))
     overrides.setdefault("compile", torch.cuda.is_available())
     config, notes = resolve(
         proc,
         model,
         overrides,
-        num_clips=packed.num_clips,
-        clip_seconds=packed.clip_samples / SAMPLE_RATE,
+        num_clips=num_clips,
+        clip_seconds=clip_samples / SAMPLE_RATE,
         initial_options=initial,
     )
-    packed.close()
-    _check_model(config, packed.clip_samples)
+    _check_model(config, clip_samples)
     return config, out, notes
 
 

@@ -1,5 +1,6 @@
 """From the options of ``fastat train`` to a configuration, and what is refused before any work."""
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 
 import fastat.launch
 from fastat.config import TrainConfig
-from fastat.data.shards import PackedSet
-from fastat.errors import UserError
+from fastat.data import shards
+from fastat.errors import Failure, UserError
 from fastat.launch import configure
 from tests.conftest import TinySets
 
@@ -52,6 +53,7 @@ def configured(
         ("A4", "ast", {"preset": "author"}, "preset must be one of"),
         ("A4", "ast", {"accumulate": 0}, "accumulate must be at least 1"),
         ("A4", "ast", {"accumulate": 3, "batch": 8}, "batch must be a multiple of accumulate"),
+        ("A4", "ast", {"cache": "host", "window": 16}, "expected window 0, got 16"),
         ("A4", "crnn", {"layer_decay": 0.5}, "layer_decay is for models of Transformer layers"),
         ("A4", "ast", {"pretrained": True, "init": "x"}, "exclude each other"),
         ("A1", "cnn_trans", {}, "A1 starts from ImageNet weights, and none exist for cnn_trans"),
@@ -135,7 +137,17 @@ def test_accumulation_must_divide_the_batch_that_the_set_gets(
     assert (config.batch, config.accumulate) == (4, 4)
     with pytest.raises(UserError, match="got batch 4, accumulate 8"):
         configured(tiny_sets, accumulate=8)
-    packed = types.SimpleNamespace(num_clips=3200, clip_samples=16_000, close=lambda: None)
-    monkeypatch.setattr(PackedSet, "open", lambda path: packed)
+    monkeypatch.setattr(shards, "sizes_of", lambda path: (3200, 16_000))
     config = configured(tiny_sets, "A1", "resnet50", accumulate=8)
     assert (config.batch, config.accumulate) == (16, 8)
+
+
+def test_a_damaged_set_is_one_line(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """Found by its index alone, also by one of an early fastat, without a checksum."""
+    index = json.loads((tiny_sets.train / "dataset.json").read_text())
+    signed = index | {"clips": index["clips"] + 1}
+    unsigned = {k: v for k, v in index.items() if k not in ("checksum", "clips")}
+    for damaged, reason in ((signed, "its checksum differs"), (unsigned, "None clips of 16000")):
+        (tmp_path / "dataset.json").write_text(json.dumps(damaged))
+        with pytest.raises(Failure, match=f"dataset.json: damaged: {reason}"):
+            configure("A4", "cnn_trans", {"data": tmp_path}, Path("run"), resume=False)

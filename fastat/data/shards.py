@@ -142,7 +142,7 @@ def shard_file(index: int) -> str:
 class PackedSet:
     """A packed set, opened for reading; rows are numbered 0..num_clips-1 over all shards.
 
-    ``read_rows`` may be called from several threads.
+    ``read`` and ``read_rows`` may be called from several threads; ``close`` after they are done.
     """
 
     directory: Path
@@ -219,9 +219,7 @@ class PackedSet:
             packed = cls(directory, index)
         except INDEX_ERRORS as error:
             raise Failure(f"{path}: damaged: {error!r}") from error
-        # Sets packed before there was this checksum have none.
-        if "checksum" in index and index["checksum"] != checksum(index):
-            raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
+        _check_index(index, path)
         return packed
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -284,7 +282,8 @@ class PackedSet:
         with self._lock:
             if self._flac is None:
                 self._flac = FlacReader(self.reader, self.num_samples)
-        bad = self._flac.read(rows, np.flatnonzero(flac), out)
+            reader = self._flac
+        bad = reader.read(rows, np.flatnonzero(flac), out)
         pcm = np.flatnonzero(~flac)
         found = self.reader.read(rows[pcm], memory, pcm * self.reader.row_bytes)
         return bad | {int(pcm[place]): reason for place, reason in found.items()}
@@ -307,7 +306,7 @@ class PackedSet:
         return f"{path}: row {place} (clip {clip}) is damaged: {reason}"
 
     def close(self) -> None:
-        """Closes the files; reading again opens them again."""
+        """Closes the files; reading again opens them again. No thread may be reading."""
         with self._lock:
             self._flac = None
         self.reader.close()
@@ -346,6 +345,27 @@ def read_index(directory: Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
     return index
+
+
+def sizes_of(directory: Path) -> tuple[int, int]:
+    """Clips of a finished set and samples of a clip, without opening its shards.
+
+    Raises:
+        UserError: as ``read_index``.
+        Failure: dataset.json is damaged.
+    """
+    index, path = read_index(directory), directory / INDEX_FILE
+    _check_index(index, path)
+    sizes: tuple[Any, Any] = (index.get("clips"), index.get("clip_samples"))
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise Failure(f"{path}: damaged: {sizes[0]!r} clips of {sizes[1]!r} samples")
+    return sizes
+
+
+def _check_index(index: dict[str, Any], path: Path) -> None:
+    # Sets packed before there was this checksum have none.
+    if "checksum" in index and index["checksum"] != checksum(index):
+        raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
 
 
 def checksum(index: dict[str, Any]) -> str:

@@ -195,7 +195,9 @@ def test_a_disk_hears_of_every_row_before_it_is_read(
     assert all(offsets == sorted(offsets) for offsets in together[1:])
 
 
-def test_no_step_asks_for_a_whole_window(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_asks_for_a_whole_window(
+    packed: PackedSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The requests grow to a window in file order, a step's worth or two at a time."""
     batch, window = 10, 600
     monkeypatch.setattr(loader, "ADVISED_ROWS", 30)
