@@ -432,7 +432,7 @@ class Resumable:
 def newest_whole(folder: Path) -> Resumable:
     """The checkpoint that ``last`` points at, or the newest before it that is not damaged.
 
-    Reads only: of several ranks, each finds the same one.
+    Reads only.
 
     Raises:
         Failure, UserError: all are damaged, or carry code: what is wrong with the newest.

@@ -356,12 +356,10 @@ def sizes_of(directory: Path) -> tuple[int, int]:
     """
     index, path = read_index(directory), directory / INDEX_FILE
     _check_index(index, path)
-    num_clips, clip_samples = (index.get(name) for name in ("clips", "clip_samples"))
-    for count in (num_clips, clip_samples):
-        if type(count) is not int or count < 1:
-            raise Failure(f"{path}: damaged: {num_clips!r} clips of {clip_samples!r} samples")
-    assert num_clips is not None and clip_samples is not None
-    return num_clips, clip_samples
+    sizes: tuple[Any, Any] = (index.get("clips"), index.get("clip_samples"))
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise Failure(f"{path}: damaged: {sizes[0]!r} clips of {sizes[1]!r} samples")
+    return sizes
 
 
 def _check_index(index: dict[str, Any], path: Path) -> None:
