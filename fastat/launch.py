@@ -56,8 +56,9 @@ def run_training(
             from fastat.distributed import peers_may_fail, started
             from fastat.train import train
 
-            with started() as ranks, peers_may_fail(ranks):
-                config, out, notes = ranks.from_first(make)
+            with started() as ranks:
+                with peers_may_fail(ranks):
+                    config, out, notes = ranks.from_first(make)
                 train(config, out, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
         saved = f"saved in {out}; go on with: fastat train --resume --out {out}"

@@ -62,14 +62,6 @@ class RunRecords:
 
         self.waiting.write(BAD_CLIPS_FILE, write)
 
-    def finish(self) -> None:
-        """Waits for the checkpoint under way.
-
-        Raises:
-            Failure: it could not be written.
-        """
-        self.checkpoints.finish()
-
 
 class Waiting:
     """What a run writes beside its checkpoints: what a full disk refuses waits for another try.

@@ -545,7 +545,7 @@ class Trainer:
         """Waits for the last checkpoint. The other ranks wait for rank 0: torchrun ends all of them
         when one leaves."""
         if self.ranks.first:
-            self.records.finish()
+            self.records.checkpoints.finish()
         self.ranks.gather(None)
 
     def _restore(self) -> list[str]:

@@ -32,6 +32,7 @@ from fastat.data.loader import (
     mixed_targets,
     prefetch,
     to_device,
+    too_many_bad,
 )
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
@@ -267,13 +268,10 @@ class CachedSource:
     def _check_bad(self) -> None:
         if len(self.bad) <= self.max_bad * self.packed.num_clips:
             return
-        last = f"{self.packed.describe(*list(self.bad.items())[-1])}; pack the set again"
         if self.max_bad == 0:
-            raise Failure(last)
-        raise Failure(
-            f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
-            f"--max-bad {self.max_bad:g}; the last: {last}"
-        )
+            last = list(self.bad.items())[-1]
+            raise Failure(f"{self.packed.describe(*last)}; pack the set again")
+        raise too_many_bad(self.packed, self.bad, self.max_bad)
 
     def _too_little(self, place: str, dtype: str) -> str:
         """What does not fit, and what would; empty where it fits."""

@@ -213,11 +213,16 @@ class PackedSource:
     def check_bad(self) -> None:
         """Raises Failure when more rows are bad than may be."""
         if len(self.bad) > self.max_bad * self.packed.num_clips:
-            last = self.packed.describe(*list(self.bad.items())[-1])
-            raise Failure(
-                f"{len(self.bad):,} of {self.packed.num_clips:,} clips are damaged, more than "
-                f"--max-bad {self.max_bad:g}; the last: {last}; pack the set again"
-            )
+            raise too_many_bad(self.packed, self.bad, self.max_bad)
+
+
+def too_many_bad(packed: PackedSet, bad: dict[int, str], max_bad: float) -> Failure:
+    """What to say when the rows ``bad``, with reasons, are more than ``max_bad`` of the clips."""
+    last = packed.describe(*list(bad.items())[-1])
+    return Failure(
+        f"{len(bad):,} of {packed.num_clips:,} clips are damaged, more than "
+        f"--max-bad {max_bad:g}; the last: {last}; pack the set again"
+    )
 
 
 def _rows(plans: list[StepPlan]) -> NDArray[np.int64]:
