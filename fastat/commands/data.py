@@ -1,0 +1,189 @@
+"""The commands that make and read data: demo, pack, extract."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastat.commands import Json
+from fastat.errors import UserError
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to make the set in.")] = Path("practice"),
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+) -> None:
+    """Make the built-in practice set: synthesised ten-second scenes in AudioSet's file formats.
+
+    Example: `fastat demo --out practice`
+    """
+    from fastat.data.demo import make_demo
+
+    make_demo(out, seed)
+    print(f"{out}: train_segments.csv, eval_segments.csv, class_labels_indices.csv, audio/")
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The arguments and options that the command line has."""
+    sources = {
+        p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params
+    }
+    return [name for name, at in sources.items() if at is not None and at.name == "COMMANDLINE"]
+
+
+def pack(
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, class folders, or "
+            "HDF5 of PANNs or PaSST; with --verify, a packed set."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the packed set.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Folder of the audio files.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Class list (index, mid, display_name).")
+    ] = None,
+    classes_from: Annotated[
+        Path | None, typer.Option(help="Take the class list of this packed set.")
+    ] = None,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of clips for an evaluation set at OUT-eval.")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Column whose groups stay on one side of --holdout.")
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(help="Length of a clip; default: 10, the set's with --append.")
+    ] = None,
+    segments: Annotated[
+        bool,
+        typer.Option("--segments", help="Split long files into clips instead of cutting them."),
+    ] = False,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="pcm16 (default), or flac: about 58 % of the bytes, decoded while training."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Decoding processes; default: one a core.")
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option(help="Share of bad files that fails the command.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of --holdout and of the statistics' sample.")] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n, from 0/n on: pack one of n parts; the last makes the set. Default: RANK and "
+            "WORLD_SIZE of the environment."
+        ),
+    ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the set in --out what it does not have.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a packed set and check every checksum.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Decode audio once into a packed set: 16 kHz mono rows, labels, statistics, checksums.
+
+    Examples:
+
+    `fastat pack train.csv --audio wavs --labels class_labels_indices.csv --out packed/train`
+
+    `fastat pack my_sounds/ --holdout 0.1 --out packed/mine`
+
+    `fastat pack train.csv --audio wavs --out packed/train --shard $SLURM_ARRAY_TASK_ID/8`
+
+    `fastat pack more.csv --audio wavs --out packed/train --append`
+
+    `fastat pack packed/train --verify`
+    """
+    from fastat.data.pack_report import print_appended, print_packed, print_verified
+
+    if verify:
+        others = set(_given(context)) - {"source", "--verify", "--json"}
+        if others:
+            raise UserError(
+                f"--verify: expected the packed set alone, got {', '.join(sorted(others))} too"
+            )
+        from fastat.data.verify import verify as verify_set
+
+        print_verified(verify_set(source), as_json=json_)
+        return
+    if out is None:
+        raise UserError("pack needs --out DIR, the folder of the packed set")
+    from fastat.data.pack_parts import Part
+
+    part = Part.parse(shard) if shard is not None else Part.from_environment(os.environ)
+    common: dict[str, Any] = {
+        "audio": audio,
+        "labels": labels,
+        "classes_from": classes_from,
+        "segments": segments,
+        "workers": workers,
+        "max_bad": max_bad,
+        "part": part,
+    }
+    if append:
+        if holdout is not None or group_by is not None:
+            raise UserError("--append adds to one set: expected no --holdout and no --group-by")
+        from fastat.data.pack_append import append as append_to_set
+
+        appended = append_to_set(source, out, clip_seconds=clip_seconds, codec=codec, **common)
+        print_appended(appended, as_json=json_)
+        return
+    from fastat.data.pack import pack as pack_set
+
+    summary = pack_set(
+        source,
+        out,
+        holdout=holdout,
+        group_by=group_by,
+        clip_seconds=10.0 if clip_seconds is None else clip_seconds,
+        codec=codec or "pcm16",
+        seed=seed,
+        **common,
+    )
+    print_packed(summary, as_json=json_)
+
+
+def extract(
+    files: Annotated[list[Path], typer.Argument(help="Audio files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the .npy files.")],
+    feature: Annotated[str | None, typer.Option(help="logmel64 or fbank128.")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option(help="Run folder or checkpoint whose embeddings to write.")
+    ] = None,
+    hop_seconds: Annotated[
+        float | None, typer.Option(help="Between the embeddings' windows; default: a window.")
+    ] = None,
+) -> None:
+    """Write features or embeddings of audio files as .npy, float32.
+
+    Features are [T, F], before normalisation. An embedding is the vector before the classifier;
+    a file gets one for each window of the length that the model was trained on, [W, E].
+
+    Examples:
+
+    `fastat extract street.wav --feature logmel64 --out features`
+
+    `fastat extract street.wav --embedding runs/mine --out embeddings`
+    """
+    if (feature is None) == (embedding is None):
+        raise UserError("extract takes --feature NAME or --embedding RUN, one of the two")
+    if feature is not None:
+        if hop_seconds is not None:
+            raise UserError("--hop-seconds goes with --embedding; features have a hop of their own")
+        from fastat.extract import extract_files
+
+        extract_files(files, feature, out)
+    elif embedding is not None:
+        from fastat.embed import embed_files
+
+        embed_files(files, embedding, out, hop_seconds)

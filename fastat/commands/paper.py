@@ -1,0 +1,102 @@
+"""The commands that show the paper's models and procedures: models, procs."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastat.commands import Json
+from fastat.errors import UserError
+
+
+def models(json_: Json = False) -> None:
+    """Show the models: parameters and operations a clip, beside the paper's Table 2.
+
+    Example: `fastat models --json`
+    """
+    from fastat.costs import NUM_CLASSES, model_rows
+
+    rows = model_rows()
+    if json_:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table(
+        title='Models of "AudioTagging Done Right", Table 2',
+        caption=f"{NUM_CLASSES} classes; GFLOP: 2 x MAC of a clip's forward pass; mAP: the paper's",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
+    table.add_column("feature")
+    for head in ("parameters", "paper", "GFLOP", "ImageNet\nmAP", "scratch\nmAP"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        million = "-" if row.paper.million_params is None else f"{row.paper.million_params} M"
+        for i, cost in enumerate(row.costs):
+            table.add_row(
+                "" if i else row.name,
+                f"{cost.num_mels} x {cost.num_frames}",
+                f"{cost.params:,}",
+                "" if i else million,
+                f"{cost.gflop:.2f}",
+                *(
+                    f"{row.paper.mAP[proc]:.3f} {proc}" if proc in row.paper.mAP else "-"
+                    for proc in cost.procedures
+                ),
+            )
+    Console().print(table)
+
+
+def procs(
+    preset: Annotated[
+        str, typer.Option(help="authors: also what the runs behind the paper's numbers changed.")
+    ] = "paper",
+    json_: Json = False,
+) -> None:
+    """Show the four procedures of the paper's Table 1.
+
+    Example: `fastat procs --json`
+    """
+    from fastat.procedures import AUTHORS, AUTHORS_OPTIONS, AUTHORS_RUNS, PRESETS, PROCEDURES
+
+    if preset not in PRESETS:
+        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if json_:
+        document: dict[str, Any] = {name: asdict(p) for name, p in PROCEDURES.items()}
+        if preset == "authors":
+            document["authors"] = {
+                "all": AUTHORS,
+                "model_options": AUTHORS_OPTIONS,
+                "runs": AUTHORS_RUNS,
+            }
+        print(json.dumps(document))
+        return
+    table = Table(title='Procedures of "AudioTagging Done Right", Table 1')
+    table.add_column("")
+    for name in PROCEDURES:
+        table.add_column(name, justify="right")
+    for key in asdict(next(iter(PROCEDURES.values()))):
+        if key not in ("name", "preset"):
+            cells = [getattr(p, key) for p in PROCEDURES.values()]
+            shown = [
+                {True: "yes", False: "no"}[c] if isinstance(c, bool) else str(c) for c in cells
+            ]
+            table.add_row(key.replace("_", " "), *shown)
+    Console().print(table)
+    if preset == "authors":
+        changed = Table("model", "procedure", "changed", title="--preset authors")
+        changed.add_row("all", "all", _values(AUTHORS))
+        for model, options in AUTHORS_OPTIONS.items():
+            changed.add_row(model, "all", _values(options))
+        for model, runs in AUTHORS_RUNS.items():
+            for name, values in runs.items():
+                changed.add_row(model, name, _values(values))
+        Console().print(changed)
+
+
+def _values(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())

@@ -1,0 +1,111 @@
+"""The commands that use trained models: eval, predict, convert."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastat.commands import Json
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    data: Annotated[Path, typer.Option(help="Packed evaluation set.")],
+    batch: Annotated[int, typer.Option(help="Clips a step.")] = 64,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write scores to this HDF5 file.")
+    ] = None,
+    per_class: Annotated[
+        Path | None, typer.Option(help="Write AP and AUC of each class to this CSV.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Score a trained model on a packed set: mAP, AUC and d'.
+
+    Example: `fastat eval runs/mine --data packed/eval --per-class ap.csv`
+    """
+    from fastat.evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(
+        run, data, batch=batch, precision=precision, predictions=predictions, per_class=per_class
+    )
+    if json_:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        print(f"{key:16} {value:.4f}" if isinstance(value, float) else f"{key:16} {value}")
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    files: Annotated[list[Path], typer.Argument(help="Audio of any length, rate and format.")],
+    top: Annotated[int, typer.Option(help="Tags to show.")] = 5,
+    hop_seconds: Annotated[
+        float | None, typer.Option(help="Between windows; default: a window.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of the log-mel over a timeline of tags.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Tag audio files with a trained model.
+
+    Example: `fastat predict runs/mine street.mp3 --top 3 --plot street.png`
+    """
+    from fastat.predict import predict_files
+
+    predict_files(run, files, top=top, hop_seconds=hop_seconds, plot=plot, as_json=json_)
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Run, checkpoint, Hugging Face folder, .pth, .bin or .safetensors."),
+    ],
+    destination: Annotated[Path, typer.Argument(help="Folder (or timm trunk) to write.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="Class list (index, mid, display_name) or a packed set.")
+    ] = None,
+    feature: Annotated[
+        str | None, typer.Option(help="logmel64 or fbank128, where the weights fit both.")
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(min=0.1, max=3600, help="Of the source's clips; default: 10.")
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="ast or authors, for an AST whose names both use.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="model.KEY=value that no weight can say.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Convert other people's weights to a checkpoint, or a checkpoint to theirs.
+
+    From: Hugging Face AST, AST's .pth, and the .pth of the paper's authors (TALNet,
+    TransformerEncoder, ResNetAttention, ASTModel). To: a Hugging Face AST folder; of a ResNet,
+    timm's trunk. timm's DeiT and ResNet files are trunks: see `fastat train --init`.
+
+    Examples:
+
+    `fastat convert ast-finetuned-audioset-10-10-0.4593/ ast`
+
+    `fastat convert audioset_10_10_0.4593.pth ast --labels class_labels_indices.csv`
+
+    `fastat convert runs/mine mine-hugging-face`
+    """
+    from fastat.weights.convert import convert as convert_checkpoint
+    from fastat.weights.convert import print_summary
+
+    summary = convert_checkpoint(
+        source,
+        destination,
+        labels=labels,
+        feature=feature,
+        clip_seconds=clip_seconds,
+        statistics=statistics,
+        settings=set_,
+    )
+    print_summary(summary, as_json=json_)
