@@ -165,5 +165,5 @@ def train_step(
     loss = ranks.mean(loss)
     found_inf, norm = finite_flag(loss, params)
     guarded_step(optimizer, found_inf)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()  # to None; apex's takes no argument that says so
     return loss, norm, found_inf
