@@ -10,7 +10,7 @@ from fastat.config import TrainConfig
 from fastat.data.shards import read_index, sizes_of
 from fastat.distributed import ALONE, Ranks
 from fastat.environment import default_device, device_name
-from fastat.errors import Failure
+from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.host import ranks_here
 from fastat.memory import Workload, largest_batch, memory_limit
@@ -41,6 +41,7 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> Fitted:
         config: of ``resolve`` without a batch; on every rank.
 
     Raises:
+        UserError: more ranks and parts than clips in a batch.
         Failure: not even the smallest batch fits.
     """
     num_clips, clip_samples = sizes_of(Path(config.data))
@@ -52,6 +53,11 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> Fitted:
     work = workload(config, clip_samples, len(read_index(Path(config.data))["classes"]))
     limit = memory_limit(device) - _cached_bytes(config, work, num_clips, device)
     parts = ranks.size * config.accumulate
+    if most < parts:
+        raise UserError(
+            f"batch auto: {num_clips:,} clips get a batch of at most {most}, expected one clip or "
+            f"more for each of {ranks.size} ranks x accumulate {config.accumulate}"
+        )
 
     def fitting(work: Workload, at_most: int) -> int:
         """The largest global batch on any rank; 0: none."""

@@ -10,7 +10,7 @@ import pytest
 from fastat import fit_batch as fitting
 from fastat.config import TrainConfig, resolve
 from fastat.distributed import Ranks
-from fastat.errors import Failure
+from fastat.errors import Failure, UserError
 from fastat.fit_batch import fit_batch
 from fastat.launch import configure_ranks
 from fastat.memory import estimated_bytes
@@ -65,6 +65,12 @@ def test_no_batch_is_larger_than_the_set_or_its_rule(tiny_sets: TinySets, machin
     fitted = fit_batch(small)
     assert fitted.overrides["batch"] == small.batch == 4
     assert "no more are taken for a small set (36 clips)" in fitted.note
+
+
+def test_more_ranks_than_clips_is_the_users_mistake(tiny_sets: TinySets, machine: Any) -> None:
+    machine(16 << 30, num_clips=36)
+    with pytest.raises(UserError, match="a batch of at most 4, expected one clip or more for each"):
+        fit_batch(config_of(tiny_sets, num_clips=36), Ranks(rank=0, size=8))
 
 
 def test_checkpointing_is_the_last_resort_and_said(tiny_sets: TinySets, machine: Any) -> None:
