@@ -103,6 +103,7 @@ def smallest_of_two(ranks: Ranks, config: TrainConfig, _: Path) -> int:
     return batch
 
 
+@pytest.mark.full
 def test_the_rank_with_the_least_room_decides(tiny_sets: TinySets, tmp_path: Path) -> None:
     one, other = run_ranks(2, smallest_of_two, config_of(tiny_sets), tmp_path)
     assert one == other and 2 * 290 <= one <= 2 * 300
