@@ -1,0 +1,244 @@
+"""Profiles and benchmark results: Table 3, what a model costs, and ours beside the peers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastat.paper import TABLE_2, TRAIN_CLIPS
+from fastat.report.chart import Chart, Trace
+from fastat.report.inputs import Bench, Profile, number_of
+from fastat.report.runs import Run
+from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
+from fastat.report.tables import best_of, comparability, eval_sets, on_set
+
+OURS = ("ours", "kernels")
+"""Implementations of bench/ that are this project's; with a word behind it, a variant of it."""
+
+PARTS = ("data", "frontend", "forward", "backward", "optimizer")
+"""Of a step, in the order in which they run."""
+
+
+def _value(profile: Profile, row: dict[str, Any], name: str) -> float | None:
+    return number_of(row, name, profile.path)
+
+
+def _stride(profile: Profile, row: dict[str, Any]) -> str:
+    f, t = (_value(profile, row, name) for name in ("fstride", "tstride"))
+    return "" if f is None or t is None else f"{f:g}×{t:g}"
+
+
+def _title(profile: Profile, row: dict[str, Any]) -> str:
+    return " ".join(x for x in (row["model"], row["proc"], _stride(profile, row)) if x)
+
+
+# ------------------------------------------------------------------------------ Table 3
+def table_3(profiles: Sequence[Profile], runs: Sequence[Run]) -> list[Table]:
+    """The AST by stride: a table for every profile and set that it was scored on."""
+    tables = []
+    sets = eval_sets([r for r in runs if r.config.model == "ast"])
+    for n, profile in enumerate(profiles):
+        rows = [r for r in profile.rows if _value(profile, r, "patches") is not None]
+        rows.sort(key=lambda r: (r["proc"], _value(profile, r, "fstride") or 0))
+        if not rows:
+            continue
+        columns = [Column("stride", numeric=False), Column("procedure", numeric=False)]
+        columns += [Column("grid", "patches"), Column("true", "patches")]
+        columns += [Column("paper", "patches"), Column("ours", "hours an epoch")]
+        columns += [Column("paper", "hours an epoch")]
+        columns += [Column(f"ours, {s.name}", "mAP") for s in sets] + [Column("paper", "mAP")]
+        body = []
+        for row in rows:
+            true, paper = (_value(profile, row, k) for k in ("patches", "paper_patches"))
+            grid = row.get("grid")
+            cells = [
+                Cell(_stride(profile, row)),
+                Cell(row["proc"]),
+                Cell("×".join(str(x) for x in grid)) if isinstance(grid, list) else NONE,
+                number(true, 0),
+                number(paper, 0, "paper" if true == paper else "paper differs"),
+                significant(_value(profile, row, "hours_per_epoch"), "ours"),
+                significant(_value(profile, row, "paper_hours_per_epoch"), "paper"),
+            ]
+            for eval_set in sets:
+                found = [r for r in on_set(runs, eval_set) if _same_ast(r, profile, row)]
+                cells.append(mAP(best_of(found).best_map, "ours") if found else NONE)
+            cells.append(mAP(_value(profile, row, "paper_map"), "paper"))
+            body.append(cells)
+        notes = [
+            f"Ours: {_how(profile)}. The paper's hours are of its V100s, four under A1 and two "
+            "under A3. Bold: counts that the paper prints and its strides do not give."
+        ]
+        notes += [comparability(s) for s in sets]
+        caption = f"Table 3. The AST by the distance of its patches, on {profile.device}"
+        tables.append(Table(f"table-3-{n}", caption, columns, body, notes))
+    return tables
+
+
+def _same_ast(run: Run, profile: Profile, row: dict[str, Any]) -> bool:
+    c = run.config
+    if (c.model, c.proc) != ("ast", row["proc"]):
+        return False
+    return all(c.model_options.get(k) == _value(profile, row, k) for k in ("fstride", "tstride"))
+
+
+def _how(profile: Profile) -> str:
+    clips = number_of(profile.document, "clips", profile.path) or TRAIN_CLIPS
+    words = [profile.device, f"epochs of {clips:,.0f} clips"]
+    for name in ("torch", "commit", "date"):
+        if isinstance(value := profile.document.get(name), str):
+            words.append(f"{'' if name == 'date' else name + ' '}{value}")
+    ceiling = number_of(profile.document, "ceiling_tflops", profile.path)
+    if ceiling is not None:
+        words.append(f"matrix products at most {ceiling:.3g} TFLOP/s")
+    return ", ".join(words)
+
+
+# ------------------------------------------------------------------------------ cost
+def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
+    """What ``fastat profile`` measured, a table for every profile."""
+    columns = [
+        Column("model", numeric=False),
+        Column("parameters"),
+        Column("GFLOP a clip"),
+        Column("precision", numeric=False),
+        Column("batch"),
+        Column("memory, GiB"),
+        Column("step, ms"),
+        Column("clips/s"),
+        Column("TFLOP/s"),
+        Column("% of ceiling"),
+        Column("hours an epoch"),
+        Column("hours in all"),
+        Column("kWh"),
+        Column("paper's hours"),
+    ]
+    tables = []
+    for n, profile in enumerate(profiles):
+        rows = []
+        for row in profile.rows:
+            hours, gpus = (_value(profile, row, k) for k in ("paper_hours", "paper_gpus"))
+            paper = NONE if hours is None else Cell(f"{hours:g}", hours, "paper")
+            if hours is not None and gpus is not None:
+                paper = Cell(f"{hours:g} ({gpus:g} × V100)", hours, "paper")
+            params, step = (_value(profile, row, k) for k in ("params", "ms.step.median"))
+            precision = row.get("precision")
+            rows.append(
+                [
+                    Cell(_title(profile, row)),
+                    Cell(f"{params / 1e6:.1f} M" if params is not None else "–", params),
+                    significant(_value(profile, row, "gflop")),
+                    Cell(precision) if isinstance(precision, str) else NONE,
+                    number(_value(profile, row, "batch"), 0),
+                    significant(_value(profile, row, "peak_memory_gib")),
+                    significant(step),
+                    significant(_value(profile, row, "clips_per_s"), "ours"),
+                    significant(_value(profile, row, "tflops")),
+                    number(_value(profile, row, "percent_of_ceiling"), 1),
+                    significant(_value(profile, row, "hours_per_epoch"), "ours"),
+                    significant(_value(profile, row, "hours")),
+                    significant(_value(profile, row, "kwh")),
+                    paper,
+                ]
+            )
+        caption = f"What training costs on {profile.device}"
+        notes = [f"{_how(profile)}; medians."]
+        tables.append(Table(f"cost-{n}", caption, columns, rows, notes, sortable=True))
+    return tables
+
+
+def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
+    """The paper's mAP against hours an epoch, and the parts of a step, for every profile."""
+    charts = []
+    for n, profile in enumerate(profiles):
+        traces = []
+        for i, model in enumerate(dict.fromkeys(row["model"] for row in profile.rows)):
+            points = [
+                (row, _value(profile, row, "hours_per_epoch"), value)
+                for row in profile.rows
+                if row["model"] == model
+                and (value := _value(profile, row, "paper_map")) is not None
+            ]
+            if points:
+                title = TABLE_2[model].title if model in TABLE_2 else model
+                texts = [_title(profile, row) for row, _, _ in points]
+                x = [hours for _, hours, _ in points if hours is not None]
+                y = [value for _, _, value in points]
+                traces.append(Trace(title, x, y, i, "points", texts))
+        if traces:
+            caption = (
+                f"What the paper's mAP on AudioSet costs here: hours an epoch on {profile.device}."
+            )
+            x_title, y_title = "hours an epoch, measured", "mAP, the paper's"
+            charts.append(
+                Chart(f"cost-chart-{n}", caption, x_title, y_title, traces, log_x=True)
+            )
+        names = [_title(profile, row) for row in profile.rows]
+        parts = []
+        for i, part in enumerate(PARTS):
+            shares = []
+            for row in profile.rows:
+                times = [_value(profile, row, f"ms.{p}.median") for p in PARTS]
+                total = sum(t for t in times if t is not None)
+                mine = _value(profile, row, f"ms.{part}.median")
+                shares.append(None if mine is None or not total else 100 * mine / total)
+            if any(s is not None for s in shares):
+                title = "front end" if part == "frontend" else part
+                parts.append(Trace(title, names, shares, i))
+        if parts:
+            caption = f"Where a step's time goes on {profile.device}, each part measured alone."
+            charts.append(
+                Chart(f"parts-chart-{n}", caption, "% of the parts' sum", "", parts, bars=True)
+            )
+    return charts
+
+
+# ------------------------------------------------------------------------------ bench/
+def bench_tables(benches: Sequence[Bench]) -> list[Table]:
+    """Ours against the best peer of every case, a table for every device's results."""
+    columns = [
+        Column("operator", numeric=False),
+        Column("shape", numeric=False),
+        Column("passes", numeric=False),
+        Column("ours, ms"),
+        Column("best peer", numeric=False),
+        Column("peer, ms"),
+        Column("ratio"),
+        Column("clips/s"),
+        Column("% of ceiling"),
+    ]
+    tables = []
+    for n, bench in enumerate(benches):
+        cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in bench.rows:
+            cases.setdefault((row["op"], row["shape"], row["passes"]), []).append(row)
+        rows, alone = [], 0
+        for (op, shape, passes), found in sorted(cases.items()):
+            mine = [r for r in found if r["impl"] in OURS]
+            peers = [r for r in found if (r["impl"].split() or [""])[0] not in OURS]
+            if not mine or not peers:
+                alone += 1
+                continue
+            ours, peer = (min(part, key=lambda r: float(r["ms"])) for part in (mine, peers))
+            ratio = peer["ms"] / ours["ms"] if ours["ms"] > 0 else None
+            rows.append(
+                [
+                    Cell(op),
+                    Cell(shape),
+                    Cell(passes),
+                    significant(ours["ms"]),
+                    Cell(peer["impl"]),
+                    significant(peer["ms"]),
+                    number(ratio, 2, "worse" if ratio is not None and ratio < 1 else "ours"),
+                    significant(number_of(ours, "clips_per_s", bench.path)),
+                    number(number_of(ours, "percent_of_ceiling", bench.path), 0),
+                ]
+            )
+        notes = ["Ratio: the peer's time over ours, so that more than 1 is faster than the peer."]
+        if alone:
+            notes.append(f"{alone} cases without ours or without a peer are left out.")
+        caption = f"Ours beside the best peer on {bench.device}"
+        tables.append(
+            Table(
+                f"bench-{n}", caption, columns, rows, notes, sortable=True, searchable="cases"
+            )
+        )
+    return tables

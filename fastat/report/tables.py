@@ -1,0 +1,350 @@
+"""The runs in the paper's tables 1, 2 and 4."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import mean, pstdev
+
+from fastat.config import MAY_CHANGE_ON_RESUME
+from fastat.paper import EVAL_CLIPS, TABLE_2, TABLE_4, TRAIN_CLIPS
+from fastat.procedures import PROCEDURES, Procedure, procedure_of
+from fastat.report.runs import EvalSet, Run, departures, noise_scale
+from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
+
+PAPER_CLASSES = 527
+
+
+def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
+    """The sets that runs were scored on, the one with the most clips first."""
+    scored = [r for r in runs if r.eval_set is not None and r.best is not None]
+    sets = {r.eval_set.key: r.eval_set for r in scored if r.eval_set is not None}
+    return sorted(sets.values(), key=lambda s: (-(s.clips or 0), s.path))
+
+
+def on_set(runs: Sequence[Run], eval_set: EvalSet) -> list[Run]:
+    """The runs with a score on a set."""
+    return [
+        r for r in runs if r.eval_set is not None and r.eval_set.key == eval_set.key and r.best
+    ]
+
+
+def comparability(eval_set: EvalSet) -> str:
+    """What stands beside every number of the paper's: whether a set is like AudioSet's."""
+    paper = f"AudioSet's evaluation set of {EVAL_CLIPS:,} clips and {PAPER_CLASSES} classes"
+    if eval_set.classes != PAPER_CLASSES:
+        return (
+            f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. "
+            "Two different tasks: their mAPs do not compare."
+        )
+    return (
+        f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. They compare as far as "
+        "the two sets hold the same clips."
+    )
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """The run of the highest mAP."""
+    return max(runs, key=lambda r: r.best_map)
+
+
+def summary(runs: Sequence[Run]) -> Table:
+    """Every run in a row."""
+    columns = [
+        Column("run", numeric=False),
+        Column("model", numeric=False),
+        Column("procedure", numeric=False),
+        Column("scored on", numeric=False),
+        Column("epochs"),
+        Column("best mAP"),
+        Column("AUC"),
+        Column("d′"),
+        Column("hours"),
+        Column("clips/s"),
+        Column("device", numeric=False),
+        Column("commit", numeric=False),
+    ]
+    rows = []
+    for i, run in enumerate(runs):
+        values = run.best.values if run.best else {}
+        speeds = [e.values["clips_per_s"] for e in run.epochs if "clips_per_s" in e.values]
+        rows.append(
+            [
+                Cell(run.name, series=i),
+                Cell(run.config.model),
+                Cell(run.config.proc),
+                Cell(run.eval_set.name) if run.eval_set else NONE,
+                Cell(f"{len(run.epochs)} of {run.config.epochs}", len(run.epochs)),
+                mAP(values.get("mAP"), "ours"),
+                number(values.get("AUC"), 3),
+                number(values.get("d_prime"), 3),
+                significant(run.hours) if run.epochs else NONE,
+                significant(max(speeds)) if speeds else NONE,
+                Cell(run.device) if run.device else NONE,
+                Cell(run.commit[:7]) if run.commit else NONE,
+            ]
+        )
+    notes = [
+        "mAP, AUC and d′ of the epoch with the best mAP; hours of training without scoring; "
+        "clips/s of the fastest epoch."
+    ]
+    notes += [f"{s.name}: {s.size}." for s in eval_sets(runs)]
+    notes += [f"{run.name}: {gap}." for run in runs for gap in run.gaps]
+    return Table("runs", "Runs", columns, rows, notes, sortable=True)
+
+
+# ------------------------------------------------------------------------------ Table 1
+def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
+    """The procedures, each beside the best run under it; the procedure's own beside no run."""
+    best = {
+        name: best_of(found)
+        for name in PROCEDURES
+        if (found := [r for r in on_set(runs, eval_set) if r.config.proc == name])
+    }
+    columns = [Column("", numeric=False)]
+    for name in PROCEDURES:
+        columns.append(Column("paper", name))
+        if name in best:
+            columns.append(Column(best[name].name, name))
+    rows: list[list[Cell]] = []
+    for title, field in SETTINGS.items():
+        row = [Cell(title)]
+        for name, procedure in PROCEDURES.items():
+            paper = _setting(getattr(procedure, field))
+            row.append(Cell(paper, mark="paper"))
+            if name in best:
+                ours = _setting(getattr(best[name].config, field))
+                row.append(Cell(ours, mark="" if ours == paper else "differs"))
+        rows.append(row)
+    for title, of_paper, of_run in RESULTS:
+        row = [Cell(title)]
+        for name, procedure in PROCEDURES.items():
+            row.append(of_paper(procedure))
+            if name in best:
+                row.append(of_run(best[name]))
+        rows.append(row)
+    notes = [comparability(eval_set), "Bold: other than the paper's."]
+    notes += [
+        f"{run.name} ({run.config.model}), the best of {name}: {', '.join(departures(run.config))}."
+        for name, run in best.items()
+        if departures(run.config)
+    ]
+    caption = f"Table 1. The paper's procedures, and ours on {eval_set.name}"
+    return Table(f"table-1-{eval_set.key[:12]}", caption, columns, rows, notes)
+
+
+SETTINGS = {
+    "feature": "feature",
+    "ImageNet weights": "pretrained",
+    "epochs": "epochs",
+    "batch": "batch",
+    "maximum LR": "lr",
+    "warm-up steps": "warmup_steps",
+    "balanced sampling": "balance",
+    "mixup": "mixup",
+    "time mask": "time_mask",
+    "frequency mask": "freq_mask",
+}
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
+
+
+def _paper_noise(procedure: Procedure) -> Cell:
+    return significant(noise_scale(procedure.lr, TRAIN_CLIPS, procedure.batch), "paper")
+
+
+RESULTS = (
+    (
+        "training clips",
+        lambda p: number(TRAIN_CLIPS, 0, "paper"),
+        lambda r: number(r.train_clips, 0, "ours"),
+    ),
+    (
+        "noise scale g",
+        _paper_noise,
+        lambda r: significant(r.noise_scale(r.config.lr), "ours"),
+    ),
+    ("hours", lambda p: Cell(f"{p.paper_hours:g}", mark="paper"), lambda r: significant(r.hours)),
+    (
+        "device",
+        lambda p: Cell(f"{p.paper_gpus} × V100", mark="paper"),
+        lambda r: Cell(r.device or "–"),
+    ),
+    ("best mAP", lambda p: mAP(p.paper_map, "paper"), lambda r: mAP(r.best_map, "ours")),
+)
+
+
+# ------------------------------------------------------------------------------ Table 2
+def table_2(runs: Sequence[Run], eval_set: EvalSet) -> Table:
+    """The best mAP of every model under every procedure, the paper's beside ours."""
+    scored = on_set(runs, eval_set)
+    ours: dict[tuple[str, str], Run] = {}
+    for model in dict.fromkeys([*TABLE_2, *(r.config.model for r in scored)]):
+        for name in PROCEDURES:
+            if found := [r for r in scored if (r.config.model, r.config.proc) == (model, name)]:
+                ours[model, name] = best_of(found)
+    columns = [Column("model", numeric=False), Column("parameters, paper")]
+    for name in PROCEDURES:
+        columns += [Column("paper", name), Column("ours", name)]
+    rows = []
+    for model in dict.fromkeys([*TABLE_2, *(m for m, _ in ours)]):
+        paper = TABLE_2.get(model)
+        if paper is None or not paper.mAP:
+            if not any(m == model for m, _ in ours):
+                continue
+        million = paper.million_params if paper else None
+        row = [
+            Cell(paper.title if paper else model),
+            Cell(f"{million} M", million, "paper") if million else NONE,
+        ]
+        for name in PROCEDURES:
+            row.append(mAP(paper.mAP.get(name) if paper else None, "paper"))
+            found_run = ours.get((model, name))
+            row.append(mAP(found_run.best_map, "ours") if found_run else NONE)
+        rows.append(row)
+    notes = [comparability(eval_set)]
+    for (model, name), run in ours.items():
+        other = departures(run.config)
+        notes.append(
+            f"{model} {name}: {run.name}" + (f"; {', '.join(other)}" if other else "") + "."
+        )
+    caption = f"Table 2. Best mAP of every model and procedure; ours on {eval_set.name}"
+    return Table(f"table-2-{eval_set.key[:12]}", caption, columns, rows, notes)
+
+
+# ------------------------------------------------------------------------------ Table 4
+ABLATED = ("balance", "mixup", "time_mask", "freq_mask", "normalize")
+"""The fields of config.json that an ablation changes."""
+
+
+def ablation(run: Run) -> str | None:
+    """What a run goes without, by the name in TABLE_4; "" for nothing, None for several."""
+    c = run.config
+    without = {
+        "balancing": not c.balance,
+        "mixup": c.mixup == 0,
+        "SpecAugment": c.time_mask == 0 and c.freq_mask == 0,
+        "normalisation": not c.normalize,
+    }
+    found = [name for name, off in without.items() if off]
+    return None if len(found) > 1 else "".join(found)
+
+
+def ablations(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Run]]]:
+    """Baselines, and by name the runs that differ from one in nothing but what they go without."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.best_map > 0 and run.eval_set is not None and ablation(run) is not None:
+            same = {
+                k: v
+                for k, v in asdict(run.config).items()
+                if k not in ABLATED and k not in MAY_CHANGE_ON_RESUME - {"steps"}
+            }
+            key = json.dumps([same, run.eval_set.key, len(run.epochs)], sort_keys=True)
+            groups.setdefault(key, []).append(run)
+    found = []
+    for group in groups.values():
+        whole = [r for r in group if ablation(r) == ""]
+        if not whole:
+            continue
+        base = best_of(whole)
+        without: dict[str, Run] = {}
+        for name in TABLE_4:
+            others = [r for r in group if ablation(r) == name and _alike(base, r, name)]
+            if others:
+                without[name] = best_of(others)
+        if without:
+            found.append((base, without))
+    return found
+
+
+def _alike(base: Run, run: Run, name: str) -> bool:
+    """Whether what ``name`` leaves alone is as in the baseline."""
+    own = {
+        "balancing": ("balance",),
+        "mixup": ("mixup",),
+        "SpecAugment": ("time_mask", "freq_mask"),
+        "normalisation": ("normalize",),
+    }[name]
+    fields = [f for f in ABLATED if f not in own]
+    return all(getattr(base.config, f) == getattr(run.config, f) for f in fields)
+
+
+def table_4(runs: Sequence[Run]) -> list[Table]:
+    """What each part of a procedure is worth: a table for every procedure and set."""
+    groups: dict[tuple[str, str], list[tuple[Run, dict[str, Run]]]] = {}
+    for base, without in ablations(runs):
+        assert base.eval_set is not None, "only scored runs are compared"
+        groups.setdefault((base.config.proc, base.eval_set.key), []).append((base, without))
+    tables = []
+    for (proc, key), found in groups.items():
+        eval_set = found[0][0].eval_set
+        assert eval_set is not None
+        columns = [Column("without", numeric=False)]
+        for base, _ in found:
+            columns += [Column("mAP", base.name), Column("lost", base.name)]
+        columns += [Column("ours, mean ± spread", "lost"), Column("paper", "lost")]
+        first = [Cell("nothing")]
+        for base, _ in found:
+            first += [mAP(base.best_map, "ours"), NONE]
+        rows = [[*first, NONE, NONE]]
+        for name, (paper_lost, spread) in TABLE_4.items():
+            row, lost = [Cell(name)], []
+            for base, without in found:
+                if name not in without:
+                    row += [NONE, NONE]
+                    continue
+                lost.append(100 * (1 - without[name].best_map / base.best_map))
+                row += [mAP(without[name].best_map), _percent(lost[-1], "ours")]
+            spread_text = f" ± {pstdev(lost):.1f} %" if len(lost) > 1 else " %"
+            row.append(Cell(f"{mean(lost):.1f}{spread_text}", mark="ours") if lost else NONE)
+            row.append(Cell(f"{paper_lost} ± {spread} %", mark="paper"))
+            rows.append(row)
+        notes = [
+            "Lost: in percent of the baseline's mAP; a minus sign is a gain. The paper's are under "
+            "A4 over its models.",
+            comparability(eval_set),
+        ]
+        for base, without in found:
+            runs_used = ", ".join(f"{run.name} (no {name})" for name, run in without.items())
+            model = f"{base.config.model}, seed {base.config.seed}"
+            notes.append(f"{base.name}: {model}; beside it {runs_used}.")
+        caption = f"Table 4. What {proc} loses without each of its parts, on {eval_set.name}"
+        tables.append(Table(f"table-4-{proc}-{key[:12]}", caption, columns, rows, notes))
+    return tables
+
+
+def _percent(value: float, mark: str) -> Cell:
+    return Cell(f"{value:.1f} %".replace("-", "−"), value, mark)
+
+
+def noise_table(runs: Sequence[Run]) -> Table:
+    """The noise scale of every run at its maximum learning rate, and the paper's procedures'."""
+    columns = [
+        Column("run", numeric=False),
+        Column("training clips N"),
+        Column("N from", numeric=False),
+        Column("batch B"),
+        Column("maximum LR"),
+        Column("g"),
+        Column("g of its procedure on AudioSet"),
+    ]
+    rows = []
+    for i, run in enumerate(runs):
+        p = procedure_of(run.config.proc, run.config.model)
+        rows.append(
+            [
+                Cell(run.name, series=i),
+                number(run.train_clips, 0),
+                Cell(run.clips_source),
+                number(run.config.batch, 0),
+                Cell(f"{run.config.lr:g}", run.config.lr),
+                significant(run.noise_scale(run.config.lr), "ours"),
+                significant(noise_scale(p.lr, TRAIN_CLIPS, p.batch), "paper"),
+            ]
+        )
+    notes = ["g = LR (N / B − 1), section 4.3 of the paper; the chart has it at each epoch's LR."]
+    return Table("noise", "Noise scale", columns, rows, notes, sortable=True)
