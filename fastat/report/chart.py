@@ -1,7 +1,7 @@
 """Charts of the page: what the script there gives to plotly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastat.label_quality import map_above, quantile_thresholds
 from fastat.report.runs import Run
@@ -17,7 +17,7 @@ class Trace:
     series: int
     """Its colour; of a run its place among the runs."""
     style: str = "solid"
-    """"solid", "dot", "points" or "open" points."""
+    """"solid", "dot" or "points"."""
     text: Sequence[str] = ()
     """What a point shows beside its numbers."""
     legend: bool = True
@@ -35,7 +35,6 @@ class Chart:
     bars: bool = False
     """Bars that stand on one another, lying down."""
     log_x: bool = False
-    options: dict[str, float] = field(default_factory=dict)
 
 
 def learning_curves(runs: Sequence[Run]) -> list[Chart]:
@@ -56,8 +55,8 @@ def learning_curves(runs: Sequence[Run]) -> list[Chart]:
     charts = [
         Chart(
             "loss",
-            "Loss by epoch: binary cross-entropy on the evaluation set (solid) and on the augmented "
-            "training clips (dotted), which mixup keeps high.",
+            "Loss by epoch: binary cross-entropy on the evaluation set (solid) and on the "
+            "augmented training clips (dotted), which mixup keeps high.",
             "epoch",
             "loss",
             [t for t in loss if t],

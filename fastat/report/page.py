@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from fastat.atomic import atomic_write_text
+from fastat.atomic import atomic_path
 from fastat.errors import Failure, UserError
 from fastat.label_quality import read_quality
 from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
@@ -65,12 +66,13 @@ def write_report(
         raise UserError(f"--out takes a file in an existing folder, got {out}")
     quality = read_quality(label_quality) if label_quality is not None else None
     inputs = read_inputs(paths)
-    page = render(inputs, quality)
+    page = render(inputs, quality).encode("utf-8", "replace")  # a file's name may be no UTF-8
     try:
-        atomic_write_text(out, page)
+        with atomic_path(out) as temporary:
+            temporary.write_bytes(page)
     except OSError as error:
         raise Failure(f"cannot write {out}: {error.strerror}") from error
-    return inputs, len(page.encode())
+    return inputs, len(page)
 
 
 def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Section]:
@@ -137,7 +139,7 @@ def headline(runs: Sequence[Run]) -> list[str]:
         best = best_of(on_set(runs, eval_set))
         lines.append(
             f"Best mAP on {eval_set.name} ({eval_set.size}): {best.best_map:.3f}, "
-            f"{best.config.model} under {best.config.proc}, {best.name}."
+            f"by {best.config.model} under {best.config.proc} (run {best.name})."
         )
     return lines
 
@@ -187,10 +189,7 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sources = {
-        name: Markup(environment.get_template(name).render())
-        for name in ("style.css", "report.js")
-    }
+    sources = resources.files("fastat.report") / "template"
     chart_data = [asdict(chart) for section in shown for chart in section.charts]
     with_classes = [(i, r) for i, r in enumerate(inputs.runs) if r.predictions is not None]
     counts = (
@@ -204,8 +203,8 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
         headline=headline(inputs.runs),
         notes=inputs.notes,
         sections=shown,
-        style=sources["style.css"],
-        script=sources["report.js"],
+        style=Markup((sources / "style.css").read_text("utf-8")),
+        script=Markup((sources / "report.js").read_text("utf-8")),
         plotly=Markup(get_plotlyjs()),
         charts=script_json(chart_data),
         runs=script_json([run.name for run in inputs.runs]),

@@ -210,7 +210,7 @@ def _train_clips(config: TrainConfig, epochs: list[Epoch]) -> tuple[int | None, 
         return clips, "its index"
     if steps is None:
         return None, "unknown"
-    return steps * config.batch, "steps x batch"
+    return steps * config.batch, "steps × batch"
 
 
 def _eval_set(config: TrainConfig, predictions: Predictions | None) -> EvalSet | None:

@@ -7,7 +7,7 @@ from fastat.paper import TABLE_2, TRAIN_CLIPS
 from fastat.report.chart import Chart, Trace
 from fastat.report.inputs import Bench, Profile, number_of
 from fastat.report.runs import Run
-from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
+from fastat.report.table import NONE, Cell, Column, Table, mAP, number, printed, significant
 from fastat.report.tables import best_of, comparability, eval_sets, on_set
 
 OURS = ("ours", "kernels")
@@ -56,7 +56,7 @@ def table_3(profiles: Sequence[Profile], runs: Sequence[Run]) -> list[Table]:
                 number(true, 0),
                 number(paper, 0, "paper" if true == paper else "paper differs"),
                 significant(_value(profile, row, "hours_per_epoch"), "ours"),
-                significant(_value(profile, row, "paper_hours_per_epoch"), "paper"),
+                printed(_value(profile, row, "paper_hours_per_epoch")),
             ]
             for eval_set in sets:
                 found = [r for r in on_set(runs, eval_set) if _same_ast(r, profile, row)]
@@ -99,17 +99,17 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
         Column("model", numeric=False),
         Column("parameters"),
         Column("GFLOP a clip"),
-        Column("precision", numeric=False),
         Column("batch"),
-        Column("memory, GiB"),
-        Column("step, ms"),
         Column("clips/s"),
-        Column("TFLOP/s"),
-        Column("% of ceiling"),
         Column("hours an epoch"),
         Column("hours in all"),
-        Column("kWh"),
         Column("paper's hours"),
+        Column("step, ms"),
+        Column("TFLOP/s"),
+        Column("% of ceiling"),
+        Column("GiB"),
+        Column("kWh"),
+        Column("precision", numeric=False),
     ]
     tables = []
     for n, profile in enumerate(profiles):
@@ -126,21 +126,21 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
                     Cell(_title(profile, row)),
                     Cell(f"{params / 1e6:.1f} M" if params is not None else "–", params),
                     significant(_value(profile, row, "gflop")),
-                    Cell(precision) if isinstance(precision, str) else NONE,
                     number(_value(profile, row, "batch"), 0),
-                    significant(_value(profile, row, "peak_memory_gib")),
-                    significant(step),
                     significant(_value(profile, row, "clips_per_s"), "ours"),
-                    significant(_value(profile, row, "tflops")),
-                    number(_value(profile, row, "percent_of_ceiling"), 1),
                     significant(_value(profile, row, "hours_per_epoch"), "ours"),
                     significant(_value(profile, row, "hours")),
-                    significant(_value(profile, row, "kwh")),
                     paper,
+                    significant(step),
+                    significant(_value(profile, row, "tflops")),
+                    number(_value(profile, row, "percent_of_ceiling"), 1),
+                    significant(_value(profile, row, "peak_memory_gib")),
+                    significant(_value(profile, row, "kwh")),
+                    Cell(precision) if isinstance(precision, str) else NONE,
                 ]
             )
         caption = f"What training costs on {profile.device}"
-        notes = [f"{_how(profile)}; medians."]
+        notes = [f"{_how(profile)}; medians; GiB: peak memory."]
         tables.append(Table(f"cost-{n}", caption, columns, rows, notes, sortable=True))
     return tables
 
@@ -152,25 +152,23 @@ def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
         traces = []
         for i, model in enumerate(dict.fromkeys(row["model"] for row in profile.rows)):
             points = [
-                (row, _value(profile, row, "hours_per_epoch"), value)
+                (row, value)
                 for row in profile.rows
                 if row["model"] == model
                 and (value := _value(profile, row, "paper_map")) is not None
             ]
             if points:
                 title = TABLE_2[model].title if model in TABLE_2 else model
-                texts = [_title(profile, row) for row, _, _ in points]
-                x = [hours for _, hours, _ in points if hours is not None]
-                y = [value for _, _, value in points]
+                texts = [_title(profile, row) for row, _ in points]
+                x = [_value(profile, row, "hours_per_epoch") or 0.0 for row, _ in points]
+                y = [value for _, value in points]
                 traces.append(Trace(title, x, y, i, "points", texts))
         if traces:
             caption = (
                 f"What the paper's mAP on AudioSet costs here: hours an epoch on {profile.device}."
             )
             x_title, y_title = "hours an epoch, measured", "mAP, the paper's"
-            charts.append(
-                Chart(f"cost-chart-{n}", caption, x_title, y_title, traces, log_x=True)
-            )
+            charts.append(Chart(f"cost-chart-{n}", caption, x_title, y_title, traces, log_x=True))
         names = [_title(profile, row) for row in profile.rows]
         parts = []
         for i, part in enumerate(PARTS):
@@ -237,8 +235,6 @@ def bench_tables(benches: Sequence[Bench]) -> list[Table]:
             notes.append(f"{alone} cases without ours or without a peer are left out.")
         caption = f"Ours beside the best peer on {bench.device}"
         tables.append(
-            Table(
-                f"bench-{n}", caption, columns, rows, notes, sortable=True, searchable="cases"
-            )
+            Table(f"bench-{n}", caption, columns, rows, notes, sortable=True, searchable="cases")
         )
     return tables

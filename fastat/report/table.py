@@ -70,6 +70,11 @@ def significant(value: float | None, mark: str = "") -> Cell:
     return Cell(text, float(value), mark)
 
 
+def printed(value: float | None) -> Cell:
+    """A number of the paper's as it is printed there; a dash where there is none."""
+    return NONE if value is None else Cell(f"{value:g}", float(value), "paper")
+
+
 def mAP(value: float | None, mark: str = "") -> Cell:
     """A mean or a class's average precision."""
     return number(value, 3, mark)

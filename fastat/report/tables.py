@@ -23,9 +23,7 @@ def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
 
 def on_set(runs: Sequence[Run], eval_set: EvalSet) -> list[Run]:
     """The runs with a score on a set."""
-    return [
-        r for r in runs if r.eval_set is not None and r.eval_set.key == eval_set.key and r.best
-    ]
+    return [r for r in runs if r.eval_set is not None and r.eval_set.key == eval_set.key and r.best]
 
 
 def comparability(eval_set: EvalSet) -> str:
@@ -49,11 +47,12 @@ def best_of(runs: Sequence[Run]) -> Run:
 
 def summary(runs: Sequence[Run]) -> Table:
     """Every run in a row."""
+    several = len(eval_sets(runs)) > 1
     columns = [
         Column("run", numeric=False),
         Column("model", numeric=False),
         Column("procedure", numeric=False),
-        Column("scored on", numeric=False),
+        *([Column("scored on", numeric=False)] if several else []),
         Column("epochs"),
         Column("best mAP"),
         Column("AUC"),
@@ -72,7 +71,7 @@ def summary(runs: Sequence[Run]) -> Table:
                 Cell(run.name, series=i),
                 Cell(run.config.model),
                 Cell(run.config.proc),
-                Cell(run.eval_set.name) if run.eval_set else NONE,
+                *([Cell(run.eval_set.name) if run.eval_set else NONE] if several else []),
                 Cell(f"{len(run.epochs)} of {run.config.epochs}", len(run.epochs)),
                 mAP(values.get("mAP"), "ours"),
                 number(values.get("AUC"), 3),
@@ -87,9 +86,14 @@ def summary(runs: Sequence[Run]) -> Table:
         "mAP, AUC and d′ of the epoch with the best mAP; hours of training without scoring; "
         "clips/s of the fastest epoch."
     ]
-    notes += [f"{s.name}: {s.size}." for s in eval_sets(runs)]
-    notes += [f"{run.name}: {gap}." for run in runs for gap in run.gaps]
-    return Table("runs", "Runs", columns, rows, notes, sortable=True)
+    notes += [f"Scored on {s.name}: {s.size}." for s in eval_sets(runs)]
+    gaps: dict[str, list[str]] = {}
+    for run in runs:
+        for gap in run.gaps:
+            gaps.setdefault(gap, []).append(run.name)
+    notes += [f"{', '.join(names)}: {gap}." for gap, names in gaps.items()]
+    caption = "Every run: its best epoch, and where it was trained"
+    return Table("all-runs", caption, columns, rows, notes, sortable=True)
 
 
 # ------------------------------------------------------------------------------ Table 1
@@ -122,7 +126,7 @@ def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
             if name in best:
                 row.append(of_run(best[name]))
         rows.append(row)
-    notes = [comparability(eval_set), "Bold: other than the paper's."]
+    notes = [comparability(eval_set), "Settings in bold are other than the paper's."]
     notes += [
         f"{run.name} ({run.config.model}), the best of {name}: {', '.join(departures(run.config))}."
         for name, run in best.items()
@@ -160,12 +164,12 @@ RESULTS = (
     (
         "training clips",
         lambda p: number(TRAIN_CLIPS, 0, "paper"),
-        lambda r: number(r.train_clips, 0, "ours"),
+        lambda r: number(r.train_clips, 0),
     ),
     (
         "noise scale g",
         _paper_noise,
-        lambda r: significant(r.noise_scale(r.config.lr), "ours"),
+        lambda r: significant(r.noise_scale(r.config.lr)),
     ),
     ("hours", lambda p: Cell(f"{p.paper_hours:g}", mark="paper"), lambda r: significant(r.hours)),
     (
@@ -209,7 +213,8 @@ def table_2(runs: Sequence[Run], eval_set: EvalSet) -> Table:
     for (model, name), run in ours.items():
         other = departures(run.config)
         notes.append(
-            f"{model} {name}: {run.name}" + (f"; {', '.join(other)}" if other else "") + "."
+            f"{model} under {name}: {run.name}, "
+            + (f"other than Table 1 in: {', '.join(other)}." if other else "as Table 1 has it.")
         )
     caption = f"Table 2. Best mAP of every model and procedure; ours on {eval_set.name}"
     return Table(f"table-2-{eval_set.key[:12]}", caption, columns, rows, notes)
@@ -330,7 +335,7 @@ def noise_table(runs: Sequence[Run]) -> Table:
         Column("batch B"),
         Column("maximum LR"),
         Column("g"),
-        Column("g of its procedure on AudioSet"),
+        Column("g of the paper's"),
     ]
     rows = []
     for i, run in enumerate(runs):
@@ -346,5 +351,9 @@ def noise_table(runs: Sequence[Run]) -> Table:
                 significant(noise_scale(p.lr, TRAIN_CLIPS, p.batch), "paper"),
             ]
         )
-    notes = ["g = LR (N / B − 1), section 4.3 of the paper; the chart has it at each epoch's LR."]
-    return Table("noise", "Noise scale", columns, rows, notes, sortable=True)
+    caption = "g = LR (N / B − 1) at the maximum learning rate"
+    notes = [
+        "Section 4.3 of the paper: how strongly the noise of a batch moves the weights; batch and "
+        "LR that grow together keep it."
+    ]
+    return Table("noise-scale", caption, columns, rows, notes, sortable=True)
