@@ -305,7 +305,8 @@ def table_4(runs: Sequence[Run]) -> list[Table]:
                 lost.append(100 * (1 - without[name].best_map / base.best_map))
                 row += [mAP(without[name].best_map), _percent(lost[-1], "ours")]
             spread_text = f" ± {pstdev(lost):.1f} %" if len(lost) > 1 else " %"
-            row.append(Cell(f"{mean(lost):.1f}{spread_text}", mark="ours") if lost else NONE)
+            ours = f"{mean(lost):.1f}{spread_text}".replace("-", "−") if lost else ""
+            row.append(Cell(ours, mark="ours") if lost else NONE)
             row.append(Cell(f"{paper_lost} ± {spread} %", mark="paper"))
             rows.append(row)
         notes = [
