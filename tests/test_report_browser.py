@@ -116,7 +116,7 @@ def test_charts_are_drawn(page: Any) -> None:
     assert len(lines(page, "chart-loss")) == 6 and len(lines(page, "chart-map")) == 3
     assert page.locator("#chart-cost-chart-0 path.point").count() == 7
     assert len(lines(page, "precision-recall")) == 2
-    labels = texts(page, "#chart-loss .xtitle, #chart-loss .ytitle")
+    labels = page.locator("#chart-loss .xtitle, #chart-loss .ytitle").all_text_contents()
     assert sorted(labels) == ["epoch", "loss"]
 
 
