@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from fastat.atomic import atomic_path
 from fastat.errors import Failure, UserError
 from fastat.label_quality import read_quality
+from fastat.report.ablations import table_4
 from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
 from fastat.report.inputs import Inputs, read_inputs
 from fastat.report.runs import Run
@@ -29,7 +30,6 @@ from fastat.report.tables import (
     summary,
     table_1,
     table_2,
-    table_4,
 )
 
 

@@ -1,6 +1,6 @@
 """Profiles and benchmark results: Table 3, what a model costs, and ours beside the peers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastat.paper import TABLE_2, TRAIN_CLIPS
@@ -65,7 +65,7 @@ def table_3(profiles: Sequence[Profile], runs: Sequence[Run]) -> list[Table]:
             body.append(cells)
         notes = [
             f"Ours: {_how(profile)}. The paper's hours are of its V100s, four under A1 and two "
-            "under A3. Bold: counts that the paper prints and its strides do not give."
+            "under A3. Bold: printed counts that do not follow from the stride."
         ]
         notes += [comparability(s) for s in sets]
         caption = f"Table 3. The AST by the distance of its patches, on {profile.device}"
@@ -191,50 +191,59 @@ def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
 
 # ------------------------------------------------------------------------------ bench/
 def bench_tables(benches: Sequence[Bench]) -> list[Table]:
-    """Ours against the best peer of every case, a table for every device's results."""
+    """Ours beside the best peer of every case, a table for every device's results."""
+    return [_bench_table(bench, f"bench-{n}") for n, bench in enumerate(benches)]
+
+
+def _bench_table(bench: Bench, name: str) -> Table:
     columns = [
-        Column("operator", numeric=False),
+        Column("case", numeric=False),
+        Column("area", numeric=False),
         Column("shape", numeric=False),
-        Column("passes", numeric=False),
+        Column("of", numeric=False),
         Column("ours, ms"),
         Column("best peer", numeric=False),
         Column("peer, ms"),
         Column("ratio"),
         Column("clips/s"),
+        Column("target"),
         Column("% of ceiling"),
     ]
-    tables = []
-    for n, bench in enumerate(benches):
-        cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-        for row in bench.rows:
-            cases.setdefault((row["op"], row["shape"], row["passes"]), []).append(row)
-        rows, alone = [], 0
-        for (op, shape, passes), found in sorted(cases.items()):
-            mine = [r for r in found if r["impl"] in OURS]
-            peers = [r for r in found if (r["impl"].split() or [""])[0] not in OURS]
-            if not mine or not peers:
-                alone += 1
-                continue
-            ours, peer = (min(part, key=lambda r: float(r["ms"])) for part in (mine, peers))
-            ratio = peer["ms"] / ours["ms"] if ours["ms"] > 0 else None
-            rows.append(
-                [
-                    Cell(op),
-                    Cell(shape),
-                    Cell(passes),
-                    significant(ours["ms"]),
-                    Cell(peer["impl"]),
-                    significant(peer["ms"]),
-                    number(ratio, 2, "worse" if ratio is not None and ratio < 1 else "ours"),
-                    significant(number_of(ours, "clips_per_s", bench.path)),
-                    number(number_of(ours, "percent_of_ceiling", bench.path), 0),
-                ]
-            )
-        notes = ["Ratio: the peer's time over ours, so that more than 1 is faster than the peer."]
-        if alone:
-            notes.append(f"{alone} cases without ours or without a peer are left out.")
-        caption = f"Ours beside the best peer on {bench.device}"
-        tables.append(
-            Table(f"bench-{n}", caption, columns, rows, notes, sortable=True, searchable="cases")
+    cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in bench.rows:
+        cases.setdefault((row["op"], row["shape"], row["passes"]), []).append(row)
+    rows, peers_alone = [], 0
+    for (op, shape, passes), found in sorted(cases.items()):
+        ours = _fastest(r for r in found if r["impl"] in OURS)
+        peer = _fastest(r for r in found if (r["impl"].split() or [""])[0] not in OURS)
+        if ours is None:
+            peers_alone += 1
+            continue
+        ratio = peer["ms"] / ours["ms"] if peer and ours["ms"] > 0 else None
+        area = ours.get("area")
+        rows.append(
+            [
+                Cell(op),
+                Cell(area) if isinstance(area, str) else NONE,
+                Cell(shape),
+                Cell(passes),
+                significant(ours["ms"]),
+                Cell(peer["impl"]) if peer else NONE,
+                significant(peer["ms"]) if peer else NONE,
+                number(ratio, 2, "worse" if ratio is not None and ratio < 1 else "ours"),
+                significant(number_of(ours, "clips_per_s", bench.path)),
+                number(number_of(ours, "target_clips_per_s", bench.path), 0),
+                number(number_of(ours, "percent_of_ceiling", bench.path), 0),
+            ]
         )
-    return tables
+    notes = ["Ratio: the peer's time over ours, so that more than 1 is faster than the peer."]
+    if any(row[9] is not NONE for row in rows):
+        notes.append("Targets, in clips/s, are for one H200.")
+    if peers_alone:
+        notes.append(f"{peers_alone} cases without ours are left out.")
+    caption = f"Ours beside the best peer on {bench.device}"
+    return Table(name, caption, columns, rows, notes, sortable=True, searchable="cases")
+
+
+def _fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    return min(rows, key=lambda row: float(row["ms"]), default=None)

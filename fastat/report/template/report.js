@@ -33,7 +33,7 @@
     const { soft, rule } = INK();
     return {
       title: { text: title, font: { size: 12, color: soft }, standoff: 8 },
-      color: soft, gridcolor: rule, linecolor: rule, zeroline: false, automargin: true,
+      color: soft, gridcolor: rule, linecolor: rule, zeroline: false,
       tickfont: { size: 11 }, ...more,
     };
   }
@@ -43,7 +43,7 @@
     const layout = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
-      margin: { l: 48, r: 12, t: 12, b: 44 },
+      margin: { l: 58, r: 14, t: 12, b: 44 },
       xaxis: x, yaxis: y, hovermode: "closest", dragmode: false,
       hoverlabel: { bgcolor: paper, bordercolor: rule, font: { color: ink }, namelength: 60 },
       showlegend: false,
@@ -82,16 +82,25 @@
     });
     if (chart.bars) {
       const y = axis("", { autorange: "reversed", type: "category" });
-      const more = { barmode: "stack", bargap: 0.35, height: element(`chart-${chart.id}`).clientHeight };
+      const { clientHeight: height, clientWidth: width } = element(`chart-${chart.id}`);
+      const longest = Math.max(...chart.traces.flatMap((t) => t.x.map((name) => name.length)));
+      const l = Math.min(7 * longest + 16, 0.45 * width); // room for the names
+      const more = { barmode: "stack", bargap: 0.35, height, margin: { l, r: 14, t: 12, b: 44 } };
       return plot(`chart-${chart.id}`, traces, axis(chart.x, { range: [0, 100] }), y, more);
     }
     const whole = chart.x === "epoch" ? { tickformat: "d", ...steps(chart) } : {};
-    const log = chart.log_x ? { type: "log", tickvals: DECADES, ticktext: DECADES.map(String) } : {};
-    const x = axis(chart.x, { ...whole, ...log });
+    const x = axis(chart.x, { ...whole, ...(chart.log_x ? logarithmic(chart) : {}) });
     return plot(`chart-${chart.id}`, traces, x, axis(chart.y), {});
   }
 
-  const DECADES = [-3, -2, -1, 0, 1, 2, 3].flatMap((p) => [1, 2, 5].map((d) => Number(`${d}e${p}`)));
+  // plotly would write 2 for 0.2; over less than a decade it does write whole numbers
+  const TICKS = [-4, -3, -2, -1, 0, 1, 2, 3].flatMap((p) => [1, 2, 5].map((d) => Number(`${d}e${p}`)));
+  function logarithmic(chart) {
+    const all = chart.traces.flatMap((t) => t.x);
+    const inside = TICKS.filter((v) => v >= Math.min(...all) && v <= Math.max(...all));
+    if (inside.length < 3) return { type: "log" };
+    return { type: "log", tickvals: TICKS, ticktext: TICKS.map(String) };
+  }
 
   // whole numbers alone, where plotly would also write halves
   function steps(chart) {
