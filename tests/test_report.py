@@ -315,6 +315,16 @@ def test_profiles_and_benchmarks(tmp_path: Path, out: Path) -> None:
     assert "needs run folders of fastat train" in page.text
 
 
+def test_rows_of_the_same_case_have_bars_of_their_own(tmp_path: Path, out: Path) -> None:
+    profile = write_profile(tmp_path / "p.json")
+    document = json.loads(profile.read_text())
+    document["rows"] += [document["rows"][0] | {"batch": 64}] * 2
+    profile.write_text(json.dumps(document))
+    names = report(out, profile).chart("parts-chart-0")["traces"][0]["x"]
+    assert len(set(names)) == len(document["rows"])
+    assert "cnn_trans A4, batch 448" in names and "ast A3 8×8" in names
+
+
 def test_empty_sections_say_what_would_fill_them(tmp_path: Path, out: Path) -> None:
     page = report(out, write_run(tmp_path / "a"))
     for needed in ("--label-quality CSV", "fastat ablate", "--strides 4,6", "bench/results/"):
@@ -378,6 +388,10 @@ GAPS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number that is none": (
         lambda r: (r / "metrics.jsonl").write_text('{"epoch": 1, "step": 5, "mAP": "high"}\n'),
         "mAP 'high'",
+    ),
+    "a number too large": (
+        lambda r: (r / "metrics.jsonl").write_text(f'{{"epoch": 1, "step": 5, "mAP": {10**400}}}'),
+        "line 1 is damaged",
     ),
     "no predictions": (lambda r: (r / "predictions.h5").unlink(), "no predictions.h5"),
     "damaged predictions": (_damage, "predictions.h5 is damaged"),

@@ -23,6 +23,8 @@ from tests.report_samples import (
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 CHARTS = ("loss", "map", "figure-2", "noise-chart", "cost-chart-0", "parts-chart-0")
 ROWS = "#class-table tbody tr"
+MARKUP = "no <b>mixup"
+"""A run's name that plotly would take for markup."""
 EVIL_ID = f"/m/{NAMES.index(EVIL)}"
 
 
@@ -47,7 +49,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     write_run(folder / "runs" / "first")
     write_run(folder / "runs" / "second", model="crnn", maps=(0.2, 0.7), seed=1)
-    write_run(folder / "runs" / "no-mixup", mixup=0.0, seed=None)
+    write_run(folder / "runs" / MARKUP, mixup=0.0, seed=2)
     inputs = [folder / "runs", write_profile(folder / "p.json"), write_bench(folder / "b.json")]
     out = folder / "report.html"
     write_report(inputs, out, write_quality(folder / "qa.csv"))
@@ -142,9 +144,9 @@ def test_classes_are_sorted_by_click_and_by_key(page: Any) -> None:
 
 def test_a_table_made_with_the_page_is_sorted_too(page: Any) -> None:
     page.locator("#all-runs thead button", has_text="best mAP").click()
-    assert texts(page, "#all-runs tbody th") == ["second", "first", "no-mixup"]
+    assert texts(page, "#all-runs tbody th") == ["second", "first", MARKUP]
     page.locator("#all-runs thead button", has_text="run").click()
-    assert texts(page, "#all-runs tbody th") == ["first", "no-mixup", "second"]
+    assert texts(page, "#all-runs tbody th") == ["first", MARKUP, "second"]
 
 
 def test_classes_are_found(page: Any) -> None:
@@ -288,9 +290,11 @@ def test_nothing_moves_once_the_page_is_there(page: Any) -> None:
 
 
 def test_names_run_nothing(page: Any) -> None:
-    """A class called ``</script><b>...``, also where plotly and the hover text show it."""
+    """A class called ``</script><b>...``, and a run that plotly is given the name of."""
     page.locator("#class").select_option(EVIL_ID)
-    page.locator("#chart-map").hover()
+    page.locator("#run-b").select_option(label=MARKUP)
+    names = page.locator("#precision-recall .legendtext").all_text_contents()
+    assert names == ["first", "chance", MARKUP]
     assert page.locator("b, img").count() == 0
     assert page.evaluate("typeof hacked") == "undefined"
     assert EVIL in texts(page, f"{ROWS} th")

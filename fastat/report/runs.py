@@ -19,6 +19,9 @@ EPOCH_NUMBERS = (
     "d_prime",
 )  # fmt: skip
 
+LARGEST = 1e300
+"""JSON has whole numbers that no float can be."""
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -189,8 +192,8 @@ def _epoch(line: Any) -> Epoch:
         value = line.get(name)
         if value is None:
             continue
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{name} {value!r}")
+        if type(value) not in (int, float) or not abs(value) < LARGEST:
+            raise ValueError(f"{name} {value!r}"[:80])
         values[name] = float(value)
     return Epoch(epoch, step, values)
 
@@ -222,10 +225,11 @@ def _eval_set(config: TrainConfig, predictions: Predictions | None) -> EvalSet |
         return EvalSet(key, config.eval, len(predictions.clips), len(predictions.ids))
     try:
         clips, _ = sizes_of(Path(config.eval))
-        classes = len(read_index(Path(config.eval))["classes"])
+        classes = read_index(Path(config.eval)).get("classes")
     except (UserError, Failure, OSError):  # then the report says that they are unknown
         return EvalSet(config.eval, config.eval, None, None)
-    return EvalSet(config.eval, config.eval, clips, classes)
+    num_classes = len(classes) if isinstance(classes, list) else None
+    return EvalSet(config.eval, config.eval, clips, num_classes)
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:

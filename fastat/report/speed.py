@@ -30,6 +30,14 @@ def _title(profile: Profile, row: dict[str, Any]) -> str:
     return " ".join(x for x in (row["model"], row["proc"], _stride(profile, row)) if x)
 
 
+def _titles(profile: Profile) -> list[str]:
+    """Of every row another one: with its batch, or its number, where that alone differs."""
+    titles = [_title(profile, row) for row in profile.rows]
+    batches = [f"{t}, batch {r['batch']:g}" for t, r in zip(titles, profile.rows, strict=True)]
+    titles = [b if titles.count(t) > 1 else t for t, b in zip(titles, batches, strict=True)]
+    return [f"{t} ({i})" if titles.count(t) > 1 else t for i, t in enumerate(titles, 1)]
+
+
 # ------------------------------------------------------------------------------ Table 3
 def table_3(profiles: Sequence[Profile], runs: Sequence[Run]) -> list[Table]:
     """The AST by stride: a table for every profile and set that it was scored on."""
@@ -169,7 +177,7 @@ def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
             )
             x_title, y_title = "hours an epoch, measured", "mAP, the paper's"
             charts.append(Chart(f"cost-chart-{n}", caption, x_title, y_title, traces, log_x=True))
-        names = [_title(profile, row) for row in profile.rows]
+        names = _titles(profile)
         parts = []
         for i, part in enumerate(PARTS):
             shares = []
