@@ -315,6 +315,27 @@ def test_profiles_and_benchmarks(tmp_path: Path, out: Path) -> None:
     assert "needs run folders of fastat train" in page.text
 
 
+def test_a_row_that_does_not_fit_the_memory_is_shown_without_its_times(
+    tmp_path: Path, out: Path
+) -> None:
+    profile = write_profile(tmp_path / "p.json")
+    document = json.loads(profile.read_text())
+    times = ("ms", "clips_per_s", "tflops", "hours_per_epoch", "hours", "peak_memory_gib")
+    document["rows"][1] |= dict.fromkeys(times) | {"out_of_memory": True}
+    profile.write_text(json.dumps(document))
+    page = report(out, profile)
+    row = page.table("cost-0")[1]
+    assert row["model"] == "ast A3 4×4" and row["GiB"] == "full" and row["clips/s"] == "–"
+    assert page.cells("table-3")[1][5] == "–"
+    points = {t["name"]: len(t["x"]) for t in page.chart("cost-chart-0")["traces"]}
+    assert points["AST/ViT"] == 5
+
+
+def test_two_profiles_of_a_device_are_told_apart(tmp_path: Path, out: Path) -> None:
+    page = report(out, write_profile(tmp_path / "p.json"), write_profile(tmp_path / "q.json"))
+    assert "A device (p.json)" in page.text and "A device (q.json)" in page.text
+
+
 def test_rows_of_the_same_case_have_bars_of_their_own(tmp_path: Path, out: Path) -> None:
     profile = write_profile(tmp_path / "p.json")
     document = json.loads(profile.read_text())

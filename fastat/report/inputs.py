@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ MAX_DEPTH = 3
 """Folders below one that is given in which runs are looked for."""
 
 PROFILE_TEXTS = ("model", "proc")
-PROFILE_NUMBERS = ("params", "gflop", "batch", "clips_per_s", "hours_per_epoch")
+PROFILE_NUMBERS = ("params", "gflop", "batch")
 BENCH_TEXTS = ("op", "shape", "passes", "impl")
 
 
@@ -24,6 +24,8 @@ class Profile:
 
     path: Path
     device: str
+    name: str
+    """The device, and which file where there are several of it."""
     document: dict[str, Any]
     rows: list[dict[str, Any]]
 
@@ -82,6 +84,11 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
                     raise
                 inputs.notes.append(f"left out: {error}")
     inputs.runs = told_apart(inputs.runs)
+    devices = [profile.device for profile in inputs.profiles]
+    inputs.profiles = [
+        replace(p, name=f"{p.device} ({p.path.name})") if devices.count(p.device) > 1 else p
+        for p in inputs.profiles
+    ]
     if not (inputs.runs or inputs.profiles or inputs.benches):
         raise Failure("; ".join(inputs.notes))
     return inputs
@@ -109,7 +116,8 @@ def _read_json(path: Path, inputs: Inputs) -> None:
     schema = document.get("schema")
     if schema == PROFILE_SCHEMA:
         rows = _rows(path, document, "rows", PROFILE_TEXTS, PROFILE_NUMBERS)
-        inputs.profiles.append(Profile(path, document["device"], document, rows))
+        device = document["device"]
+        inputs.profiles.append(Profile(path, device, device, document, rows))
     elif schema is None and "results" in document:
         rows = _rows(path, document, "results", BENCH_TEXTS, ("ms",))
         inputs.benches.append(Bench(path, document["device"], rows))

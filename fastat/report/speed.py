@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastat.paper import TABLE_2, TRAIN_CLIPS
+from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
 from fastat.report.chart import Chart, Trace
 from fastat.report.inputs import Bench, Profile, number_of
 from fastat.report.runs import Run
@@ -44,7 +44,11 @@ def table_3(profiles: Sequence[Profile], runs: Sequence[Run]) -> list[Table]:
     tables = []
     sets = eval_sets([r for r in runs if r.config.model == "ast"])
     for n, profile in enumerate(profiles):
-        rows = [r for r in profile.rows if _value(profile, r, "patches") is not None]
+        rows = [
+            r
+            for r in profile.rows
+            if r["proc"] in TABLE_3 and _value(profile, r, "patches") is not None
+        ]
         rows.sort(key=lambda r: (r["proc"], _value(profile, r, "fstride") or 0))
         if not rows:
             continue
@@ -76,7 +80,7 @@ def table_3(profiles: Sequence[Profile], runs: Sequence[Run]) -> list[Table]:
             "under A3. Bold: printed counts that do not follow from the stride."
         ]
         notes += [comparability(s) for s in sets]
-        caption = f"Table 3. The AST by the distance of its patches, on {profile.device}"
+        caption = f"Table 3. The AST by the distance of its patches, on {profile.name}"
         tables.append(Table(f"table-3-{n}", caption, columns, body, notes))
     return tables
 
@@ -142,12 +146,14 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
                     significant(step),
                     significant(_value(profile, row, "tflops")),
                     number(_value(profile, row, "percent_of_ceiling"), 1),
-                    significant(_value(profile, row, "peak_memory_gib")),
+                    Cell("full")
+                    if row.get("out_of_memory") is True
+                    else significant(_value(profile, row, "peak_memory_gib")),
                     significant(_value(profile, row, "kwh")),
                     Cell(precision) if isinstance(precision, str) else NONE,
                 ]
             )
-        caption = f"What training costs on {profile.device}"
+        caption = f"What training costs on {profile.name}"
         notes = [f"{_how(profile)}; medians; GiB: peak memory."]
         tables.append(Table(f"cost-{n}", caption, columns, rows, notes, sortable=True))
     return tables
@@ -163,6 +169,7 @@ def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
                 (row, value)
                 for row in profile.rows
                 if row["model"] == model
+                and _value(profile, row, "hours_per_epoch") is not None
                 and (value := _value(profile, row, "paper_map")) is not None
             ]
             if points:
@@ -173,7 +180,7 @@ def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
                 traces.append(Trace(title, x, y, i, "points", texts))
         if traces:
             caption = (
-                f"What the paper's mAP on AudioSet costs here: hours an epoch on {profile.device}."
+                f"What the paper's mAP on AudioSet costs here: hours an epoch on {profile.name}."
             )
             x_title, y_title = "hours an epoch, measured", "mAP, the paper's"
             charts.append(Chart(f"cost-chart-{n}", caption, x_title, y_title, traces, log_x=True))
@@ -190,7 +197,7 @@ def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
                 title = "front end" if part == "frontend" else part
                 parts.append(Trace(title, names, shares, i))
         if parts:
-            caption = f"Where a step's time goes on {profile.device}, each part measured alone."
+            caption = f"Where a step's time goes on {profile.name}, each part measured alone."
             charts.append(
                 Chart(f"parts-chart-{n}", caption, "% of the parts' sum", "", parts, bars=True)
             )
