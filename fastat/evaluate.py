@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastat.distributed import ALONE, Ranks
 from fastat.environment import autocast, default_device
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
+from fastat.label_quality import map_above, quality_of, quantile_thresholds, read_quality
 from fastat.metrics import TaggingMetrics, finite, tagging_metrics
 from fastat.progress import progress
 
@@ -147,8 +148,12 @@ def evaluate_checkpoint(
     precision: str,
     predictions: Path | None,
     per_class: Path | None,
+    label_quality: Path | None = None,
 ) -> dict[str, Any]:
     """``fastat eval``: the metrics of a run or checkpoint on a packed set, by name.
+
+    With ``label_quality``, also ``label_quality``: mAP over the classes whose labels are right at
+    least so often (``QualityPoint``), and how many scored classes the table does not have.
 
     Raises:
         UserError: a value out of range, an output that cannot be, no checkpoint, no packed set, or
@@ -162,6 +167,7 @@ def evaluate_checkpoint(
     for option, path in (("--predictions", predictions), ("--per-class", per_class)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise UserError(f"{option} takes a file in an existing folder, got {path}")
+    quality = None if label_quality is None else read_quality(label_quality)
     device = default_device()
     model, meta = load_model(run, device)
     packed = PackedSet.open(data)
@@ -171,6 +177,12 @@ def evaluate_checkpoint(
             f"those of {data} have {packed.clip_samples}"
         )
     match = match_classes(meta.classes, packed)
+    classes = [meta.classes[k] for k in match.model_columns]
+    if quality is not None and not any(c.id in quality for c in classes):
+        raise UserError(
+            f"{label_quality} has none of the scored classes, as {classes[0].id!r}: expected the "
+            f"set's ids, got {next(iter(quality))!r}, ... ({len(quality)})"
+        )
     if match.note:
         print(f"fastat: {match.note}", file=sys.stderr)
     with progress("evaluating", packed.num_clips) as advance:
@@ -186,13 +198,12 @@ def evaluate_checkpoint(
             on_batch=advance,
         )
         assert result is not None, "nobody gives up"
-    classes = [meta.classes[k] for k in match.model_columns]
     if predictions is not None:
         save_predictions(predictions, result, packed, classes)
     if per_class is not None:
         _write_per_class(per_class, result, classes)
     m = result.metrics
-    return finite(
+    document = finite(
         {
             "mAP": m.mAP,
             "AUC": m.AUC,
@@ -203,6 +214,22 @@ def evaluate_checkpoint(
             "classes_without_positive": len(classes) - m.classes_scored,
         }
     )
+    if quality is not None:
+        document["label_quality"] = _by_quality(m, [c.id for c in classes], quality)
+    return document
+
+
+def _by_quality(
+    metrics: TaggingMetrics, ids: list[str], quality: dict[str, float]
+) -> dict[str, Any]:
+    """Figure 2 at the quantiles of label quality."""
+    ap = metrics.average_precision
+    rated = int(np.isfinite(quality_of(ap, ids, quality)).sum())
+    points = map_above(ap, ids, quality, quantile_thresholds(ap, ids, quality))
+    return {
+        "points": [asdict(p) for p in points],
+        "classes_without_quality": metrics.classes_scored - rated,
+    }
 
 
 def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from fastat.commands import Json
 
@@ -20,6 +23,10 @@ def evaluate(
     per_class: Annotated[
         Path | None, typer.Option(help="Write AP and AUC of each class to this CSV.")
     ] = None,
+    label_quality: Annotated[
+        Path | None,
+        typer.Option(help="AudioSet's qa_true_counts.csv: also mAP by how good the labels are."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Score a trained model on a packed set: mAP, AUC and d'.
@@ -29,13 +36,34 @@ def evaluate(
     from fastat.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(
-        run, data, batch=batch, precision=precision, predictions=predictions, per_class=per_class
+        run,
+        data,
+        batch=batch,
+        precision=precision,
+        predictions=predictions,
+        per_class=per_class,
+        label_quality=label_quality,
     )
     if json_:
         print(json.dumps(result))
         return
+    by_quality = result.pop("label_quality", None)
     for key, value in result.items():
         print(f"{key:16} {value:.4f}" if isinstance(value, float) else f"{key:16} {value}")
+    if by_quality is not None:
+        _print_quality(by_quality)
+
+
+def _print_quality(by_quality: dict[str, Any]) -> None:
+    """The points of Figure 2 as a table."""
+    table = Table(title="mAP by label quality (the paper's Figure 2)", box=SIMPLE_HEAD)
+    for head in ("labels right at least", "classes", "mAP"):
+        table.add_column(head, justify="right")
+    for point in by_quality["points"]:
+        table.add_row(f"{point['threshold']:.0%}", str(point["classes"]), f"{point['mAP']:.4f}")
+    if missing := by_quality["classes_without_quality"]:
+        table.caption = f"{missing} scored classes have no label quality and are left out"
+    Console().print(table)
 
 
 def predict(

@@ -1,0 +1,146 @@
+"""mAP over the classes whose labels can be trusted: the paper's Figure 2.
+
+AudioSet's quality table, ``qa_true_counts.csv``, says of each class how many of its labels experts
+listened to again, and how many of them were right.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastat.errors import UserError
+
+ID_COLUMNS = ("label_id", "id", "mid")
+QUANTILES = tuple(i / 10 for i in range(10))
+"""Of the label quality over the scored classes, at whose values ``fastat eval`` scores."""
+
+
+@dataclass(frozen=True)
+class QualityPoint:
+    """A point of Figure 2."""
+
+    threshold: float
+    """Classes count whose share of right labels is at least this."""
+    classes: int
+    mAP: float
+    """Unweighted mean of their average precision; NaN when there is none."""
+
+
+def read_quality(path: Path) -> dict[str, float]:
+    """The share of each class's sampled labels that were right, 0..1, by class id.
+
+    Columns, in any order: AudioSet's ``label_id, num_rated, num_true``, where a class of which
+    nothing was rated is left out; or an id (``label_id``, ``id`` or ``mid``) and ``quality``.
+
+    Raises:
+        UserError: no such file or not such a table; names the line.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(f"label quality {path}: {reason}") from None
+    try:
+        reader = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+    except csv.Error as error:
+        raise UserError(f"label quality {path}: not CSV: {error}") from None
+    header = [cell.lower() for cell in rows[0][1]] if rows else []
+    ids = next((header.index(c) for c in ID_COLUMNS if c in header), None)
+    columns = [header.index(c) for c in ("num_rated", "num_true") if c in header]
+    shares = header.index("quality") if "quality" in header else None
+    if ids is None or (shares is None and len(columns) < 2):
+        raise UserError(
+            f"label quality {path}: expected columns label_id, num_rated, num_true "
+            f"or id, quality, got {', '.join(header) or 'an empty file'}"
+        )
+    quality: dict[str, float] = {}
+    seen = set()
+    for line, cells in rows[1:]:
+        where = f"label quality {path}, line {line}"
+        if len(cells) != len(header):
+            raise UserError(f"{where}: expected {len(header)} cells, got {len(cells)}")
+        name = cells[ids]
+        if not name or name in seen:
+            raise UserError(f"{where}: class {name!r} is there twice or empty")
+        seen.add(name)
+        if shares is not None:
+            quality[name] = _share(cells[shares], where)
+            continue
+        rated, right = (cells[c] for c in columns)
+        if not (rated.isdecimal() and right.isdecimal() and int(right) <= int(rated)):
+            raise UserError(
+                f"{where}: expected whole numbers, at most as many right as rated, "
+                f"got num_rated {rated!r}, num_true {right!r}"
+            )
+        if int(rated):
+            quality[name] = int(right) / int(rated)
+    if not quality:
+        raise UserError(f"label quality {path}: it has no rated class")
+    return quality
+
+
+def _share(text: str, where: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise UserError(f"{where}: expected a quality in 0..1, got {text!r}")
+    return share
+
+
+def quality_of(
+    average_precision: NDArray[np.float64], ids: Sequence[str], quality: Mapping[str, float]
+) -> NDArray[np.float64]:
+    """[K]: the label quality of the scored classes; NaN for those without AP or quality."""
+    known = np.array([quality.get(name, math.nan) for name in ids], np.float64)
+    return np.where(np.isfinite(average_precision), known, math.nan)
+
+
+def quantile_thresholds(
+    average_precision: NDArray[np.float64],
+    ids: Sequence[str],
+    quality: Mapping[str, float],
+    quantiles: Sequence[float] = QUANTILES,
+) -> list[float]:
+    """The label quality at ``quantiles`` of the scored classes, ascending, each value once.
+
+    Every value is a class's own, so that there is a class at the highest. Empty where no scored
+    class has a quality.
+    """
+    known = quality_of(average_precision, ids, quality)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return []
+    found: NDArray[np.float64] = np.unique(np.quantile(known, quantiles, method="higher"))
+    return [float(x) for x in found]
+
+
+def map_above(
+    average_precision: NDArray[np.float64],
+    ids: Sequence[str],
+    quality: Mapping[str, float],
+    thresholds: Sequence[float],
+) -> list[QualityPoint]:
+    """mAP over the classes whose label quality reaches each of ``thresholds``.
+
+    Args:
+        average_precision: [K], NaN for a class that is not scored.
+        ids: of the K classes; one that ``quality`` does not have counts nowhere.
+        quality: as ``read_quality`` gives it.
+
+    Source: "AudioTagging Done Right", Figure 2.
+    """
+    known = quality_of(average_precision, ids, quality)
+    points = []
+    for threshold in thresholds:
+        chosen = average_precision[known >= threshold]
+        mean = float(chosen.mean()) if len(chosen) else math.nan
+        points.append(QualityPoint(float(threshold), len(chosen), mean))
+    return points
