@@ -57,6 +57,7 @@ def print_tables(document: Document, *, strides: bool) -> None:
                 table.add_row(row["model"], *cost_cells(row, best), style=emphasis(row, best))
         console.print(table)
     print_times(console, rows, strides=strides)
+    console.print()
     for line in advice(document, best):
         console.print(Text(line))
 
