@@ -41,6 +41,10 @@ def profile(
             "--activation-checkpointing", help="Compute activations again: less memory, slower."
         ),
     ] = False,
+    largest_batch: Annotated[
+        bool,
+        typer.Option(help="Look for the largest batch that fits; on a GPU that takes a while."),
+    ] = True,
     data: Annotated[
         Path | None, typer.Option(help="Packed set to take steps from; default: noise.")
     ] = None,
@@ -49,6 +53,15 @@ def profile(
     plot: Annotated[
         Path | None, typer.Option(help="PNG: cost against stride, mAP against cost.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of one case: write torch's trace (Chrome's JSON); the ten dearest operators."
+        ),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Of one case: the peak of memory by module.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="model.KEY=value, as for fastat train.")
     ] = None,
@@ -63,6 +76,8 @@ def profile(
     `fastat profile --strides 4,6,8,10,12,16 --plot table3.png` (Table 3)
 
     `fastat profile --proc A4 --model cnn_trans --model crnn --batch auto --json`
+
+    `fastat profile --proc A3 --model ast --trace step.json --memory`
     """
     from fastat.config import PRECISIONS
     from fastat.profile.cases import check_output, choices, parse_batch
@@ -73,13 +88,20 @@ def profile(
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
-    for option, path in (("--csv", csv), ("--plot", plot)):
+    outputs = {"--csv": csv, "--plot": plot, "--trace": trace}
+    for option, path in outputs.items():
         check_output(option, path)
+    for option in [name for name, given in (("--trace", trace), ("--memory", memory)) if given]:
+        if len(found) != 1:
+            raise UserError(
+                f"{option} looks into one case: one --proc, one --model (and one of --strides), "
+                f"got {len(found)}"
+            )
 
     from fastat.atomic import atomic_write_text
     from fastat.environment import default_device
     from fastat.profile.rows import as_csv
-    from fastat.profile.run import Settings
+    from fastat.profile.run import Settings, look_inside
     from fastat.profile.run import profile as measure_all
     from fastat.profile.table import print_tables
 
@@ -88,10 +110,14 @@ def profile(
         precision=precision,
         compile=compile_,
         activation_checkpointing=activation_checkpointing,
+        largest=largest_batch,
         data=data,
         clips=clips,
     )
-    document = measure_all(found, default_device(), settings, strides=strides is not None)
+    device = default_device()
+    document = measure_all(found, device, settings, strides=strides is not None)
+    if trace is not None or memory:
+        document |= look_inside(found[0], device, settings, trace, memory)
     if csv is not None:
         atomic_write_text(csv, as_csv(document))
     if plot is not None:
@@ -100,5 +126,5 @@ def profile(
         plot_profile(plot, document)
     if json_:
         print(json.dumps(document))
-    else:
-        print_tables(document, strides=strides is not None)
+        return
+    print_tables(document, strides=strides is not None)

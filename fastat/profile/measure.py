@@ -25,6 +25,8 @@ from fastat.errors import Failure
 from fastat.features import FEATURES
 from fastat.finetune import parameter_groups, train_mode
 from fastat.frontend import Frontend
+from fastat.host import free_memory
+from fastat.memory import Workload, step_bytes
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.nonfinite import BufferGuard
@@ -32,7 +34,7 @@ from fastat.optim import create_adam, train_step
 from fastat.procedures import PROCEDURES, Procedure, model_options
 from fastat.profile.device import PowerMeter
 
-SECONDS = {"cuda": 3.0, "cpu": 10.0}
+SECONDS = {"cuda": 3.0, "cpu": 8.0}
 """How long steps are timed, about."""
 
 ROUNDS = (2, 200)
@@ -81,6 +83,20 @@ class Case:
         feature = self.procedure.feature
         return self.model, feature, options, self.batch, self.precision, self.compile
 
+    def workload(self, clip_samples: int, num_classes: int) -> Workload:
+        """What the step's memory depends on."""
+        feature = FEATURES[self.procedure.feature]
+        return Workload(
+            model=self.model,
+            num_mels=feature.num_mels,
+            num_frames=feature.num_frames(clip_samples),
+            num_classes=num_classes,
+            options=self.model_options,
+            precision=self.precision,
+            compile=self.compile,
+            clip_samples=clip_samples,
+        )
+
     def create(self, clip_samples: int, num_classes: int) -> TaggingModel:
         """The model, with fresh weights. Raises UserError where its options are impossible."""
         feature = FEATURES[self.procedure.feature]
@@ -119,8 +135,8 @@ class Measured:
     the look for what is not finite), optimizer, and step: end to end."""
     rounds: int
     """Steps timed."""
-    peak_bytes: int | None
-    """The allocator's peak; None on a CPU, which has none."""
+    peak_bytes: int
+    """The allocator's peak; on a CPU, which has none, ``memory.step_bytes``' estimate."""
     watts: float | None
     """Drawn while steps ran; None where the driver tells none."""
 
@@ -162,6 +178,13 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
 def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
     if case.compile:
         torch._dynamo.reset()  # or a shape after another would be compiled for any shape
+    peak = 0
+    if device.type == "cpu":
+        peak = step_bytes(
+            case.workload(packed.clip_samples, len(packed.classes)), case.batch, device
+        )
+        if peak > free_memory():  # the kernel would end this process, or others
+            raise torch.OutOfMemoryError(f"a step takes {peak / 2**30:.1f} GiB")
     torch.manual_seed(0)
     training = Training(case, device, packed)
     clock = Clock(device)
@@ -171,11 +194,10 @@ def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float
         torch.cuda.reset_peak_memory_stats(device)
         with PowerMeter(device) as power:
             steps, _ = _timed_steps(training, clock, seconds, marked=False)
-        peak: int | None = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         with PowerMeter(device) as power:
             steps, parts = _timed_steps(training, clock, seconds, marked=True)
-        peak = None
     ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(steps)}
     return Measured(ms, len(steps), peak, power.watts)
 
