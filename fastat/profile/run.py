@@ -32,6 +32,8 @@ class Settings:
     compile: bool | None = None
     """None: as the trainer, on a GPU."""
     activation_checkpointing: bool = False
+    seconds: float | None = None
+    """That each case is timed; None: ``measure.SECONDS``."""
     largest: bool = True
     """Also looks for the largest batch that fits."""
     data: Path | None = None
@@ -121,7 +123,7 @@ def profile(
         with progress("measuring", len(steps), "steps") as advance:
             for key, case in steps.items():
                 try:
-                    measured[key] = measure(case, device, packed)
+                    measured[key] = measure(case, device, packed, seconds=settings.seconds)
                 except OutOfMemory:
                     measured[key] = None
                 advance()
@@ -162,16 +164,10 @@ def look_inside(
             case = replace(case, batch=fits[of_memory(case)] or 1)
         if memory:
             modules = memory_by_module(case, device, packed)
-            found["memory"] = [
-                {
-                    "name": m.name,
-                    "peak_bytes": m.peak,
-                    "peak_forward_bytes": m.peak_forward,
-                    "peak_backward_bytes": m.peak_backward,
-                    "kept_bytes": m.kept,
-                }
-                for m in modules
-            ]
+            found["memory"] = {
+                "estimated": device.type == "cpu",
+                "modules": [asdict(m) | {"peak": m.peak} for m in modules],
+            }
         if trace_file is not None:
             operators = trace(case, device, packed, trace_file)[:SHOWN]
             found["trace"] = {"file": str(trace_file), "operators": [asdict(o) for o in operators]}

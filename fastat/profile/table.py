@@ -61,7 +61,7 @@ def print_tables(document: Document, *, strides: bool) -> None:
         console.print(Text(line))
     if "memory" in document:
         console.print()
-        print_memory(console, document["memory"], estimated="threads" in document["device"])
+        print_memory(console, document["memory"])
     if "trace" in document:
         console.print()
         print_trace(console, document["trace"])
@@ -197,19 +197,20 @@ def print_trace(console: Console, found: dict[str, Any]) -> None:
     )
 
 
-def print_memory(console: Console, modules: list[Any], *, estimated: bool) -> None:
-    """Peaks by module; ``modules``: as in the document."""
+def print_memory(console: Console, found: dict[str, Any]) -> None:
+    """Peaks by module; ``found``: as in the document, in bytes."""
+    modules = found["modules"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("module", no_wrap=True, min_width=24)
     for head in ("peak GiB\nforward", "peak GiB\nbackward", "MiB kept\nfor backward"):
         table.add_column(head, justify="right", no_wrap=True)
-    highest = max(m["peak_bytes"] for m in modules)
+    highest = max(m["peak"] for m in modules)
     for m in modules:
-        style = "bold" if m["peak_bytes"] == highest else ""
-        forward, backward = m["peak_forward_bytes"] / 2**30, m["peak_backward_bytes"] / 2**30
-        cells = (number(forward), number(backward or None), number(m["kept_bytes"] / 2**20))
+        style = "bold" if m["peak"] == highest else ""
+        forward, backward = m["peak_forward"] / 2**30, m["peak_backward"] / 2**30
+        cells = (number(forward), number(backward or None), number(m["kept"] / 2**20))
         table.add_row(m["name"], *cells, style=style)
-    how = "estimated from a step on fake tensors" if estimated else "by the allocator"
+    how = "estimated from a step on fake tensors" if found["estimated"] else "by the allocator"
     console.print(Text(f"What is taken in all while a module works, {how}", style="bold"))
     console.print(table)
     console.print(Text(f"peak: {highest / 2**30:.2f} GiB, in bold"))
