@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastat.profile.cases import choices, parse_batch, parse_strides
 from fastat.profile.measure import Case, Measured, OutOfMemory, Spread
 from fastat.profile.parts import PARTS
 from fastat.profile.plot import draw
-from fastat.profile.rows import MS, Document, best_value, count, document, make_row
+from fastat.profile.rows import MS, Counted, Document, best_value, count, document, make_row
 from fastat.profile.table import print_tables
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 
@@ -38,9 +39,20 @@ def measured(step_ms: float, watts: float | None = 300.0) -> Measured:
     return Measured(parts | {"step": step}, 10, 3 << 30, watts)
 
 
+COUNTS: dict[Any, Counted] = {}
+
+
+def counted(case: Case) -> Counted:
+    """``count``, once for all tests."""
+    key = replace(case, batch=1).step
+    if key not in COUNTS:
+        COUNTS[key] = count(case, *SIZE)
+    return COUNTS[key]
+
+
 def row(case: Case, found: Measured | None, **given: Any) -> dict[str, Any]:
     known = {"num_frames": 400, "stride_row": False, "ceiling": 600e12} | given
-    return make_row(case, count(case, *SIZE), found, **known)
+    return make_row(case, counted(case), found, **known)
 
 
 def made(procs: list[str], models: list[str], strides: str | None, ms: float) -> Document:
@@ -51,7 +63,7 @@ def made(procs: list[str], models: list[str], strides: str | None, ms: float) ->
     ]
     rows = []
     for case in cases:
-        found = measured(40 * ms * count(case, *SIZE).gflop)
+        found = measured(40 * ms * counted(case).gflop)
         rows.append(row(case, None if case is cases[-1] else found, stride_row=bool(strides)))
     return document(rows, torch.device("cpu"), clips=TRAIN_CLIPS, ceiling=600e12)
 
@@ -193,7 +205,7 @@ def test_other_rows() -> None:
     assert found["grid"] is None and found["tokens"] is None and found["paper_map"] == 0.41
     tokens = {"transformer": 400, "conformer": 100, "cnn_trans": 100, "crnn": None}
     for model, want in tokens.items():
-        assert count(Case(model=model, proc="A4", batch=4), *SIZE).tokens == want
+        assert counted(Case(model=model, proc="A4", batch=4)).tokens == want
 
 
 def test_every_stride_of_table_3_has_its_true_count() -> None:
@@ -201,7 +213,7 @@ def test_every_stride_of_table_3_has_its_true_count() -> None:
     for proc, patches in true.items():
         for choice, want in zip(choices([proc], [], "4,6,8,10,12,16", []), patches, strict=True):
             case = Case(model="ast", proc=proc, options=choice.options, batch=1)
-            grid = count(case, *SIZE).grid
+            grid = counted(case).grid
             assert grid is not None and math.prod(grid) == want
 
 
@@ -285,16 +297,19 @@ def test_no_night_is_long_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{TRAIN_CLIPS * 12 / quickest['hours']:,.0f}" in text
 
 
+def points(line: Any) -> dict[float, float]:
+    return dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
 def test_plot_shows_what_was_measured() -> None:
     found = made([], [], "4,8,10,16", 0.01)
     left, right = draw(found).axes
     a3 = [r for r in found["rows"] if r["proc"] == "A3" and r["ms"]]
     lines = {line.get_label(): line for line in left.get_lines()}
-    assert list(lines["A3, measured"].get_xdata()) == [4, 8, 10]
-    assert list(lines["A3, measured"].get_ydata()) == [r["hours_per_epoch"] for r in a3]
+    assert points(lines["A3, measured"]) == {r["fstride"]: r["hours_per_epoch"] for r in a3}
+    assert [r["fstride"] for r in a3] == [4, 8, 10], "16 is out of memory"
     printed = {s: p.hours_per_epoch for s, p in TABLE_3["A1"].items() if p.hours_per_epoch}
-    theirs = lines["A1, the paper on 4 V100s"]
-    assert dict(zip(theirs.get_xdata(), theirs.get_ydata(), strict=True)) == printed
+    assert points(lines["A1, the paper on 4 V100s"]) == printed
     names = {text.get_text() for text in right.texts}
     assert {"8x8", "10x10"} <= names
     assert len(draw(made(["A4"], [], None, 0.01)).axes) == 1

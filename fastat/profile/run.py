@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from fastat.compiling import keep_compiled
 from fastat.data.shards import PackedSet
 from fastat.features import FEATURES
+from fastat.launch import cache_folder
 from fastat.memory import largest_batch, memory_limit
 from fastat.profile.cases import Choice, default_batch
 from fastat.profile.device import matmul_flop_per_s
@@ -112,6 +114,8 @@ def profile(
         size = packed.clip_samples, len(packed.classes)
         cases = [make_case(choice, device, settings) for choice in choices]
         counted = [count(case, *size) for case in cases]  # finds options that are impossible
+        if cases[0].compile:
+            keep_compiled(cache_folder() / "compiled")
         fits = {}
         if settings.batch == "auto" or settings.largest:
             fits = largest_batches(cases, size, device, settings)
@@ -119,9 +123,9 @@ def profile(
             cases = [replace(case, batch=fits[of_memory(case)] or 1) for case in cases]
         ceiling = matmul_flop_per_s(device, settings.precision)
         measured: dict[tuple[Any, ...], Measured | None] = {}
-        steps = {case.step: case for case in cases}
+        steps = {case.step: case for case in reversed(cases)}  # the first of equal ones
         with progress("measuring", len(steps), "steps") as advance:
-            for key, case in steps.items():
+            for key, case in reversed(steps.items()):
                 try:
                     measured[key] = measure(case, device, packed, seconds=settings.seconds)
                 except OutOfMemory:
@@ -159,6 +163,8 @@ def look_inside(
         size = packed.clip_samples, len(packed.classes)
         case = make_case(choice, device, settings)
         count(case, *size)
+        if case.compile:
+            keep_compiled(cache_folder() / "compiled")
         if settings.batch == "auto":
             fits = largest_batches([case], size, device, settings)
             case = replace(case, batch=fits[of_memory(case)] or 1)
