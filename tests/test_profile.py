@@ -117,7 +117,7 @@ def test_the_command(tiny_sets: TinySets, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "args, words",
     [
-        (("--proc", "A5"), "--proc: unknown 'A5'; did you mean"),
+        (("--proc", "A5"), "--proc: unknown 'A5'; known: A1"),
         (("--model", "cnntrans"), "did you mean 'cnn_trans'?"),
         (("--data", "nowhere", "--model", "crnn"), "nowhere"),
         (("--model", "crnn", "--set", "model.embeding=64"), "did you mean 'embedding'?"),
