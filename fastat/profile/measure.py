@@ -33,6 +33,7 @@ from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
 from fastat.procedures import PROCEDURES, Procedure, model_options
 from fastat.profile.device import PowerMeter
+from fastat.readback import BEHIND
 from fastat.step import TrainingStep, why_not_captured
 
 SECONDS = {"cuda": 3.0, "cpu": 8.0}
@@ -157,7 +158,8 @@ def measure(
 
 @contextmanager
 def out_of_memory(device: torch.device) -> Iterator[None]:
-    """Makes OutOfMemory of what torch raises; gives the memory back either way."""
+    """Makes OutOfMemory of what torch raises; unused memory is given back before and after."""
+    give_back(device)
     full = None
     try:
         yield
@@ -168,12 +170,16 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
             raise
         full = str(error)
     finally:
-        # Here the error is over, whose frames held the tensors.
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(device)
     if full is not None:
         raise OutOfMemory(full)
+
+
+def give_back(device: torch.device) -> None:
+    """What nobody refers to any more; after an error, its frames do until it is handled."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
@@ -222,6 +228,11 @@ class Clock:
         if self.device.type == "cpu":
             return float(end - start) * 1e3
         return float(start.elapsed_time(end))
+
+    def wait_for(self, moment: Any) -> None:
+        """Until a moment is over, as on a CPU it is."""
+        if self.device.type == "cuda":
+            moment.synchronize()
 
     def wait(self) -> None:
         """Until the device has done everything asked of it."""
@@ -374,6 +385,8 @@ def _timed_steps(
                 marks.append(training.marks)
             next(steps)
             ends.append(clock.now())
+            if len(ends) > BEHIND:  # as the trainer: batches that the host has ready take memory
+                clock.wait_for(ends[-1 - BEHIND])
         clock.wait()
         training.marks = None
     durations = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]

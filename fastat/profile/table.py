@@ -35,7 +35,7 @@ TIMES: tuple[Column, ...] = (
 
 
 def print_tables(document: Document, *, strides: bool) -> None:
-    """On standard output: at most WIDTH columns wide."""
+    """On standard output, at most WIDTH columns wide."""
     console = _console()
     for line in heading(document):
         console.print(Text(line))
@@ -88,9 +88,8 @@ def print_times(console: Console, rows: list[Row], *, strides: bool) -> None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    return console
+    """A narrower terminal wraps the lines, which loses nothing."""
+    return Console(highlight=False, width=WIDTH)
 
 
 def heading(document: Document) -> list[str]:
