@@ -98,9 +98,13 @@ def heading(document: Document) -> list[str]:
     how = "compiled" if row["compiled"] else "eager"
     ceiling = document["ceiling_tflops"]
     bound = "" if ceiling is None else f"; a matrix product reaches {ceiling:.3g} TFLOP/s"
+    memory = "; memory: estimated" if document["device_type"] == "cpu" else ""
+    if any(row["out_of_memory"] for row in document["rows"]):
+        memory += "; full: the step did not fit"
     return [
         f"{document['device']}, torch {document['torch']}, {row['precision']}, {how}{bound}",
-        f"hours: of {document['clips']:,} clips an epoch, evaluation not counted; mAP: the paper's",
+        f"hours: of {document['clips']:,} clips an epoch, without evaluation; mAP: the paper's"
+        f"{memory}",
     ]
 
 
