@@ -117,7 +117,7 @@ def _on_fakes(case: Case, packed: PackedSet) -> list[ModuleMemory]:
     with torch.device("meta"):
         model = work.create()
     with FakeTensorMode(), LiveStorages() as live:
-        make_fake(model)
+        make_fake(model, cpu)
         params = list(model.parameters())
         adam, _ = create_adam(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu)
         for p in params:
