@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,14 @@ def test_memory_of_every_model(noise: PackedSet, name: str) -> None:
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert max(m.peak for m in found.values()) >= 3 * weights, "weights and both moments"
     assert any(m.kept and m.peak_backward for m in found.values())
+
+
+def test_checkpointing_keeps_less(noise: PackedSet) -> None:
+    plain, less = (
+        sum(m.kept for m in memory_by_module(case, CPU, noise))
+        for case in (TINY, replace(TINY, activation_checkpointing=True))
+    )
+    assert less < 0.6 * plain
 
 
 # ---------------------------------------------------------------------------- the device
