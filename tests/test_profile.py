@@ -35,7 +35,7 @@ KEYS = (
 
 def measured(step_ms: float, watts: float | None = 300.0) -> Measured:
     parts = {name: Spread(step_ms / 4, step_ms / 5, step_ms / 3) for name in MS}
-    step = Spread(step_ms, 0.9 * step_ms, 1.1 * step_ms)
+    step = Spread(step_ms, 0.95 * step_ms, 1.05 * step_ms)
     return Measured(parts | {"step": step}, 10, 3 << 30, watts)
 
 
@@ -287,6 +287,17 @@ def test_tables(strides: str | None, capsys: pytest.CaptureFixture[str]) -> None
     assert f"--proc {best[-1]['proc']} --model {best[-1]['model']}" in text
     if strides:
         assert "1,261" in text and "1,485" in text and "12.7" in text
+
+
+def test_unsteady_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    found = made(["A4"], ["crnn", "cnn_trans", "resnet50"], None, 1.0)
+    print_tables(found, strides=False)
+    assert "unsteady" not in capsys.readouterr().out
+    found["rows"][0]["ms"]["step"]["high"] *= 1.2
+    print_tables(found, strides=False)
+    assert (
+        f"unsteady (spread over 20 %): {found['rows'][0]['model']} A4:" in capsys.readouterr().out
+    )
 
 
 def test_no_night_is_long_enough(capsys: pytest.CaptureFixture[str]) -> None:

@@ -373,13 +373,12 @@ def _timed_steps(
     marks: list[list[Any]] = []
     with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
         for _ in range(WARM_UP[training.device.type]):
-            started = time.perf_counter()
             next(steps)
-            clock.wait()
+        clock.wait()
+        started = time.perf_counter()
         low, high = ROUNDS
-        rounds = max(low, min(high, int(seconds / (time.perf_counter() - started))))
         ends = [clock.now()]
-        for _ in range(rounds):
+        while len(ends) <= low or (len(ends) <= high and time.perf_counter() - started < seconds):
             if marked:
                 training.marks = []
                 marks.append(training.marks)

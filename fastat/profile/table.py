@@ -14,6 +14,7 @@ from fastat.profile.rows import MS, Document, Row, best_value
 
 WIDTH = 120
 TONIGHT_HOURS = 12.0
+UNSTEADY_PERCENT = 20
 Column = tuple[str, int]
 
 COST: tuple[Column, ...] = (
@@ -57,6 +58,12 @@ def print_tables(document: Document, *, strides: bool) -> None:
         console.print(table)
     print_times(console, rows, strides=strides)
     console.print()
+    unsteady = [row for row in rows if row["ms"] is not None and spread(row) > UNSTEADY_PERCENT]
+    if unsteady:
+        names = ", ".join(f"{row['model']} {row['proc']}" for row in unsteady)
+        console.print(
+            Text(f"unsteady (spread over {UNSTEADY_PERCENT} %): {names}: is the machine busy?")
+        )
     for line in advice(document, best):
         console.print(Text(line))
     if "memory" in document:
@@ -156,12 +163,11 @@ def stride_cells(row: Row, best: list[Row]) -> list[str]:
 def time_cells(row: Row) -> list[str]:
     """A line of the table of durations."""
     ms = row["ms"]
-    step = ms["step"]
     shares = (100 * row["gflop_parts"][part] / row["gflop"] for part in PARTS)
     return [
         str(row["batch"]),
         *(number(ms[name]["median"]) for name in MS),
-        number(100 * (step["high"] - step["low"]) / step["median"], 0),
+        number(spread(row), 0),
         *(f"{share:.0f}" if share else "" for share in shares),
     ]
 
@@ -169,6 +175,12 @@ def time_cells(row: Row) -> list[str]:
 def emphasis(row: Row, best: list[Row]) -> str:
     """The style of a line."""
     return "bold" if row in best else ""
+
+
+def spread(row: Row) -> float:
+    """From the lower to the upper quartile of a step's time, in % of the median."""
+    step = row["ms"]["step"]
+    return float(100 * (step["high"] - step["low"]) / step["median"])
 
 
 def map_cell(row: Row, best: list[Row]) -> str:
