@@ -83,12 +83,6 @@ class Workload:
         return model.to(memory_format=torch.channels_last)
 
 
-def memory_is_full(error: BaseException) -> bool:
-    """Whether an allocator raised ``error``, a GPU's or the host's, which has no class of its
-    own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def memory_limit(device: torch.device) -> int:
     """Bytes that a training on ``device`` may take, of what is free there now."""
     if device.type == "cuda":
