@@ -60,7 +60,9 @@ def print_tables(document: Document, *, strides: bool) -> None:
     console.print()
     unsteady = [row for row in rows if row["ms"] is not None and spread(row) > UNSTEADY_PERCENT]
     if unsteady:
-        names = ", ".join(f"{row['model']} {row['proc']}" for row in unsteady)
+        names = ", ".join(
+            f"{stride_of(row) if strides else row['model']} {row['proc']}" for row in unsteady
+        )
         console.print(
             Text(f"unsteady (spread over {UNSTEADY_PERCENT} %): {names}: is the machine busy?")
         )
