@@ -10,6 +10,7 @@ import typer
 from fastat.commands.data import demo, extract, pack
 from fastat.commands.paper import models, procs
 from fastat.commands.report import report
+from fastat.commands.profile import profile
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "models": models,
     "procs": procs,
     "report": report,
+    "profile": profile,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
