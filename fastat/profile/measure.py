@@ -9,7 +9,7 @@ that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import quantiles
 from typing import Any, cast
@@ -134,9 +134,16 @@ def measure(
         OutOfMemory: the step does not fit.
         UserError: the model's options are impossible.
     """
+    with out_of_memory(device):
+        return _measure(case, device, packed, seconds or SECONDS[device.type])
+
+
+@contextmanager
+def out_of_memory(device: torch.device) -> Iterator[None]:
+    """Makes OutOfMemory of what torch raises; gives the memory back either way."""
     full = None
     try:
-        return _measure(case, device, packed, seconds or SECONDS[device.type])
+        yield
     except torch.OutOfMemoryError as error:
         full = str(error)
     except RuntimeError as error:
@@ -144,10 +151,12 @@ def measure(
             raise
         full = str(error)
     finally:
+        # Here the error is over, whose frames held the tensors.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    raise OutOfMemory(full)
+    if full is not None:
+        raise OutOfMemory(full)
 
 
 def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
