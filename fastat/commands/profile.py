@@ -52,6 +52,18 @@ def profile(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="model.KEY=value, as for fastat train.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Rank what can be trained within a budget.")
+    ] = False,
+    budget_hours: Annotated[
+        float | None, typer.Option(help="--plan: hours that a training may take; default: any.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="--plan: memory it may take; default: what is free.")
+    ] = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="--plan: forget the steps measured earlier.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Measure what training costs on this machine, beside the paper's hours and mAP.
@@ -63,10 +75,21 @@ def profile(
     `fastat profile --strides 4,6,8,10,12,16 --plot table3.png` (Table 3)
 
     `fastat profile --proc A4 --model cnn_trans --model crnn --batch auto --json`
+
+    `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
     from fastat.config import PRECISIONS
     from fastat.profile.cases import check_output, choices, parse_batch
+    from fastat.profile.plan_choices import check_options, parse_limits, planned
 
+    check_options(
+        plan,
+        {"--budget-hours": budget_hours is not None, "--memory-gib": memory_gib is not None,
+         "--measure-again": measure_again},
+        {"--strides": strides, "--batch": batch, "--csv": csv, "--plot": plot, "--set": set_,
+         "--activation-checkpointing": activation_checkpointing},
+    )  # fmt: skip
+    budget = parse_limits(budget_hours, memory_gib)
     found = choices(proc or [], model or [], strides, set_ or [])
     size = parse_batch(batch)
     if precision not in PRECISIONS:
@@ -76,6 +99,8 @@ def profile(
     for option, path in (("--csv", csv), ("--plot", plot)):
         check_output(option, path)
 
+    if plan:
+        found = planned(found)
     from fastat.atomic import atomic_write_text
     from fastat.environment import default_device
     from fastat.profile.rows import as_csv
@@ -91,6 +116,13 @@ def profile(
         data=data,
         clips=clips,
     )
+    if plan:
+        from fastat.profile.plan import plan as make_plan
+        from fastat.profile.plan_table import print_plan
+
+        document = make_plan(found, default_device(), settings, budget, measure_again=measure_again)
+        print(json.dumps(document)) if json_ else print_plan(document)
+        return
     document = measure_all(found, default_device(), settings, strides=strides is not None)
     if csv is not None:
         atomic_write_text(csv, as_csv(document))

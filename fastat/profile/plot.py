@@ -35,7 +35,9 @@ def plot_profile(path: Path, document: Document) -> None:
 def draw(document: Document) -> Figure:
     """mAP against cost; to its left, of the AST at several strides, cost against stride."""
     rows = [row for row in document["rows"] if row["hours_per_epoch"] is not None]
-    squares = [row for row in rows if row["fstride"] is not None and row["fstride"] == row["tstride"]]
+    squares = [
+        row for row in rows if row["fstride"] is not None and row["fstride"] == row["tstride"]
+    ]
     strides = squares if len({row["fstride"] for row in squares}) > 2 else []
     figure = Figure(figsize=(11.0 if strides else 7.0, 5.2), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
