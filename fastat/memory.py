@@ -82,6 +82,12 @@ class Workload:
         return model.to(memory_format=torch.channels_last)
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an allocator raised ``error``, a GPU's or the host's, which has no class of its
+    own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def memory_limit(device: torch.device) -> int:
     """Bytes that a training on ``device`` may take, of what is free there now."""
     if device.type == "cuda":
@@ -207,7 +213,7 @@ def estimated_bytes(work: Workload, batch: int) -> int:
     with torch.device("meta"):
         model = work.create()
     with FakeTensorMode(), LiveStorages() as live:
-        _make_fake(model)
+        make_fake(model)
         params = list(model.parameters())
         optimizer, _ = create_adam(
             params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu
@@ -225,7 +231,7 @@ def estimated_bytes(work: Workload, batch: int) -> int:
     return fullest + samples * WAVEFORM_BYTES + LIBRARIES_BYTES
 
 
-def _make_fake(model: nn.Module) -> None:
+def make_fake(model: nn.Module) -> None:
     """Gives a model on "meta" parameters and buffers of the current fake mode, on the CPU."""
 
     def faked(x: Tensor) -> Tensor:

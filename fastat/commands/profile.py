@@ -1,6 +1,8 @@
 """The command ``fastat profile``."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +43,14 @@ def profile(
             "--activation-checkpointing", help="Compute activations again: less memory, slower."
         ),
     ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="That each case is timed, about; default: 8, on a GPU 3."),
+    ] = None,
+    largest_batch: Annotated[
+        bool,
+        typer.Option(help="Look for the largest batch that fits; on a GPU that takes a while."),
+    ] = True,
     data: Annotated[
         Path | None, typer.Option(help="Packed set to take steps from; default: noise.")
     ] = None,
@@ -49,6 +59,15 @@ def profile(
     plot: Annotated[
         Path | None, typer.Option(help="PNG: cost against stride, mAP against cost.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of one case: write torch's trace (Chrome's JSON); the ten dearest operators."
+        ),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Of one case: the peak of memory by module.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="model.KEY=value, as for fastat train.")
     ] = None,
@@ -76,6 +95,8 @@ def profile(
 
     `fastat profile --proc A4 --model cnn_trans --model crnn --batch auto --json`
 
+    `fastat profile --proc A3 --model ast --trace step.json --memory`
+
     `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
     from fastat.config import PRECISIONS
@@ -86,7 +107,8 @@ def profile(
         plan,
         {"--budget-hours": budget_hours is not None, "--memory-gib": memory_gib is not None,
          "--measure-again": measure_again},
-        {"--strides": strides, "--batch": batch, "--csv": csv, "--plot": plot, "--set": set_,
+        {"--strides": strides, "--batch": batch, "--csv": csv, "--plot": plot, "--trace": trace,
+         "--memory": memory, "--set": set_, "--seconds": seconds is not None,
          "--activation-checkpointing": activation_checkpointing},
     )  # fmt: skip
     budget = parse_limits(budget_hours, memory_gib)
@@ -96,15 +118,28 @@ def profile(
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
-    for option, path in (("--csv", csv), ("--plot", plot)):
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UserError(f"--seconds must be a positive number, got {seconds}")
+    outputs = {"--csv": csv, "--plot": plot, "--trace": trace}
+    for option, path in outputs.items():
         check_output(option, path)
+    for option in [name for name, given in (("--trace", trace), ("--memory", memory)) if given]:
+        if len(found) != 1:
+            raise UserError(
+                f"{option} looks into one case: one --proc, one --model (and one of --strides), "
+                f"got {len(found)}"
+            )
 
     if plan:
         found = planned(found)
+    if trace is not None:
+        # Before torch is imported: its profiler writes lines of its own on standard error.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastat.atomic import atomic_write_text
     from fastat.environment import default_device
     from fastat.profile.rows import as_csv
-    from fastat.profile.run import Settings
+    from fastat.profile.run import Settings, look_inside
     from fastat.profile.run import profile as measure_all
     from fastat.profile.table import print_tables
 
@@ -113,17 +148,22 @@ def profile(
         precision=precision,
         compile=compile_,
         activation_checkpointing=activation_checkpointing,
+        seconds=seconds,
+        largest=largest_batch,
         data=data,
         clips=clips,
     )
+    device = default_device()
     if plan:
         from fastat.profile.plan import plan as make_plan
         from fastat.profile.plan_table import print_plan
 
-        document = make_plan(found, default_device(), settings, budget, measure_again=measure_again)
+        document = make_plan(found, device, settings, budget, measure_again=measure_again)
         print(json.dumps(document)) if json_ else print_plan(document)
         return
-    document = measure_all(found, default_device(), settings, strides=strides is not None)
+    document = measure_all(found, device, settings, strides=strides is not None)
+    if trace is not None or memory:
+        document |= look_inside(found[0], device, settings, trace, memory)
     if csv is not None:
         atomic_write_text(csv, as_csv(document))
     if plot is not None:
@@ -132,5 +172,5 @@ def profile(
         plot_profile(plot, document)
     if json_:
         print(json.dumps(document))
-    else:
-        print_tables(document, strides=strides is not None)
+        return
+    print_tables(document, strides=strides is not None)

@@ -1,9 +1,9 @@
 """What a training step costs on a device, measured: its parts, the whole of it, memory, power.
 
 The step is the trainer's: rows of a packed set, read a step ahead; front end; model, loss, backward
-pass and Adam. On a GPU its parts are timed by events, in steps of their own that run eagerly
-launched, one part after the other; the whole is the time from one step's end to the next, with all
-that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
+pass and Adam. On a GPU its parts are timed by events, in steps of their own whose kernels are
+launched one by one; the whole is the time from one step's end to the next, as a CUDA graph and with
+all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
 """
 
 import gc
@@ -17,29 +17,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastat.data.loader import Batch, PackedSource
+from fastat.data.loader import Batch, PackedSource, with_features
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.environment import autocast
+from fastat.distributed import ALONE
 from fastat.errors import Failure
 from fastat.features import FEATURES
 from fastat.finetune import parameter_groups, train_mode
 from fastat.frontend import Frontend
+from fastat.host import free_memory
+from fastat.memory import Workload, step_bytes
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.nonfinite import BufferGuard
-from fastat.optim import create_adam, train_step
+from fastat.optim import create_adam
 from fastat.procedures import PROCEDURES, Procedure, model_options
 from fastat.profile.device import PowerMeter
+from fastat.step import TrainingStep, why_not_captured
 
-SECONDS = {"cuda": 3.0, "cpu": 10.0}
+SECONDS = {"cuda": 3.0, "cpu": 8.0}
 """How long steps are timed, about."""
 
 ROUNDS = (2, 200)
 """Steps that are timed, at least and at most: two of half a minute each say enough."""
 
 WARM_UP = {"cuda": 5, "cpu": 1}
-"""Steps before; the first ones compile, choose algorithms and take memory."""
+"""Steps before; the first ones compile, choose algorithms, take memory, and capture a graph."""
 
 DATA_ROUNDS = 10
 PARTS = ("frontend", "forward", "backward", "optimizer")
@@ -81,6 +84,20 @@ class Case:
         feature = self.procedure.feature
         return self.model, feature, options, self.batch, self.precision, self.compile
 
+    def workload(self, clip_samples: int, num_classes: int) -> Workload:
+        """What the step's memory depends on."""
+        feature = FEATURES[self.procedure.feature]
+        return Workload(
+            model=self.model,
+            num_mels=feature.num_mels,
+            num_frames=feature.num_frames(clip_samples),
+            num_classes=num_classes,
+            options=self.model_options,
+            precision=self.precision,
+            compile=self.compile,
+            clip_samples=clip_samples,
+        )
+
     def create(self, clip_samples: int, num_classes: int) -> TaggingModel:
         """The model, with fresh weights. Raises UserError where its options are impossible."""
         feature = FEATURES[self.procedure.feature]
@@ -119,8 +136,8 @@ class Measured:
     the look for what is not finite), optimizer, and step: end to end."""
     rounds: int
     """Steps timed."""
-    peak_bytes: int | None
-    """The allocator's peak; None on a CPU, which has none."""
+    peak_bytes: int
+    """The allocator's peak; on a CPU, which has none, ``memory.step_bytes``' estimate."""
     watts: float | None
     """Drawn while steps ran; None where the driver tells none."""
 
@@ -162,6 +179,13 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
 def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
     if case.compile:
         torch._dynamo.reset()  # or a shape after another would be compiled for any shape
+    peak = 0
+    if device.type == "cpu":
+        peak = step_bytes(
+            case.workload(packed.clip_samples, len(packed.classes)), case.batch, device
+        )
+        if peak > free_memory():  # the kernel would end this process, or others
+            raise torch.OutOfMemoryError(f"a step takes {peak / 2**30:.1f} GiB")
     torch.manual_seed(0)
     training = Training(case, device, packed)
     clock = Clock(device)
@@ -171,11 +195,10 @@ def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float
         torch.cuda.reset_peak_memory_stats(device)
         with PowerMeter(device) as power:
             steps, _ = _timed_steps(training, clock, seconds, marked=False)
-        peak: int | None = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         with PowerMeter(device) as power:
             steps, parts = _timed_steps(training, clock, seconds, marked=True)
-        peak = None
     ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(steps)}
     return Measured(ms, len(steps), peak, power.watts)
 
@@ -233,10 +256,14 @@ class Training:
             device=device,
         )
         self.guard = BufferGuard(raw)
+        self.why_not_captured = why_not_captured(
+            device, ALONE, checkpointing=case.activation_checkpointing
+        )
         self.marks: list[Any] | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self.mark())
         self.model.mark = self.mark
         self.clock = Clock(device)
+        self.one_by_one = self.taker(graph=False)
         self.sampler = Sampler(
             max(packed.num_clips, 4 * case.batch),
             case.batch,
@@ -267,22 +294,39 @@ class Training:
             yield replace(plan, rows=plan.rows % clips, partners=plan.partners % clips)
             i += 1
 
-    def step(self, batch: Batch) -> Tensor:
-        """One step; the loss."""
-        features = batch.features(self.frontend)
-        self.mark()
-        self.guard.remember()
-        loss, _, found_inf = train_step(
+    def taker(self, *, graph: bool) -> TrainingStep:
+        """What takes steps; ``graph``: captured, where that is possible."""
+        return TrainingStep(
             self.model,
             self.params,
             self.optimizer,
-            features,
-            batch.target,
-            autocast(self.device, self.case.precision),
+            precision=self.case.precision,
+            device=self.device,
+            guard=self.guard,
+            graph=graph and self.why_not_captured is None,
         )
-        self.guard.undo_if(found_inf)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step, one part after the other, not captured; the loss."""
+        features = batch.features(self.frontend)
         self.mark()
-        return loss
+        taken = self.one_by_one(features, batch.target, self.case.procedure.lr)
+        self.mark()
+        return taken.loss
+
+    def steps(self, *, overlapped: bool) -> Iterator[None]:
+        """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
+        with closing(cast(Any, self.batches())) as batches:
+            if overlapped:
+                take = self.taker(graph=True)
+                for batch, features, _ in with_features(batches, self.frontend, self.device):
+                    take(features, batch.target, self.case.procedure.lr)
+                    yield
+            while True:
+                batch = next(batches)
+                self.mark()
+                self.step(batch)
+                yield
 
 
 class Marked(nn.Module):
@@ -316,26 +360,25 @@ def _timed_steps(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Durations in ms: of steps from end to end, and of their parts."""
     marks: list[list[Any]] = []
-    with closing(cast(Any, training.batches())) as batches:
+    with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
         for _ in range(WARM_UP[training.device.type]):
             started = time.perf_counter()
-            training.step(next(batches))
+            next(steps)
             clock.wait()
         low, high = ROUNDS
         rounds = max(low, min(high, int(seconds / (time.perf_counter() - started))))
         ends = [clock.now()]
         for _ in range(rounds):
-            batch = next(batches)
-            training.marks = [clock.now()] if marked else None
-            training.step(batch)
-            ends.append(clock.now())
-            if training.marks is not None:
+            if marked:
+                training.marks = []
                 marks.append(training.marks)
+            next(steps)
+            ends.append(clock.now())
         clock.wait()
         training.marks = None
-    steps = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    durations = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
     parts: dict[str, list[float]] = {name: [] for name in PARTS}
     for moments in marks:
         for name, a, b in zip(PARTS, moments[:-1], moments[1:], strict=True):
             parts[name].append(clock.ms(a, b))
-    return steps, parts
+    return durations, parts

@@ -75,7 +75,6 @@ class Setup:
         return {
             "numerics": env["numerics"],
             "versions": env["versions"],
-            "commit": env["commit"],
             "precision": self.precision,
             "compile": self.compile,
             "clip_samples": self.clip_samples,

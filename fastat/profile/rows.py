@@ -77,7 +77,6 @@ def make_row(
     stride_row: bool,
     clips: int = TRAIN_CLIPS,
     ceiling: float | None = None,
-    peak_bytes: int | None = None,
     largest_batch: int | None = None,
 ) -> Row:
     """One row of the document.
@@ -87,7 +86,6 @@ def make_row(
         stride_row: of Table 3, whose mAP then stands beside it; else Table 2's.
         clips: of an epoch.
         ceiling: FLOP/s of a matrix product in the row's precision.
-        peak_bytes: of the step where it was not measured.
     """
     procedure = case.procedure
     options = case.model_options
@@ -136,10 +134,8 @@ def make_row(
     clips_per_s = case.batch / measured.ms["step"].median * 1e3
     flop_per_s = PASSES * counted.gflop * 1e9 * clips_per_s
     hours = clips / clips_per_s / 3600 * procedure.epochs
-    if measured.peak_bytes is not None:
-        peak_bytes = measured.peak_bytes
     return row | {
-        "peak_memory_gib": None if peak_bytes is None else peak_bytes / 2**30,
+        "peak_memory_gib": measured.peak_bytes / 2**30,
         "ms": {name: asdict(measured.ms[name]) for name in MS},
         "clips_per_s": clips_per_s,
         "tflops": flop_per_s / 1e12,

@@ -36,8 +36,7 @@ TIMES: tuple[Column, ...] = (
 
 def print_tables(document: Document, *, strides: bool) -> None:
     """On standard output: at most WIDTH columns wide."""
-    console = Console(highlight=False)
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    console = _console()
     for line in heading(document):
         console.print(Text(line))
     rows = document["rows"]
@@ -60,6 +59,12 @@ def print_tables(document: Document, *, strides: bool) -> None:
     console.print()
     for line in advice(document, best):
         console.print(Text(line))
+    if "memory" in document:
+        console.print()
+        print_memory(console, document["memory"])
+    if "trace" in document:
+        console.print()
+        print_trace(console, document["trace"])
 
 
 def print_times(console: Console, rows: list[Row], *, strides: bool) -> None:
@@ -80,6 +85,12 @@ def print_times(console: Console, rows: list[Row], *, strides: bool) -> None:
         name = stride_of(same[0]) if strides else same[0]["model"]
         table.add_row(f"{name} {procs}", *time_cells(same[0]))
     console.print(table)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    return console
 
 
 def heading(document: Document) -> list[str]:
@@ -162,6 +173,47 @@ def map_cell(row: Row, best: list[Row]) -> str:
     if row["paper_map"] is None:
         return "-  "
     return f"{row['paper_map']:.3f} {'*' if row in best else ' '}"
+
+
+def print_trace(console: Console, found: dict[str, Any]) -> None:
+    """The dearest operators of a trace; ``found``: as in the document."""
+    operators = found["operators"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("operator", no_wrap=True, min_width=40, max_width=64)
+    for head in ("calls\na step", "ms\na step", "% of\nall", "MB\na step", "GB/s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for o in operators:
+        table.add_row(
+            o["name"], number(o["calls"], 0), number(o["ms"]), number(100 * o["share"], 1),
+            number(o["bytes"] / 1e6), number(o["bytes"] / o["ms"] / 1e6 if o["ms"] else None),
+        )  # fmt: skip
+    console.print(Text(f"The {len(operators)} most expensive operators of a step", style="bold"))
+    console.print(table)
+    console.print(
+        Text(
+            "bytes: estimated from the shapes of its inputs and from what it allocates\n"
+            f"trace: {found['file']}, for chrome://tracing or ui.perfetto.dev"
+        )
+    )
+
+
+def print_memory(console: Console, found: dict[str, Any]) -> None:
+    """Peaks by module; ``found``: as in the document, in bytes."""
+    modules = found["modules"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("module", no_wrap=True, min_width=24)
+    for head in ("peak GiB\nforward", "peak GiB\nbackward", "MiB kept\nfor backward"):
+        table.add_column(head, justify="right", no_wrap=True)
+    highest = max(m["peak"] for m in modules)
+    for m in modules:
+        style = "bold" if m["peak"] == highest else ""
+        forward, backward = m["peak_forward"] / 2**30, m["peak_backward"] / 2**30
+        cells = (number(forward), number(backward or None), number(m["kept"] / 2**20))
+        table.add_row(m["name"], *cells, style=style)
+    how = "estimated from a step on fake tensors" if found["estimated"] else "by the allocator"
+    console.print(Text(f"What is taken in all while a module works, {how}", style="bold"))
+    console.print(table)
+    console.print(Text(f"peak: {highest / 2**30:.2f} GiB, in bold"))
 
 
 def number(x: Any, decimals: int | None = None) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity
 
 from fastat.atomic import atomic_path
@@ -26,8 +25,8 @@ ITEM_BYTES = {
 """By the trace's name of a dtype."""
 
 BYTES_A_PARAMETER = {"aten::_fused_adam_": 28, "aten::_foreach_norm": 4}
-"""Of operators on lists of all parameters, which the trace leaves out where they are long. Adam reads
-weights, gradients and both moments, and writes all but the gradients."""
+"""Of operators on lists of all parameters, which the trace leaves out where they are long. Adam
+reads weights, gradients and both moments, and writes all but the gradients."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def operators(averages: Any, read: dict[str, float], *, on_cpu: bool) -> list[Op
             operators that launched them.
         read: ``input_bytes``.
     """
-    rows = [row for row in averages if row.device_type == DeviceType.CPU]
+    rows = [row for row in averages if row.device_type.name == "CPU"]
     ms = {
         row.key: (row.self_cpu_time_total if on_cpu else row.self_device_time_total) / 1e3
         for row in rows
