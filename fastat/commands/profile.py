@@ -108,7 +108,7 @@ def profile(
         {"--budget-hours": budget_hours is not None, "--memory-gib": memory_gib is not None,
          "--measure-again": measure_again},
         {"--strides": strides, "--batch": batch, "--csv": csv, "--plot": plot, "--trace": trace,
-         "--memory": memory, "--set": set_, "--seconds": seconds is not None,
+         "--memory": memory, "--set": set_,
          "--activation-checkpointing": activation_checkpointing},
     )  # fmt: skip
     budget = parse_limits(budget_hours, memory_gib)

@@ -251,11 +251,17 @@ def plan(
         given=memory is not None,
     )
     cases = cases_to_measure({(c.model, c.procedure.feature) for c in choices}, setup)
-    known = points(
-        cases, setup, cache_folder() / "plan", lambda stack: opened(settings.data, stack),
-        again=measure_again, note=lambda text: print(text, file=sys.stderr, flush=True),
-    )  # fmt: skip
     works = Works(*sizes)
+    known = points(
+        cases,
+        setup,
+        works,
+        cache_folder() / "plan",
+        lambda stack: opened(settings.data, stack),
+        seconds=settings.seconds,
+        again=measure_again,
+        note=lambda text: print(text, file=sys.stderr, flush=True),
+    )
     seconds = Points.fitted(known.seconds, setup, works)
     taken = Points.fitted(known.bytes, setup, works)
     predict = Predictor(

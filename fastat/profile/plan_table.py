@@ -136,8 +136,8 @@ def trust(document: dict[str, Any]) -> list[str]:
         )
         if error["worst"] > error["bar"]:
             lines.append(
-                f"    the worst is over {error['bar']:.0%}: leave room where {what} are "
-                "close to the limit, or --measure-again on a quiet machine"
+                f"    the worst is over {error['bar']:.0%}: leave room below the limit, or try "
+                "--measure-again on a quiet machine"
             )
     return lines
 
