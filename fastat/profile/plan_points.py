@@ -128,7 +128,8 @@ class Works:
 
 @dataclass(frozen=True)
 class Known:
-    """A measured step. ``value``: seconds, or bytes."""
+    """A measured step. ``value``: bytes, or seconds: the lower quartile, as whatever disturbs a step
+    adds to it."""
 
     model: str
     proc: str
@@ -239,7 +240,7 @@ class _Kept:
         return any((k.model, k.proc, k.options, k.asked) == asked for k in self.seconds)
 
     def quicker(self, known: Known, seconds: float) -> None:
-        """Another measurement of a step; the lesser counts, as whatever disturbs one adds to it."""
+        """Another measurement of a step; the lesser counts."""
         i = self.seconds.index(known)
         self.seconds[i] = replace(known, value=min(known.value, seconds))
         self._write()
@@ -280,7 +281,7 @@ def _measure(
         memory = [(batch, found.peak_bytes)]
     else:
         memory = _estimated(case, setup, kept)
-    kept.add(case, batch, found.ms["step"].median / 1e3, memory)
+    kept.add(case, batch, found.ms["step"].low / 1e3, memory)
 
 
 def _too_slow(kept: _Kept, setup: Setup, works: Works) -> list[Known]:
@@ -298,7 +299,7 @@ def _measure_again(
     case = setup.case(known.model, known.proc, known.options, known.batch)
     seconds = SECONDS[setup.device.type] if seconds is None else seconds
     found = measure(case, setup.device, packed, seconds=seconds)
-    kept.quicker(known, found.ms["step"].median / 1e3)
+    kept.quicker(known, found.ms["step"].low / 1e3)
 
 
 def _estimated(case: Case, setup: Setup, kept: _Kept) -> list[tuple[int, int]]:
