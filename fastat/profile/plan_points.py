@@ -128,8 +128,8 @@ class Works:
 
 @dataclass(frozen=True)
 class Known:
-    """A measured step. ``value``: bytes, or seconds: the lower quartile, as whatever disturbs a step
-    adds to it."""
+    """A measured step. ``value``: bytes, or seconds: the lower quartile, since what disturbs a step
+    makes it longer."""
 
     model: str
     proc: str
