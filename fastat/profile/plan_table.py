@@ -130,9 +130,8 @@ def trust(document: dict[str, Any]) -> list[str]:
             continue
         point = error["worst_point"]
         lines.append(
-            f"{what}: from {error['points']} steps; each left out in turn and predicted from the "
-            f"others: error {error['median']:.1%} (median), {error['worst']:.1%} (worst: "
-            f"{point_title(point)})"
+            f"{what}: error at each of {error['points']} steps, predicted from the others: median "
+            f"{error['median']:.1%}, worst {error['worst']:.1%} ({point_title(point)})"
         )
         if error["worst"] > error["bar"]:
             lines.append(
