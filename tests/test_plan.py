@@ -39,8 +39,9 @@ from fastat.profile.plan import (
 )
 from fastat.profile.plan_choices import parse_limits, planned
 from fastat.profile.plan_points import Known, Setup, Works, cases_to_measure, points
-from fastat.profile.plan_table import WIDTH, print_plan
+from fastat.profile.plan_table import print_plan
 from fastat.profile.run import Settings
+from fastat.profile.table import WIDTH
 from tests.conftest import QUIET, TinySets, fastat, one_line
 
 CPU = torch.device("cpu")
