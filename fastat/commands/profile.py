@@ -71,6 +71,18 @@ def profile(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="model.KEY=value, as for fastat train.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Rank what can be trained within a budget.")
+    ] = False,
+    budget_hours: Annotated[
+        float | None, typer.Option(help="--plan: hours that a training may take; default: any.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="--plan: memory it may take; default: what is free.")
+    ] = None,
+    measure_again: Annotated[
+        bool, typer.Option("--measure-again", help="--plan: forget the steps measured earlier.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Measure what training costs on this machine, beside the paper's hours and mAP.
@@ -84,10 +96,22 @@ def profile(
     `fastat profile --proc A4 --model cnn_trans --model crnn --batch auto --json`
 
     `fastat profile --proc A3 --model ast --trace step.json --memory`
+
+    `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
     from fastat.config import PRECISIONS
     from fastat.profile.cases import check_output, choices, parse_batch
+    from fastat.profile.plan_choices import check_options, parse_limits, planned
 
+    check_options(
+        plan,
+        {"--budget-hours": budget_hours is not None, "--memory-gib": memory_gib is not None,
+         "--measure-again": measure_again},
+        {"--strides": strides, "--batch": batch, "--csv": csv, "--plot": plot, "--trace": trace,
+         "--memory": memory, "--set": set_,
+         "--activation-checkpointing": activation_checkpointing},
+    )  # fmt: skip
+    budget = parse_limits(budget_hours, memory_gib)
     found = choices(proc or [], model or [], strides, set_ or [])
     size = parse_batch(batch)
     if precision not in PRECISIONS:
@@ -106,6 +130,8 @@ def profile(
                 f"got {len(found)}"
             )
 
+    if plan:
+        found = planned(found)
     if trace is not None:
         # Before torch is imported: its profiler writes lines of its own on standard error.
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
@@ -128,6 +154,13 @@ def profile(
         clips=clips,
     )
     device = default_device()
+    if plan:
+        from fastat.profile.plan import plan as make_plan
+        from fastat.profile.plan_table import print_plan
+
+        document = make_plan(found, device, settings, budget, measure_again=measure_again)
+        print(json.dumps(document)) if json_ else print_plan(document)
+        return
     document = measure_all(found, device, settings, strides=strides is not None)
     if trace is not None or memory:
         document |= look_inside(found[0], device, settings, trace, memory)
