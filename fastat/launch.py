@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastat.compiling import keep_compiled
 from fastat.config import TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
 from fastat.features import CLIP_SAMPLES, FEATURES
@@ -44,6 +45,7 @@ def run_training(
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
+    keep_compiled(cache_folder() / "compiled")
     make = partial(configure, proc, model, overrides, out, resume=resume)
     try:
         with leaving_at_once():

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import deque
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +22,20 @@ from fastat.checkpoint import (
     step_name,
 )
 from fastat.checkpoint_writer import Due
+from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
-from fastat.data.loader import PackedSource, timed
+from fastat.data.loader import PackedSource, with_features
 from fastat.display import Display, Status
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
-from fastat.environment import autocast, default_device, device_name, peak_memory_gib
+from fastat.environment import default_device, device_name, peak_memory_gib
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate
 from fastat.finetune import freeze, parameter_groups, train_mode
+from fastat.memory import memory_is_full
 from fastat.metrics import TaggingMetrics, finite
 from fastat.models.sync_batchnorm import synchronise_batchnorm
-from fastat.optim import create_adam, train_step
+from fastat.optim import create_adam
+from fastat.readback import Reading, Readings
 from fastat.run_folder import (
     Progress,
     RunLock,
@@ -41,12 +43,14 @@ from fastat.run_folder import (
     drop_metrics,
     open_run_folder,
     random_state,
+    restore_random_state,
     restore_trainer_state,
     trainer_state,
 )
 from fastat.run_records import RunRecords
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
+from fastat.step import Taken, TrainingStep, why_not_captured
 from fastat.training_data import open_data
 from fastat_kernels.backend import chosen_kernels, set_kernels
 from fastat_kernels.choice import parse_kernels
@@ -73,12 +77,11 @@ def train(
         try:
             trainer = Trainer(config, run, notes, display, resume=resume, ranks=ranks)
             return trainer.run_epochs()
-        except torch.OutOfMemoryError as error:
-            raise Failure(f"the GPU's memory is full: {LESS_MEMORY} ({error})") from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):
+            if not memory_is_full(error):
                 raise
-            raise Failure(f"memory is full: {LESS_MEMORY} ({error})") from error
+            whose = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            raise Failure(f"{whose} is full: {LESS_MEMORY} ({error})") from error
 
 
 class Trainer:
@@ -146,10 +149,11 @@ class Trainer:
         seed_rank(config.seed, ranks)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
-        self.pending: deque[tuple[int, Tensor]] = deque()
+        self.readings = Readings(self.device)
+        self.step = self._training_step()
+        self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
-        self.guard = nonfinite.BufferGuard(self.raw_model)
         source = self.data.source
         if self.ranks.size > 1:  # which gives this rank its part of a step alone
             source = PackedSource(
@@ -235,6 +239,8 @@ class Trainer:
             if self.ranks.first:
                 stack.enter_context(self.lock)
             stack.enter_context(self.stop)
+            if self.compiling is not None:
+                stack.enter_context(self.compiling)
             self.ranks.from_first(lambda: self._open_records(stack))
             if not self._unfinished():
                 self.display.note(
@@ -261,6 +267,7 @@ class Trainer:
                     self.records.bad_clips(self.data.train_set, bad)
                 self.progress.unscored = True
                 evaluation = self._evaluate()
+                self._note_compiling()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
                 signum = self._signalled()
@@ -293,7 +300,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, from the run's current step."""
-        c, p = self.config, self.progress
+        p = self.progress
         first = epoch * self.sampler.steps_per_epoch
         end = min(first + self.sampler.steps_per_epoch, self.last_step)
         train_mode(self.model)
@@ -301,38 +308,87 @@ class Trainer:
         plans = (
             self.data.own_part(self.sampler.plan(epoch, step - first), self.ranks) for step in steps
         )
-        batches = timed(self.data.source.batches(plans))
-        for step, (batch, waited) in zip(steps, batches, strict=True):
-            started = time.perf_counter()
-            features = batch.features(self.frontend)
+        batches = with_features(self.data.source.batches(plans), self.frontend, self.device)
+        clock = self._clock()
+        for step, (batch, features, waited) in zip(steps, batches, strict=True):
             lr = self._lr(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            self.guard.remember()
-            loss, norm, found_inf = train_step(
-                self.model,
-                self.params,
-                self.optimizer,
-                features,
-                batch.target,
-                autocast(self.device, c.precision),
-                c.accumulate,
-                self.ranks,
-            )
-            self.guard.undo_if(found_inf)
-            p.loss_sum += torch.where(found_inf > 0, torch.zeros_like(loss), loss)
-            self.pending.append((step, found_inf))
+            taken = self._take(features, batch.target, lr)
+            zero = torch.zeros_like(taken.loss)
+            p.loss_sum += torch.where(taken.found_inf > 0, zero, taken.loss)
+            self.readings.put(step, lr, taken, p.loss_sum)
             p.step = step + 1
-            self._look_for_nonfinite()
+            seen = self._look_for_nonfinite()
 
             p.wait_seconds += waited
-            p.train_seconds += waited + time.perf_counter() - started
-            if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
-                self._report(epoch, loss, norm, lr)
+            p.train_seconds += self._clock() - clock
+            self._note_compiling()
+            if seen is not None and (self.device.type == "cpu" or seen.step % 50 == 49):
+                self._report(epoch, seen)
             if p.step < end:
                 self._save_in_mid_epoch()
+            clock = self._clock()
         p.step = end  # the last steps may be left out
         self._look_for_nonfinite(wait=True)
+        p.train_seconds += self._clock() - clock
+
+    def _clock(self) -> float:
+        """Seconds, of which those that torch spends compiling are none."""
+        return time.perf_counter() - (self.compiling.seconds if self.compiling else 0.0)
+
+    def _note_compiling(self) -> None:
+        if self.compiling is not None and (note := self.compiling.note()):
+            self.display.note(note)
+
+    def _take(self, features: Tensor, target: Tensor, lr: float) -> Taken:
+        """One step. Where the memory does not even hold the first of a run, activations are
+        computed again from then on."""
+        if self.progress.step or self.raw_model.checkpointing or self.ranks.size > 1:
+            return self.step(features, target, lr)
+        before = random_state(self.device)
+        try:
+            return self.step(features, target, lr)
+        except RuntimeError as error:
+            if not memory_is_full(error):
+                raise
+        # Out of the except block, whose traceback holds the step's tensors.
+        self.step.take_back()
+        self.optimizer.state.clear()
+        restore_random_state(before, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._checkpoint_activations()
+        return self.step(features, target, lr)
+
+    def _checkpoint_activations(self) -> None:
+        options = self.config.model_options | {"activation_checkpointing": True}
+        self.config = replace(self.config, model_options=options)
+        self.config.save(self.run / "config.json")
+        self.meta = replace(self.meta, options=options)
+        self.recorder = replace(self.recorder, meta=self.meta)
+        self.raw_model.checkpointing = True
+        self.step = self._training_step()
+        self.display.note(
+            f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
+            f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
+        )
+
+    def _training_step(self) -> TrainingStep:
+        """The step as the device can take it; notes why it is not captured, if not."""
+        c = self.config
+        why = why_not_captured(self.device, self.ranks, checkpointing=self.raw_model.checkpointing)
+        if why is not None and c.cuda_graphs and self.device.type == "cuda":
+            self.notes.append(f"no CUDA graph of the step: {why}")
+        return TrainingStep(
+            self.model,
+            self.params,
+            self.optimizer,
+            precision=c.precision,
+            device=self.device,
+            guard=nonfinite.BufferGuard(self.raw_model),
+            accumulate=c.accumulate,
+            ranks=self.ranks,
+            graph=c.cuda_graphs and why is None,
+        )
 
     def _lr(self, step: int) -> float:
         """The learning rate of the head; layers below may have less of it."""
@@ -344,13 +400,17 @@ class Trainer:
             epochs=self.config.epochs,
         )
 
-    def _look_for_nonfinite(self, *, wait: bool = False) -> None:
-        """Reads the flags of steps surely over: a step back on a GPU, at once on a CPU."""
-        keep = 1 if self.device.type == "cuda" and not wait else 0
-        while len(self.pending) > keep:
-            step, flag = self.pending.popleft()
-            if flag.item():
-                self._leave_out(step)
+    def _look_for_nonfinite(self, *, wait: bool = False) -> Reading | None:
+        """Reads the flags of steps surely over: two steps back on a GPU, at once on a CPU.
+
+        Returns:
+            the last of those steps, if any.
+        """
+        seen = None
+        for seen in self.readings.due(wait=wait):
+            if seen.found_inf:
+                self._leave_out(seen.step)
+        return seen
 
     def _leave_out(self, step: int) -> None:
         """What ``on_nan`` says of a step that is not finite."""
@@ -375,7 +435,7 @@ class Trainer:
     def _roll_back(self) -> None:
         """To the newest whole checkpoint; what is left out stays so."""
         left_out = self.progress.left_out
-        self.pending.clear()
+        self.readings.clear()
         self._heed_writer(wait=True)
         for note in self._restore():
             self.display.note(note)
@@ -384,24 +444,25 @@ class Trainer:
         if self.ranks.first:
             self.records.curves.purge(self.progress.step)
 
-    def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+    def _report(self, epoch: int, seen: Reading) -> None:
         if not self.ranks.first:
             return
         p, c = self.progress, self.config
-        done = p.taken(epoch * self.sampler.steps_per_epoch) or 1
+        first = epoch * self.sampler.steps_per_epoch
+        done = p.taken(first) or 1
         rate = done * c.batch / p.train_seconds
         curves = self.records.curves
-        curves.add_scalar("train/loss", loss.item(), p.step)
-        curves.add_scalar("train/grad_norm", norm.item(), p.step)
-        curves.add_scalar("train/lr", lr, p.step)
+        curves.add_scalar("train/loss", seen.loss, seen.step + 1)
+        curves.add_scalar("train/grad_norm", seen.norm, seen.step + 1)
+        curves.add_scalar("train/lr", seen.lr, seen.step + 1)
         self.display.status(
             Status(
                 epoch=epoch + 1,
                 epochs=c.epochs,
                 step=p.step,
                 total_steps=self.last_step,
-                loss=p.loss_sum.item() / done,
-                lr=lr,
+                loss=seen.loss_sum / (p.taken(first, seen.step + 1) or 1),
+                lr=seen.lr,
                 clips_per_s=rate,
                 data_wait=p.wait_seconds / p.train_seconds,
                 seconds_left=(self.last_step - p.step) * c.batch / rate,
@@ -452,6 +513,8 @@ class Trainer:
             "epoch_s": p.train_seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
+        if self.compiling is not None:
+            line["compile_s"] = self.compiling.of_epoch()
         best = False
         text = f"epoch {epoch + 1}/{c.epochs}  train loss {line['train_loss']:.4f}"
         if evaluation is not None:
@@ -555,6 +618,7 @@ class Trainer:
         self.progress, notes = restore_trainer_state(
             newest.trainer, self.optimizer, self.device, self.ranks
         )
+        self.step.forget()  # the optimizer has other tensors now
         if lost is not None:
             self.progress.best_map, self.progress.best_step = -math.inf, None
             notes.append(lost)

@@ -1,0 +1,74 @@
+"""Training steps taken to see what they take: ``python -m fastat.memory_trial``, on CUDA.
+
+Reads what ``fastat.memory`` asks as JSON from standard input; the last line of standard output is
+the answer: bytes or clips, or null where it does not fit. The allocator is told to give no more
+than the limit, so that a batch that fits does so with what lies torn between its tensors.
+"""
+
+import gc
+import json
+import sys
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastat.environment import autocast
+from fastat.memory import Workload, search
+from fastat.optim import create_adam, train_step
+from fastat_kernels.backend import set_kernels
+from fastat_kernels.choice import parse_kernels
+
+STEPS = 3
+"""The first makes Adam's moments, and the second is the first with all of them there."""
+
+
+def measure(work: Workload, batch: int, device: torch.device) -> int | None:
+    """Peak bytes that the allocator holds over some steps at ``batch``; None: it does not fit."""
+    torch._dynamo.reset()  # or a second batch would be compiled for any size
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        _steps(work, batch, device)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_reserved(device)
+
+
+def _steps(work: Workload, batch: int, device: torch.device) -> None:
+    with device:
+        model = work.create()
+        rows = round(batch * 1.5)
+        waveforms = torch.zeros((3, rows, work.clip_samples), dtype=torch.int16)
+        features = torch.randn(batch, work.num_frames, work.num_mels)
+        target = torch.zeros(batch, work.num_classes)
+    params = list(model.parameters())
+    optimizer, _ = create_adam(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, device=device)
+    stepped = cast(nn.Module, torch.compile(model)) if work.compile else model
+    for _ in range(STEPS):
+        train_step(stepped, params, optimizer, features, target, autocast(device, work.precision))
+    del waveforms
+
+
+def answer(asked: dict[str, Any]) -> int | None:
+    """Bytes of one batch, or the largest batch under a limit."""
+    work, device = Workload(**asked["work"]), torch.device(asked["device"])
+    torch.cuda.set_device(device)
+    set_kernels(parse_kernels(work.kernels))
+    if "batch" in asked:
+        return measure(work, asked["batch"], device)
+    limit = asked["limit"]
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    return search(
+        lambda batch: measure(work, batch, device),
+        limit,
+        multiple=asked["multiple"],
+        at_most=asked["at_most"],
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.load(sys.stdin))))
