@@ -9,6 +9,7 @@ import typer
 
 from fastat.commands.data import demo, extract, pack
 from fastat.commands.paper import models, procs
+from fastat.commands.profile import profile
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "convert": convert,
     "models": models,
     "procs": procs,
+    "profile": profile,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -213,7 +213,7 @@ def estimated_bytes(work: Workload, batch: int) -> int:
     with torch.device("meta"):
         model = work.create()
     with FakeTensorMode(), LiveStorages() as live:
-        _make_fake(model)
+        make_fake(model)
         params = list(model.parameters())
         optimizer, _ = create_adam(
             params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu
@@ -231,7 +231,7 @@ def estimated_bytes(work: Workload, batch: int) -> int:
     return fullest + samples * WAVEFORM_BYTES + LIBRARIES_BYTES
 
 
-def _make_fake(model: nn.Module) -> None:
+def make_fake(model: nn.Module) -> None:
     """Gives a model on "meta" parameters and buffers of the current fake mode, on the CPU."""
 
     def faked(x: Tensor) -> Tensor:
