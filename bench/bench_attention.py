@@ -103,10 +103,10 @@ def peers() -> dict[str, Impl]:
         "ours": ours,
         "eager": eager,
         "compiled": torch.compile(eager, dynamic=False),
-        "library": attention,
     }
-    if ON_GPU:
+    if ON_GPU:  # elsewhere ours is the library's
         found |= {
+            "library": attention,
             "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
             "efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),

@@ -4,16 +4,17 @@ Rows are read, copied, mixed, turned into features and trained on, at the proced
 ``fastat train`` does it; the set is of noise. Beside it, over the same loader and front end: the
 same model in a plain loop ("eager": bf16 on a GPU, float32 on a CPU), and the model that a user
 would pick instead, of as many GFLOP: timm's ViT of the same tokens for the AST, torchvision's
-ResNet50 (bf16 and fused Adam in a plain loop, compiled on a GPU). On a CPU the batches are small.
+ResNet50 (bf16, channels_last and fused Adam in a plain loop, compiled on a GPU). On a CPU the
+batches are small.
 
 ``python -m bench.compare`` prints them beside their targets, which are for one H200.
 """
 
 import gc
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from statistics import median
 from time import perf_counter
 
@@ -21,13 +22,13 @@ import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor, nn
 
 from bench import ceilings as measured_ceilings
 from bench.packed_sets import write_set
 from bench.results import DEVICE, FULL, ON_GPU, ceilings, folder, sized, write_row
 from bench.steps import (
     CLASSES,
+    LR,
     PASSES,
     PEERS,
     Step,
@@ -38,13 +39,15 @@ from bench.steps import (
     size_of,
     trainer_step,
 )
-from fastat.data.loader import PackedSource, timed
+from fastat.data.loader import PackedSource, with_features
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.features import CLIP_SAMPLES
 from fastat.frontend import Frontend
 from fastat.paper import TABLE_3, TRAIN_CLIPS
 from fastat.procedures import A1, A3, A4, AST_STRIDE, Procedure
+from fastat.readback import Readings
+from fastat.step import Taken
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,6 @@ class Training:
     def __init__(self, packed: PackedSet, proc: Procedure, batch: int, step: Step) -> None:
         num_frames, num_mels = size_of(proc)
         self.step = step
-        self.frontend = Frontend(proc.feature).to(DEVICE)
         sampler = Sampler(
             packed.num_clips, batch, seed=0, num_frames=num_frames, num_mels=num_mels,
             weights=balanced_weights(packed.target_bits, packed.label_counts), mixup=proc.mixup,
@@ -144,29 +146,33 @@ class Training:
         )  # fmt: skip
         steps = sampler.steps_per_epoch
         plans = (sampler.plan(i // steps, i % steps) for i in range(10**9))
-        source = PackedSource(packed, DEVICE, sampler=sampler)
-        self.stream = source.batches(plans)
-        self.batches = timed(self.stream)
+        self.stream = PackedSource(packed, DEVICE, sampler=sampler).batches(plans)
+        frontend = Frontend(proc.feature).to(DEVICE)
+        self.batches = with_features(self.stream, frontend, DEVICE)
+        self.readings = Readings(DEVICE)  # keeps the host two steps ahead, as in training
+        self.nothing = torch.zeros((), device=DEVICE)
         self.waited, self.in_frontend = 0.0, 0.0
 
-    def run(self, num_steps: int) -> Tensor:
-        """The last step's loss; on a GPU everything is over when it returns."""
-        for batch, waited in islice(self.batches, num_steps):
+    def run(self, num_steps: int) -> float:
+        """The mean loss; on a GPU everything is over when it returns."""
+        losses = []
+        for step in range(num_steps):
             started = perf_counter()
-            features = batch.features(self.frontend)
+            batch, features, waited = next(self.batches)
             self.waited += waited
-            self.in_frontend += perf_counter() - started
+            self.in_frontend += perf_counter() - started - waited
             loss = self.step(features, batch.target)
-        if ON_GPU:
-            torch.cuda.synchronize()
-        return loss
+            self.readings.put(step, LR, Taken(loss, loss, self.nothing), self.nothing)
+            losses += [seen.loss for seen in self.readings.due()]
+        losses += [seen.loss for seen in self.readings.due(wait=True)]
+        return sum(losses) / num_steps
 
     def close(self) -> None:
         self.stream.close()  # type: ignore[attr-defined]
 
 
-def prepared(target: Target, impl: str) -> tuple[nn.Module, Step]:
-    """The model, shown to be right, and its step."""
+def prepared(target: Target, impl: str) -> Step:
+    """The step of a model that was shown to be right."""
     torch.manual_seed(0)
     proc = target.proc
     if impl in ("ours", "eager"):
@@ -177,13 +183,13 @@ def prepared(target: Target, impl: str) -> tuple[nn.Module, Step]:
         ours = gflop_of(lambda: created(target.model, proc), proc)
         assert gflop_of(lambda: make(proc), proc) == pytest.approx(ours, rel=0.03)
     if impl == "eager":
-        return model, plain_step(model, "bf16" if ON_GPU else "fp32")
-    step = trainer_step(model)
+        return plain_step(model, "bf16" if ON_GPU else "fp32")
+    model.to(memory_format=torch.channels_last)
     features = torch.randn(min(target.batch, 16), *size_of(proc), device=DEVICE)
     check_loss(model, features, (torch.rand(len(features), CLASSES, device=DEVICE) < 0.01).float())
     if ON_GPU:
         model.compile()
-    return model, step
+    return trainer_step(model) if impl == "ours" else plain_step(model, "bf16", fused=True)
 
 
 @pytest.mark.parametrize("target, impl", CASES, ids=lambda value: str(value).replace(" ", "-"))
@@ -196,11 +202,10 @@ def test_target(
 ) -> None:
     shape = f"{target.proc.name} batch {target.batch}"
     benchmark.group = f"steps: {target.model} {shape}"
-    _, step = prepared(target, impl)
-    training = Training(packed, target.proc, target.batch, step)
+    training = Training(packed, target.proc, target.batch, prepared(target, impl))
     for _ in range(WARM_UP):  # compiled, captured
         started = perf_counter()
-        assert torch.isfinite(training.run(1))
+        assert math.isfinite(training.run(1))
         last = perf_counter() - started
     if benchmark.disabled:
         training.close()
@@ -212,7 +217,7 @@ def test_target(
         torch.cuda.reset_peak_memory_stats()
     loss = benchmark.pedantic(training.run, (num_steps,), rounds=ROUNDS)
     training.close()
-    assert torch.isfinite(loss)
+    assert math.isfinite(loss)
 
     times = benchmark.stats.stats.data
     seconds = median(times) / num_steps

@@ -11,15 +11,20 @@ from torch import Tensor, nn
 
 from bench.results import DEVICE
 from fastat.costs import forward_gflop
+from fastat.distributed import ALONE
 from fastat.environment import autocast
 from fastat.features import CLIP_SAMPLES, FEATURES
+from fastat.finetune import parameter_groups
 from fastat.models import create_model
 from fastat.models.ast import patch_grid
-from fastat.optim import create_adam, train_step
+from fastat.nonfinite import BufferGuard
+from fastat.optim import create_adam
 from fastat.procedures import AST_STRIDE, Procedure, model_options
+from fastat.step import TrainingStep, why_not_captured
 from fastat_kernels.backend import kernels
 
 CLASSES = 527
+LR = 1e-5
 PASSES = 3
 """Forward, and a backward pass with twice its products."""
 
@@ -109,9 +114,9 @@ def check_loss(model: nn.Module, features: Tensor, target: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------ steps
-def plain_step(model: nn.Module, precision: str) -> Step:
-    """A step as a first script has it: contiguous tensors, torch's Adam as it comes."""
-    adam = torch.optim.Adam(model.parameters(), lr=1e-5)
+def plain_step(model: nn.Module, precision: str, *, fused: bool = False) -> Step:
+    """A step as a first script has it; Adam as torch has it, or fused."""
+    adam = torch.optim.Adam(model.parameters(), lr=LR, fused=fused or None)
     context = autocast(DEVICE, precision)
 
     def step(features: Tensor, target: Tensor) -> Tensor:
@@ -127,8 +132,17 @@ def plain_step(model: nn.Module, precision: str) -> Step:
 
 
 def trainer_step(model: nn.Module) -> Step:
-    """A step as the trainer takes it: bf16, channels_last, fused Adam."""
-    params = list(model.to(memory_format=torch.channels_last).parameters())
-    adam, _ = create_adam(params, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE)
-    context = autocast(DEVICE, "bf16")
-    return lambda features, target: train_step(model, params, adam, features, target, context)[0]
+    """The trainer's step, in bf16; on a GPU a CUDA graph from its fourth call on."""
+    model.to(memory_format=torch.channels_last)
+    groups = parameter_groups(model, 1.0)
+    adam, _ = create_adam(groups, lr=LR, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE)
+    step = TrainingStep(
+        model,
+        [p for group in groups for p in group["params"]],
+        adam,
+        precision="bf16",
+        device=DEVICE,
+        guard=BufferGuard(model),
+        graph=why_not_captured(DEVICE, ALONE, checkpointing=False) is None,
+    )
+    return lambda features, target: step(features, target, LR).loss

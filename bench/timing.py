@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from time import perf_counter
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ L2_FLUSH_BYTES = 256 << 20
 GPU_ROUNDS = (20, 100)
 """At least and at most; between them as many as fill GPU_SECONDS."""
 GPU_SECONDS = 0.3
-CPU_ROUNDS = 5
+CPU_ROUNDS = (5, 50)
+CPU_SECONDS = 0.3
 
 
 class DeviceClock:
@@ -56,12 +58,13 @@ def timed(
     flop: float | None = None,
     clips: int | None = None,
     graph: bool = True,
-    cpu_rounds: int = CPU_ROUNDS,
+    cpu_rounds: int = CPU_ROUNDS[0],
 ) -> float:
     """The median seconds of ``step``, which must not wait for the device; NaN where disabled.
 
     ``bytes_moved`` and ``flop`` are what the operation needs at least, whoever computes it;
-    ``clips`` is the batch. ``graph=False`` is for steps that a CUDA graph cannot hold.
+    ``clips`` is the batch, ``cpu_rounds`` the fewest on a CPU. ``graph=False`` is for steps that a
+    CUDA graph cannot hold, or that are one already.
     """
     benchmark.group = f"{area}: {op} {shape} {passes}"
     if benchmark.disabled:  # by --benchmark-disable
@@ -70,7 +73,10 @@ def timed(
     if ON_GPU:
         seconds, peak_bytes = _timed_on_gpu(benchmark, step, graph)
     else:
-        benchmark.pedantic(step, rounds=cpu_rounds)
+        started = perf_counter()
+        step()
+        rounds = int(CPU_SECONDS / (perf_counter() - started))
+        benchmark.pedantic(step, rounds=max(cpu_rounds, min(CPU_ROUNDS[1], rounds)))
         seconds, peak_bytes = benchmark.stats.stats.median, None
     more = {"ms_min": benchmark.stats.stats.min * 1e3}
     if clips is not None:

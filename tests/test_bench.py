@@ -77,6 +77,23 @@ def test_a_part_leaves_results_and_the_table(tmp_path: Path) -> None:
     assert done.stdout.count("attention_pool  8x") == 4
 
 
+def test_training_is_measured_beside_its_peers(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "pytest", "-q", "bench/bench_targets.py", "-k", "resnet50")
+    done = run(*command, FASTAT_BENCH_OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["impl"] for r in rows] == ["ours", "eager", "torchvision"]
+    for r in rows:
+        batch = int(r["shape"].split()[-1])
+        assert r["clips_per_s"] == pytest.approx(batch / (r["ms"] / 1e3))
+        assert r["hours_per_epoch"] * r["clips_per_s"] * 3600 == pytest.approx(1_998_999)
+        assert r["ms_min"] <= r["ms"] and r["target_clips_per_s"] == 8000
+    (line,) = [
+        line for line in compare(tmp_path).stdout.splitlines() if "resnet50 A4, batch" in line
+    ]
+    assert "8,000" in line and line.split()[-2] == "torchvision"
+
+
 # ------------------------------------------------------------------------------ what is compared
 def test_the_last_run_beside_the_one_before() -> None:
     saved = [row("ours", 9.0, "old"), row("flash", 3.0, "old")]
