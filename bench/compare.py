@@ -6,8 +6,11 @@ RESULTS is the folder that results went to (FASTAT_BENCH_OUT, else bench/results
 on each device in results.jsonl it prints, for every case, ours, the best of its peers, the ratio of
 their times (more than 1: ours is faster), and the ratio to ours in the last run before (more than
 1: faster than before), which results.jsonl or <device>.json holds. SLOWER marks a case that lost
-more than a tenth and whose quickest round is slower than the median was. A device is compared
-with itself alone; the number of a processor's threads is part of its name.
+more than a tenth and whose quickest round is slower than the median was. A device is compared with
+itself alone; the number of a processor's threads is part of its name.
+
+"% ceiling" is of the device's bf16 product or copy, whichever bounds the case (bench.ceilings), in
+training of the product, for rows of a set of a copy in memory. Targets are for one H200.
 
 --save keeps the newest result of every case in <device>.json, beside those that are there.
 """
