@@ -87,7 +87,8 @@ tests_() {
 
 cuda_() {
     local code log=$FASTAT_BENCH_OUT/cuda.log
-    pytest_ tests -m cuda --ignore tests/kernels >"$log" 2>&1
+    # A file whose imports are not installed here is an error, and the others still run.
+    pytest_ tests -m cuda --ignore tests/kernels --continue-on-collection-errors >"$log" 2>&1
     code=$?
     tail -n 25 "$log"
     return $code
