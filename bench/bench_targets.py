@@ -23,9 +23,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import ceilings as measured_ceilings
 from bench.packed_sets import write_set
-from bench.results import DEVICE, FULL, ON_GPU, ceilings, folder, sized, write_row
+from bench.results import DEVICE, FULL, ON_GPU, ceilings, sized, write_row
 from bench.steps import (
     CLASSES,
     LR,
@@ -111,14 +110,6 @@ def memory_given_back() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def known_ceilings() -> dict[str, float]:
-    """Measured, where ``bench.ceilings`` did not run on this device before."""
-    if not ceilings():
-        measured_ceilings.main(folder())
-    return ceilings()
-
-
-@pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedSet]:
     """Clips of noise, 1 % of 527 labels each, in the page cache."""
     directory = tmp_path_factory.mktemp("noise")
@@ -196,7 +187,6 @@ def prepared(target: Target, impl: str) -> Step:
 def test_target(
     benchmark: BenchmarkFixture,
     packed: PackedSet,
-    known_ceilings: dict[str, float],
     target: Target,
     impl: str,
 ) -> None:
@@ -225,7 +215,7 @@ def test_target(
     clips_per_s = target.batch / seconds
     more: dict[str, float | None] = {
         "clips_per_s": clips_per_s,
-        "percent_of_ceiling": 100 * clips_per_s * gflop * 1e9 / known_ceilings["flop_per_s"],
+        "percent_of_ceiling": 100 * clips_per_s * gflop * 1e9 / ceilings()["flop_per_s"],
         "hours_per_epoch": TRAIN_CLIPS / clips_per_s / 3600,
         "paper_hours_per_epoch": target.paper_hours_per_epoch,
         "data_wait_percent": 100 * training.waited / sum(times),

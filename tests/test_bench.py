@@ -69,8 +69,10 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
 def test_a_part_leaves_results_and_the_table(tmp_path: Path) -> None:
     done = gpu_sh("--out", tmp_path, "attention_pool")
     assert done.returncode == 0, done.stdout + done.stderr
-    (kept,) = tmp_path.glob("*.json")
-    results = json.loads(kept.read_text())["results"]
+    (kept,) = set(tmp_path.glob("*.json")) - {tmp_path / "ceilings.json"}
+    document = json.loads(kept.read_text())
+    assert document["ceilings"]["flop_per_s"] > 0
+    results = document["results"]
     assert {r["impl"] for r in results} == {"ours", "eager", "compiled"}
     assert len({r["run"] for r in results}) == 1
     assert "0 of 4 cases were measured before" in done.stdout
