@@ -322,6 +322,22 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+AUTO = "auto"
+
+
+def parse_batch(text: str) -> int | str:
+    """A number of clips, or AUTO.
+
+    Raises:
+        UserError: neither.
+    """
+    if text == AUTO:
+        return AUTO
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise UserError(f"--batch takes a number of clips or auto, got {text!r}")
+    return int(text)
+
+
 def parse_stride(text: str) -> dict[str, int]:
     """``FxT``, or one number for both axes, as AST's options.
 

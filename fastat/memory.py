@@ -64,6 +64,7 @@ class Workload:
     """Also on where ``options`` say so."""
     compile: bool = False
     """Counts on CUDA; on the CPU the estimate is that of the step that is not compiled."""
+    cuda_graphs: bool = True
     kernels: str = "auto"
     clip_samples: int = 0
     """Samples of the waveforms that the front end reads; 0: the step has features to start from."""
@@ -80,12 +81,6 @@ class Workload:
             **given,
         )
         return model.to(memory_format=torch.channels_last)
-
-
-def memory_is_full(error: BaseException) -> bool:
-    """Whether an allocator raised ``error``, a GPU's or the host's, which has no class of its
-    own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_limit(device: torch.device) -> int:
@@ -213,7 +208,7 @@ def estimated_bytes(work: Workload, batch: int) -> int:
     with torch.device("meta"):
         model = work.create()
     with FakeTensorMode(), LiveStorages() as live:
-        make_fake(model)
+        make_fake(model, cpu)
         params = list(model.parameters())
         optimizer, _ = create_adam(
             params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu
@@ -231,11 +226,11 @@ def estimated_bytes(work: Workload, batch: int) -> int:
     return fullest + samples * WAVEFORM_BYTES + LIBRARIES_BYTES
 
 
-def make_fake(model: nn.Module) -> None:
-    """Gives a model on "meta" parameters and buffers of the current fake mode, on the CPU."""
+def make_fake(model: nn.Module, device: torch.device) -> None:
+    """Gives ``model`` parameters and buffers of the current fake mode, as if on ``device``."""
 
     def faked(x: Tensor) -> Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):

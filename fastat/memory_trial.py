@@ -13,14 +13,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastat.environment import autocast
-from fastat.memory import Workload, search
-from fastat.optim import create_adam, train_step
+from fastat.distributed import ALONE
+from fastat.memory import ROWS_A_CLIP, Workload, search
+from fastat.nonfinite import BufferGuard
+from fastat.optim import create_adam
+from fastat.step import WARM_UP, TrainingStep, why_not_captured
 from fastat_kernels.backend import set_kernels
 from fastat_kernels.choice import parse_kernels
 
-STEPS = 3
-"""The first makes Adam's moments, and the second is the first with all of them there."""
+STEPS = WARM_UP + 2
+"""Those before the capture, the one that is captured, and a replay."""
 
 
 def measure(work: Workload, batch: int, device: torch.device) -> int | None:
@@ -40,16 +42,36 @@ def measure(work: Workload, batch: int, device: torch.device) -> int | None:
 def _steps(work: Workload, batch: int, device: torch.device) -> None:
     with device:
         model = work.create()
-        rows = round(batch * 1.5)
-        waveforms = torch.zeros((3, rows, work.clip_samples), dtype=torch.int16)
         features = torch.randn(batch, work.num_frames, work.num_mels)
         target = torch.zeros(batch, work.num_classes)
+        # What the loader and the front end keep beside the step: the next batch.
+        rows = round(batch * ROWS_A_CLIP)
+        beside = (
+            torch.zeros((2, rows, work.clip_samples), dtype=torch.int16),
+            torch.zeros_like(features),
+        )
     params = list(model.parameters())
-    optimizer, _ = create_adam(params, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0, device=device)
+    optimizer, _ = create_adam(
+        [{"params": params, "lr_scale": 1.0}],
+        lr=0.0,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        device=device,
+    )
     stepped = cast(nn.Module, torch.compile(model)) if work.compile else model
+    why = why_not_captured(device, ALONE, checkpointing=model.checkpointing)
+    step = TrainingStep(
+        stepped,
+        params,
+        optimizer,
+        precision=work.precision,
+        device=device,
+        guard=BufferGuard(model),
+        graph=work.cuda_graphs and why is None,
+    )
     for _ in range(STEPS):
-        train_step(stepped, params, optimizer, features, target, autocast(device, work.precision))
-    del waveforms
+        step(features, target, 0.0)
+    del beside
 
 
 def answer(asked: dict[str, Any]) -> int | None:

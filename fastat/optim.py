@@ -122,7 +122,8 @@ def guarded_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
         optimizer.step()
         return
     apex: Any = optimizer
-    # apex counts a step by the flag of the one before, which it finds here.
+    # By this one apex counts a step, before it asks for the flag: at the next step the count would
+    # be right all the same, but not in a checkpoint between them.
     apex._dummy_overflow_buf.copy_(found_inf)
     apex.step(grad_scaler=_FoundInf(found_inf))
 
@@ -165,5 +166,5 @@ def train_step(
     loss = ranks.mean(loss)
     found_inf, norm = finite_flag(loss, params)
     guarded_step(optimizer, found_inf)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()  # to None; apex's takes no argument that says so
     return loss, norm, found_inf

@@ -19,7 +19,7 @@ from fastat.atomic import append, atomic_write_text, drop_temporaries
 from fastat.config import TrainConfig
 from fastat.data.shards import PackedSet
 from fastat.distributed import Ranks, seed_rank
-from fastat.environment import environment, numerics
+from fastat.environment import environment, numerics, restore_random_state
 from fastat.errors import Failure, UserError
 from fastat.metrics import finite
 
@@ -145,19 +145,6 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
     """
     with (run / "metrics.jsonl").open("ab", buffering=0) as file:
         append(file, (json.dumps(finite(line)) + "\n").encode())
-
-
-def random_state(device: torch.device) -> dict[str, Tensor | None]:
-    """The state of the generators that this rank draws from."""
-    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
-    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts ``random_state`` back; a GPU's only on a GPU."""
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
 
 
 def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import autocast
+from fastat.environment import autocast, memory_is_full, random_state, restore_random_state
 from fastat.errors import Failure
 from fastat.nonfinite import BufferGuard
 from fastat.optim import set_lr, train_step
@@ -114,12 +114,28 @@ class TrainingStep:
         self._warm = 0
         self._stream = torch.cuda.Stream(self.device) if self.graph else None
 
-    def take_back(self) -> None:
-        """After a step that an error cut off before its end: gradients and BatchNorm statistics."""
+    def attempt(self, features: Tensor, target: Tensor, lr: float) -> Taken | None:
+        """The first step of a run; None: the memory does not hold it, and it is as if it had not
+        been tried, random numbers and BatchNorm statistics included."""
+        before = random_state(self.device)
+        try:
+            return self(features, target, lr)
+        except RuntimeError as error:
+            if not memory_is_full(error):
+                raise
+        # Out of the except block, whose traceback holds the step's tensors.
         if self.guard is not None:
             self.guard.undo_if(torch.ones((), device=self.device))
         self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            if "step" in group:  # apex's
+                group["step"].zero_()
+        restore_random_state(before, self.device)
         self.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def _take(self, features: Tensor, target: Tensor) -> Taken:
         if self.guard is not None:
@@ -158,11 +174,15 @@ class TrainingStep:
         self._inputs = torch.empty_like(features), torch.empty_like(target)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):  # empties the cache before
+            # It empties the allocator's cache before. The loader's thread goes on pinning memory,
+            # which a capture that watches all threads would not survive.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._taken = self._take(*self._inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            full = (error, error.__context__)  # ending the capture may fail on top of it
+            for e in full:
+                if isinstance(e, torch.OutOfMemoryError):
+                    raise e from None
             raise Failure(
                 "the training step cannot be captured in a CUDA graph: "
                 f"{str(error).splitlines()[0]}; --set cuda_graphs=false trains without"

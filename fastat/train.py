@@ -5,10 +5,10 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastat import nonfinite
 from fastat.checkpoint import (
@@ -27,14 +27,18 @@ from fastat.config import TrainConfig
 from fastat.data.loader import PackedSource, with_features
 from fastat.display import Display, Status
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
-from fastat.environment import default_device, device_name, peak_memory_gib
+from fastat.environment import (
+    default_device,
+    device_name,
+    memory_is_full,
+    peak_memory_gib,
+    random_state,
+)
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate
-from fastat.finetune import freeze, parameter_groups, train_mode
-from fastat.memory import memory_is_full
+from fastat.finetune import train_mode
 from fastat.metrics import TaggingMetrics, finite
-from fastat.models.sync_batchnorm import synchronise_batchnorm
-from fastat.optim import create_adam
+from fastat.network import build_network
 from fastat.readback import Reading, Readings
 from fastat.run_folder import (
     Progress,
@@ -42,12 +46,10 @@ from fastat.run_folder import (
     check_writable,
     drop_metrics,
     open_run_folder,
-    random_state,
-    restore_random_state,
     restore_trainer_state,
     trainer_state,
 )
-from fastat.run_records import RunRecords
+from fastat.run_records import RunRecords, epoch_text
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
 from fastat.step import Taken, TrainingStep, why_not_captured
@@ -119,31 +121,11 @@ class Trainer:
         self.frontend = build_frontend(self.meta).to(self.device)
 
         # ---- model
-        self.raw_model = self.meta.create()
         resuming = ranks.from_first(lambda: resume and holds_checkpoints(run / "checkpoints"))
-        if not resuming:
-            self.notes += ranks.from_first(self._start_weights)  # the others get them from DDP
-        self.raw_model.to(self.device).to(memory_format=torch.channels_last)
-        with ranks.first_goes_ahead():
-            if note := freeze(self.raw_model, config.freeze):
-                self.notes.append(note)
-        if config.sync_batchnorm and self.ranks.device_group is not None:
-            synchronise_batchnorm(self.raw_model, self.ranks.device_group)
-        self.model = self.ranks.parallel(self.raw_model, config.gradient_dtype, config.accumulate)
-        if config.compile:
-            self.model = cast(nn.Module, torch.compile(self.model))
-        self.eval_model = self.model
-        if ranks.size > 1:  # DDP would wait for a rank that has fewer clips
-            compiled = torch.compile(self.raw_model) if config.compile else self.raw_model
-            self.eval_model = cast(nn.Module, compiled)
-        self.params = [p for p in self.raw_model.parameters() if p.requires_grad]
-        self.optimizer, whose = create_adam(
-            parameter_groups(self.raw_model, config.layer_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            device=self.device,
+        self.network = build_network(
+            config, self.meta, self.device, self.ranks, preparing, self.notes, start=not resuming
         )
+        self.raw_model, self.optimizer = self.network.raw_model, self.network.optimizer
 
         # ---- where it stands
         seed_rank(config.seed, ranks)
@@ -189,7 +171,7 @@ class Trainer:
         self.notes.append(
             f"{config.model}: {size:,} parameters, {config.proc}, {self.meta.feature} "
             f"{self.meta.num_mels} x {self.meta.num_frames}, {config.precision} on {devices}, "
-            f"{whose}"
+            f"{self.network.whose}"
         )
         self.notes.append(
             f"{self.data.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: "
@@ -219,16 +201,6 @@ class Trainer:
         if not resume and (self.run / "config.json").exists():
             # made since the command line was read
             raise UserError(f"{self.run} already holds a run: --resume goes on with it")
-
-    def _start_weights(self) -> list[str]:
-        """Loads the weights that the run starts from, if any; returns notes on them."""
-        if self.config.init is None and not self.config.pretrained:
-            return []
-        from fastat.weights.initial import load_imagenet, load_initial  # only needed here
-
-        if self.config.init is not None:
-            return load_initial(self.raw_model, self.meta, Path(self.config.init))
-        return load_imagenet(self.raw_model, self.meta)
 
     # ------------------------------------------------------------------ epochs
     def run_epochs(self) -> TaggingMetrics | None:
@@ -303,7 +275,7 @@ class Trainer:
         p = self.progress
         first = epoch * self.sampler.steps_per_epoch
         end = min(first + self.sampler.steps_per_epoch, self.last_step)
-        train_mode(self.model)
+        train_mode(self.network.model)
         steps = [step for step in range(p.step, end) if step not in p.left_out]
         plans = (
             self.data.own_part(self.sampler.plan(epoch, step - first), self.ranks) for step in steps
@@ -344,20 +316,11 @@ class Trainer:
         computed again from then on."""
         if self.progress.step or self.raw_model.checkpointing or self.ranks.size > 1:
             return self.step(features, target, lr)
-        before = random_state(self.device)
-        try:
-            return self.step(features, target, lr)
-        except RuntimeError as error:
-            if not memory_is_full(error):
-                raise
-        # Out of the except block, whose traceback holds the step's tensors.
-        self.step.take_back()
-        self.optimizer.state.clear()
-        restore_random_state(before, self.device)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._checkpoint_activations()
-        return self.step(features, target, lr)
+        taken = self.step.attempt(features, target, lr)
+        if taken is None:
+            self._checkpoint_activations()
+            taken = self.step(features, target, lr)
+        return taken
 
     def _checkpoint_activations(self) -> None:
         options = self.config.model_options | {"activation_checkpointing": True}
@@ -379,8 +342,8 @@ class Trainer:
         if why is not None and c.cuda_graphs and self.device.type == "cuda":
             self.notes.append(f"no CUDA graph of the step: {why}")
         return TrainingStep(
-            self.model,
-            self.params,
+            self.network.model,
+            self.network.params,
             self.optimizer,
             precision=c.precision,
             device=self.device,
@@ -416,7 +379,7 @@ class Trainer:
         """What ``on_nan`` says of a step that is not finite."""
         p, on_nan = self.progress, self.config.on_nan
         kept = self.recorder.keep(step) if self.ranks.first else ""
-        train_mode(self.model)
+        train_mode(self.network.model)
         text = (
             f"the loss or a gradient is not finite at step {step + 1}; "
             f"that step was not taken{kept}; "
@@ -479,7 +442,7 @@ class Trainer:
             return None
         self.ranks.share_buffers(self.raw_model)
         evaluation = evaluate(
-            self.eval_model,
+            self.network.eval_model,
             self.frontend,
             d.eval_set,
             d.eval_source,
@@ -516,7 +479,6 @@ class Trainer:
         if self.compiling is not None:
             line["compile_s"] = self.compiling.of_epoch()
         best = False
-        text = f"epoch {epoch + 1}/{c.epochs}  train loss {line['train_loss']:.4f}"
         if evaluation is not None:
             m = evaluation.metrics
             line |= {
@@ -529,11 +491,6 @@ class Trainer:
             best = m.mAP > p.best_map
             if best:
                 p.best_map, p.best_step = m.mAP, p.step
-            text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}"
-            text += f"  d' {m.d_prime:.3f}"
-            if m.classes_scored < len(self.meta.classes):
-                text += f"  ({m.classes_scored} of {len(self.meta.classes)} classes scored)"
-        text += f"  {line['clips_per_s']:.1f} clips/s  data wait {line['data_wait_fraction']:.1%}"
         p.unscored = False
         if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
@@ -544,6 +501,7 @@ class Trainer:
                 classes = [self.meta.classes[k] for k in self.data.match.model_columns]
                 self.records.predictions(evaluation, self.data.eval_set, classes)
         self._save(best=best)
+        text = epoch_text(line, c.epochs, len(self.meta.classes))
         self.display.note(text + ("  *" if best else ""))
 
     # -------------------------------------------------------------- checkpoints

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastat.memory import Workload, estimated_bytes, largest_batch, search, step_bytes
+from fastat.errors import Failure
+from fastat.memory import (
+    LIBRARIES_BYTES,
+    Workload,
+    estimated_bytes,
+    largest_batch,
+    search,
+    step_bytes,
+)
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -76,7 +84,10 @@ def test_the_estimate_is_what_a_step_must_keep() -> None:
     wide = work("transformer", options={"num_layers": 2})
     with torch.device("meta"):
         params = sum(p.numel() for p in wide.create().parameters())
-    assert estimated_bytes(wide, 1) > 16 * params
+    assert estimated_bytes(wide, 1) - LIBRARIES_BYTES > 16 * params
+    # What does not grow with the batch, where activations are the most: weights and moments.
+    two, four = (estimated_bytes(wide, b) - LIBRARIES_BYTES for b in (32, 64))
+    assert 12 * params <= 2 * two - four < 17 * params
 
 
 def test_checkpointing_precision_and_waveforms_count() -> None:
@@ -104,6 +115,7 @@ def test_the_largest_batch_fits_and_one_more_percent_does_not() -> None:
 MEASURE = """
 import resource, sys, torch
 from fastat.environment import autocast
+from fastat.errors import Failure
 from fastat.memory import Workload
 from fastat.optim import create_adam, train_step
 work, batch, cpu = Workload(**eval(sys.argv[1])), int(sys.argv[2]), torch.device("cpu")
@@ -144,3 +156,24 @@ def test_the_estimate_is_near_a_real_peak(model: str, batch: int) -> None:
     assert done.returncode == 0, done.stderr
     real = int(done.stdout)
     assert 0.75 * real < estimated_bytes(Workload(**given), batch) < 1.35 * real
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the trial works")
+def test_a_trial_that_fails_is_one_line() -> None:
+    """The process of its own has no GPU either: what it says last."""
+    with pytest.raises(
+        Failure, match="^the trial of the memory that a step takes failed: .*NVIDIA"
+    ):
+        step_bytes(work(), 4, torch.device("cuda:0"))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_largest_batch_on_a_gpu_fits(compiled: bool) -> None:
+    """Found under a small limit; four times as many clips take more than it."""
+    device, limit = torch.device("cuda:0"), 4 << 30
+    small = work(compile=compiled)
+    batch = largest_batch(small, device, limit, multiple=8)
+    assert batch is not None and batch >= 8
+    assert step_bytes(small, batch, device) <= limit < step_bytes(small, 4 * batch, device)

@@ -68,6 +68,10 @@ class StubFusedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults | {"weight_decay": weight_decay})
         self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int)
 
+    def zero_grad(self) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.grad = None
+
     def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             device = group["params"][0].device
@@ -238,7 +242,17 @@ def test_a_flagged_step_is_as_if_it_never_was(bad_steps: tuple[int, ...]) -> Non
             assert torch.equal(mine[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("bad_steps", [(), (0,), (1, 2), (0, 3)])
+def test_a_whole_step_with_apex(stub_apex: None) -> None:
+    model = network().float()
+    optimizer, _ = adam(list(model.parameters()), CUDA)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = torch.randn(4, 5), torch.rand(4, 3)
+    train_step(model, list(model.parameters()), optimizer, x, y, nullcontext())
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad_steps", [(), (0,), (1, 2), (0, 4)])
 def test_apex_gets_the_flag_on_the_device(stub_apex: None, bad_steps: tuple[int, ...]) -> None:
     """Weights, moments and step count are those of a torch Adam that only saw the good steps."""
     params, plain = parameters(), parameters()

@@ -1,6 +1,8 @@
 """The command ``fastat profile``."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +43,10 @@ def profile(
             "--activation-checkpointing", help="Compute activations again: less memory, slower."
         ),
     ] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="That each case is timed, about; default: 8, on a GPU 3."),
+    ] = None,
     largest_batch: Annotated[
         bool,
         typer.Option(help="Look for the largest batch that fits; on a GPU that takes a while."),
@@ -88,6 +94,8 @@ def profile(
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UserError(f"--seconds must be a positive number, got {seconds}")
     outputs = {"--csv": csv, "--plot": plot, "--trace": trace}
     for option, path in outputs.items():
         check_output(option, path)
@@ -98,6 +106,10 @@ def profile(
                 f"got {len(found)}"
             )
 
+    if trace is not None:
+        # Before torch is imported: its profiler writes lines of its own on standard error.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastat.atomic import atomic_write_text
     from fastat.environment import default_device
     from fastat.profile.rows import as_csv
@@ -110,6 +122,7 @@ def profile(
         precision=precision,
         compile=compile_,
         activation_checkpointing=activation_checkpointing,
+        seconds=seconds,
         largest=largest_batch,
         data=data,
         clips=clips,

@@ -108,7 +108,10 @@ class PowerMeter:
     def _sample(self) -> None:
         command = nvidia_smi(self.device)
         while command and not self._over.wait(SAMPLE_SECONDS):
-            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            except subprocess.TimeoutExpired:
+                return  # a driver that does not answer: no reading, or those so far
             watts = parse_watts(done.stdout) if done.returncode == 0 else None
             if watts is None:
                 return

@@ -1,9 +1,9 @@
 """What a training step costs on a device, measured: its parts, the whole of it, memory, power.
 
 The step is the trainer's: rows of a packed set, read a step ahead; front end; model, loss, backward
-pass and Adam. On a GPU its parts are timed by events, in steps of their own that run eagerly
-launched, one part after the other; the whole is the time from one step's end to the next, with all
-that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
+pass and Adam. On a GPU its parts are timed by events, in steps of their own whose kernels are
+launched one by one; the whole is the time from one step's end to the next, as a CUDA graph and with
+all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
 """
 
 import gc
@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastat.data.loader import Batch, PackedSource
+from fastat.data.loader import Batch, PackedSource, with_features
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.environment import autocast
+from fastat.distributed import ALONE
 from fastat.errors import Failure
 from fastat.features import FEATURES
 from fastat.finetune import parameter_groups, train_mode
@@ -30,9 +30,11 @@ from fastat.memory import Workload, step_bytes
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.nonfinite import BufferGuard
-from fastat.optim import create_adam, train_step
+from fastat.optim import create_adam
 from fastat.procedures import PROCEDURES, Procedure, model_options
 from fastat.profile.device import PowerMeter
+from fastat.readback import BEHIND
+from fastat.step import TrainingStep, why_not_captured
 
 SECONDS = {"cuda": 3.0, "cpu": 8.0}
 """How long steps are timed, about."""
@@ -41,7 +43,7 @@ ROUNDS = (2, 200)
 """Steps that are timed, at least and at most: two of half a minute each say enough."""
 
 WARM_UP = {"cuda": 5, "cpu": 1}
-"""Steps before; the first ones compile, choose algorithms and take memory."""
+"""Steps before; the first ones compile, choose algorithms, take memory, and capture a graph."""
 
 DATA_ROUNDS = 10
 PARTS = ("frontend", "forward", "backward", "optimizer")
@@ -156,7 +158,8 @@ def measure(
 
 @contextmanager
 def out_of_memory(device: torch.device) -> Iterator[None]:
-    """Makes OutOfMemory of what torch raises; gives the memory back either way."""
+    """Makes OutOfMemory of what torch raises; unused memory is given back before and after."""
+    give_back(device)
     full = None
     try:
         yield
@@ -167,12 +170,16 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
             raise
         full = str(error)
     finally:
-        # Here the error is over, whose frames held the tensors.
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(device)
     if full is not None:
         raise OutOfMemory(full)
+
+
+def give_back(device: torch.device) -> None:
+    """What nobody refers to any more; after an error, its frames do until it is handled."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
@@ -222,6 +229,11 @@ class Clock:
             return float(end - start) * 1e3
         return float(start.elapsed_time(end))
 
+    def wait_for(self, moment: Any) -> None:
+        """Until a moment is over, as on a CPU it is."""
+        if self.device.type == "cuda":
+            moment.synchronize()
+
     def wait(self) -> None:
         """Until the device has done everything asked of it."""
         if self.device.type == "cuda":
@@ -255,10 +267,14 @@ class Training:
             device=device,
         )
         self.guard = BufferGuard(raw)
+        self.why_not_captured = why_not_captured(
+            device, ALONE, checkpointing=case.activation_checkpointing
+        )
         self.marks: list[Any] | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self.mark())
         self.model.mark = self.mark
         self.clock = Clock(device)
+        self.one_by_one = self.taker(graph=False)
         self.sampler = Sampler(
             max(packed.num_clips, 4 * case.batch),
             case.batch,
@@ -289,22 +305,39 @@ class Training:
             yield replace(plan, rows=plan.rows % clips, partners=plan.partners % clips)
             i += 1
 
-    def step(self, batch: Batch) -> Tensor:
-        """One step; the loss."""
-        features = batch.features(self.frontend)
-        self.mark()
-        self.guard.remember()
-        loss, _, found_inf = train_step(
+    def taker(self, *, graph: bool) -> TrainingStep:
+        """What takes steps; ``graph``: captured, where that is possible."""
+        return TrainingStep(
             self.model,
             self.params,
             self.optimizer,
-            features,
-            batch.target,
-            autocast(self.device, self.case.precision),
+            precision=self.case.precision,
+            device=self.device,
+            guard=self.guard,
+            graph=graph and self.why_not_captured is None,
         )
-        self.guard.undo_if(found_inf)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step, one part after the other, not captured; the loss."""
+        features = batch.features(self.frontend)
         self.mark()
-        return loss
+        taken = self.one_by_one(features, batch.target, self.case.procedure.lr)
+        self.mark()
+        return taken.loss
+
+    def steps(self, *, overlapped: bool) -> Iterator[None]:
+        """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
+        with closing(cast(Any, self.batches())) as batches:
+            if overlapped:
+                take = self.taker(graph=True)
+                for batch, features, _ in with_features(batches, self.frontend, self.device):
+                    take(features, batch.target, self.case.procedure.lr)
+                    yield
+            while True:
+                batch = next(batches)
+                self.mark()
+                self.step(batch)
+                yield
 
 
 class Marked(nn.Module):
@@ -338,26 +371,26 @@ def _timed_steps(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Durations in ms: of steps from end to end, and of their parts."""
     marks: list[list[Any]] = []
-    with closing(cast(Any, training.batches())) as batches:
+    with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
         for _ in range(WARM_UP[training.device.type]):
-            started = time.perf_counter()
-            training.step(next(batches))
-            clock.wait()
+            next(steps)
+        clock.wait()
+        started = time.perf_counter()
         low, high = ROUNDS
-        rounds = max(low, min(high, int(seconds / (time.perf_counter() - started))))
         ends = [clock.now()]
-        for _ in range(rounds):
-            batch = next(batches)
-            training.marks = [clock.now()] if marked else None
-            training.step(batch)
-            ends.append(clock.now())
-            if training.marks is not None:
+        while len(ends) <= low or (len(ends) <= high and time.perf_counter() - started < seconds):
+            if marked:
+                training.marks = []
                 marks.append(training.marks)
+            next(steps)
+            ends.append(clock.now())
+            if len(ends) > BEHIND:  # as the trainer: batches that the host has ready take memory
+                clock.wait_for(ends[-1 - BEHIND])
         clock.wait()
         training.marks = None
-    steps = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    durations = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
     parts: dict[str, list[float]] = {name: [] for name in PARTS}
     for moments in marks:
         for name, a, b in zip(PARTS, moments[:-1], moments[1:], strict=True):
             parts[name].append(clock.ms(a, b))
-    return steps, parts
+    return durations, parts

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from fastat.data.shards import PackedSet
 from fastat.environment import autocast
 from fastat.memory import LiveStorages, make_fake
-from fastat.models.base import TaggingModel
 from fastat.optim import create_adam, train_step
 from fastat.profile.measure import Case, Training, out_of_memory
 
@@ -81,7 +80,7 @@ class ModuleMemory:
     kept: int = 0
     """What it left behind for the backward pass, its output included."""
     peak_backward: int = 0
-    """Most that was taken while its gradients were computed; for OUTSIDE also in Adam."""
+    """Most that was taken while its gradients were computed; OUTSIDE: in Adam."""
 
     @property
     def peak(self) -> int:
@@ -106,7 +105,8 @@ def memory_by_module(case: Case, device: torch.device, packed: PackedSet) -> lis
         with closing(cast(Any, training.batches())) as batches:
             training.step(next(batches))
             batch = next(batches)
-            with watched(training.raw_model, AllocatorMemory(device)) as found:
+            allocator = AllocatorMemory(device)
+            with watched(training.raw_model, training.optimizer, allocator) as found:
                 training.step(batch)
     return found
 
@@ -117,7 +117,7 @@ def _on_fakes(case: Case, packed: PackedSet) -> list[ModuleMemory]:
     with torch.device("meta"):
         model = work.create()
     with FakeTensorMode(), LiveStorages() as live:
-        make_fake(model)
+        make_fake(model, cpu)
         params = list(model.parameters())
         adam, _ = create_adam(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu)
         for p in params:
@@ -126,7 +126,7 @@ def _on_fakes(case: Case, packed: PackedSet) -> list[ModuleMemory]:
         adam.zero_grad()
         features = torch.empty(case.batch, work.num_frames, work.num_mels)
         target = torch.empty(case.batch, work.num_classes)
-        with watched(model, FakeMemory(live)) as found:
+        with watched(model, adam, FakeMemory(live)) as found:
             train_step(model, params, adam, features, target, autocast(cpu, case.precision))
     return found
 
@@ -144,7 +144,9 @@ def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def watched(model: TaggingModel, memory: Memory) -> Iterator[list[ModuleMemory]]:
+def watched(
+    model: nn.Module, optimizer: torch.optim.Optimizer, memory: Memory
+) -> Iterator[list[ModuleMemory]]:
     """Notes what the modules of ``model`` take while one training step runs inside.
 
     Gradients run against the order of modules: those of a module are being computed from when its
@@ -181,7 +183,7 @@ def watched(model: TaggingModel, memory: Memory) -> Iterator[list[ModuleMemory]]
 
         return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
 
-    hooks = []
+    hooks = [optimizer.register_step_pre_hook(lambda *_: turn(outside, back=True))]
     for name, module in called_modules(model):
         entry = ModuleMemory(name)
         found.append(entry)

@@ -115,7 +115,7 @@ def _map_against_cost(axes: Axes, rows: Sequence[Row]) -> None:
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), "-", color="#bbbbbb", linewidth=1.2, zorder=1)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     _hours(axes, "x")
     axes.set_xlabel("hours an epoch", color=INK)
     axes.set_ylabel("mAP on AudioSet, the paper's", color=INK)
@@ -126,6 +126,8 @@ def _map_against_cost(axes: Axes, rows: Sequence[Row]) -> None:
 def _hours(axes: Axes, which: str) -> None:
     """Plain numbers on a logarithmic axis, also between the powers of ten."""
     axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    crowded = high > 300 * low
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if crowded else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1000 else f"{x:,.0f}"))
     axis.set_minor_formatter(NullFormatter())

@@ -162,6 +162,7 @@ def document(
     return {
         "schema": SCHEMA,
         "device": device_name(device),
+        "device_type": device.type,
         "torch": torch.__version__,
         "commit": env["commit"] and env["commit"][:7],
         "date": time.strftime("%Y-%m-%d"),

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from fastat.compiling import keep_compiled
 from fastat.data.shards import PackedSet
 from fastat.features import FEATURES
+from fastat.launch import cache_folder
 from fastat.memory import largest_batch, memory_limit
 from fastat.profile.cases import Choice, default_batch
 from fastat.profile.device import matmul_flop_per_s
@@ -32,6 +34,8 @@ class Settings:
     compile: bool | None = None
     """None: as the trainer, on a GPU."""
     activation_checkpointing: bool = False
+    seconds: float | None = None
+    """That each case is timed; None: ``measure.SECONDS``."""
     largest: bool = True
     """Also looks for the largest batch that fits."""
     data: Path | None = None
@@ -110,6 +114,8 @@ def profile(
         size = packed.clip_samples, len(packed.classes)
         cases = [make_case(choice, device, settings) for choice in choices]
         counted = [count(case, *size) for case in cases]  # finds options that are impossible
+        if cases[0].compile:
+            keep_compiled(cache_folder() / "compiled")
         fits = {}
         if settings.batch == "auto" or settings.largest:
             fits = largest_batches(cases, size, device, settings)
@@ -117,14 +123,16 @@ def profile(
             cases = [replace(case, batch=fits[of_memory(case)] or 1) for case in cases]
         ceiling = matmul_flop_per_s(device, settings.precision)
         measured: dict[tuple[Any, ...], Measured | None] = {}
-        steps = {case.step: case for case in cases}
+        steps = {case.step: case for case in reversed(cases)}  # the first of equal ones
         with progress("measuring", len(steps), "steps") as advance:
-            for key, case in steps.items():
+            for key, case in reversed(steps.items()):
                 try:
-                    measured[key] = measure(case, device, packed)
+                    measured[key] = measure(case, device, packed, seconds=settings.seconds)
                 except OutOfMemory:
                     measured[key] = None
                 advance()
+        # Again: other work on the machine may have come between, and a ceiling is the most.
+        ceiling = max(ceiling, matmul_flop_per_s(device, settings.precision))
         rows = [
             make_row(
                 case,
@@ -157,21 +165,17 @@ def look_inside(
         size = packed.clip_samples, len(packed.classes)
         case = make_case(choice, device, settings)
         count(case, *size)
+        if case.compile:
+            keep_compiled(cache_folder() / "compiled")
         if settings.batch == "auto":
             fits = largest_batches([case], size, device, settings)
             case = replace(case, batch=fits[of_memory(case)] or 1)
         if memory:
             modules = memory_by_module(case, device, packed)
-            found["memory"] = [
-                {
-                    "name": m.name,
-                    "peak_bytes": m.peak,
-                    "peak_forward_bytes": m.peak_forward,
-                    "peak_backward_bytes": m.peak_backward,
-                    "kept_bytes": m.kept,
-                }
-                for m in modules
-            ]
+            found["memory"] = {
+                "estimated": device.type == "cpu",
+                "modules": [asdict(m) | {"peak": m.peak} for m in modules],
+            }
         if trace_file is not None:
             operators = trace(case, device, packed, trace_file)[:SHOWN]
             found["trace"] = {"file": str(trace_file), "operators": [asdict(o) for o in operators]}

@@ -14,6 +14,7 @@ from fastat.profile.rows import MS, Document, Row, best_value
 
 WIDTH = 120
 TONIGHT_HOURS = 12.0
+UNSTEADY_PERCENT = 20
 Column = tuple[str, int]
 
 COST: tuple[Column, ...] = (
@@ -35,7 +36,7 @@ TIMES: tuple[Column, ...] = (
 
 
 def print_tables(document: Document, *, strides: bool) -> None:
-    """On standard output: at most WIDTH columns wide."""
+    """On standard output, at most WIDTH columns wide."""
     console = _console()
     for line in heading(document):
         console.print(Text(line))
@@ -57,11 +58,17 @@ def print_tables(document: Document, *, strides: bool) -> None:
         console.print(table)
     print_times(console, rows, strides=strides)
     console.print()
+    unsteady = [row for row in rows if row["ms"] is not None and spread(row) > UNSTEADY_PERCENT]
+    if unsteady:
+        names = ", ".join(f"{row['model']} {row['proc']}" for row in unsteady)
+        console.print(
+            Text(f"unsteady (spread over {UNSTEADY_PERCENT} %): {names}: is the machine busy?")
+        )
     for line in advice(document, best):
         console.print(Text(line))
     if "memory" in document:
         console.print()
-        print_memory(console, document["memory"], estimated="threads" in document["device"])
+        print_memory(console, document["memory"])
     if "trace" in document:
         console.print()
         print_trace(console, document["trace"])
@@ -88,9 +95,8 @@ def print_times(console: Console, rows: list[Row], *, strides: bool) -> None:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    return console
+    """A narrower terminal wraps the lines, which loses nothing."""
+    return Console(highlight=False, width=WIDTH)
 
 
 def heading(document: Document) -> list[str]:
@@ -99,9 +105,13 @@ def heading(document: Document) -> list[str]:
     how = "compiled" if row["compiled"] else "eager"
     ceiling = document["ceiling_tflops"]
     bound = "" if ceiling is None else f"; a matrix product reaches {ceiling:.3g} TFLOP/s"
+    memory = "; memory: estimated" if document["device_type"] == "cpu" else ""
+    if any(row["out_of_memory"] for row in document["rows"]):
+        memory += "; full: the step did not fit"
     return [
         f"{document['device']}, torch {document['torch']}, {row['precision']}, {how}{bound}",
-        f"hours: of {document['clips']:,} clips an epoch, evaluation not counted; mAP: the paper's",
+        f"hours: of {document['clips']:,} clips an epoch, without evaluation; mAP: the paper's"
+        f"{memory}",
     ]
 
 
@@ -153,12 +163,11 @@ def stride_cells(row: Row, best: list[Row]) -> list[str]:
 def time_cells(row: Row) -> list[str]:
     """A line of the table of durations."""
     ms = row["ms"]
-    step = ms["step"]
     shares = (100 * row["gflop_parts"][part] / row["gflop"] for part in PARTS)
     return [
         str(row["batch"]),
         *(number(ms[name]["median"]) for name in MS),
-        number(100 * (step["high"] - step["low"]) / step["median"], 0),
+        number(spread(row), 0),
         *(f"{share:.0f}" if share else "" for share in shares),
     ]
 
@@ -166,6 +175,12 @@ def time_cells(row: Row) -> list[str]:
 def emphasis(row: Row, best: list[Row]) -> str:
     """The style of a line."""
     return "bold" if row in best else ""
+
+
+def spread(row: Row) -> float:
+    """From the lower to the upper quartile of a step's time, in % of the median."""
+    step = row["ms"]["step"]
+    return float(100 * (step["high"] - step["low"]) / step["median"])
 
 
 def map_cell(row: Row, best: list[Row]) -> str:
@@ -197,19 +212,20 @@ def print_trace(console: Console, found: dict[str, Any]) -> None:
     )
 
 
-def print_memory(console: Console, modules: list[Any], *, estimated: bool) -> None:
-    """Peaks by module; ``modules``: as in the document."""
+def print_memory(console: Console, found: dict[str, Any]) -> None:
+    """Peaks by module; ``found``: as in the document, in bytes."""
+    modules = found["modules"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("module", no_wrap=True, min_width=24)
     for head in ("peak GiB\nforward", "peak GiB\nbackward", "MiB kept\nfor backward"):
         table.add_column(head, justify="right", no_wrap=True)
-    highest = max(m["peak_bytes"] for m in modules)
+    highest = max(m["peak"] for m in modules)
     for m in modules:
-        style = "bold" if m["peak_bytes"] == highest else ""
-        forward, backward = m["peak_forward_bytes"] / 2**30, m["peak_backward_bytes"] / 2**30
-        cells = (number(forward), number(backward or None), number(m["kept_bytes"] / 2**20))
+        style = "bold" if m["peak"] == highest else ""
+        forward, backward = m["peak_forward"] / 2**30, m["peak_backward"] / 2**30
+        cells = (number(forward), number(backward or None), number(m["kept"] / 2**20))
         table.add_row(m["name"], *cells, style=style)
-    how = "estimated from a step on fake tensors" if estimated else "by the allocator"
+    how = "estimated from a step on fake tensors" if found["estimated"] else "by the allocator"
     console.print(Text(f"What is taken in all while a module works, {how}", style="bold"))
     console.print(table)
     console.print(Text(f"peak: {highest / 2**30:.2f} GiB, in bold"))
