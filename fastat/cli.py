@@ -9,8 +9,8 @@ import typer
 
 from fastat.commands.data import demo, extract, pack
 from fastat.commands.paper import models, procs
-from fastat.commands.report import report
 from fastat.commands.profile import profile
+from fastat.commands.report import report
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
