@@ -109,6 +109,36 @@ def test_spread() -> None:
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
+def test_watts_are_those_of_the_timed_steps(
+    noise: PackedSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    step = Training.step
+
+    class Meter:
+        watts = 99.0
+
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __enter__(self) -> "Meter":
+            steps.append("on")
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            steps.append("off")
+
+    def noted(self: Training, batch: Any) -> Tensor:
+        steps.append("step")
+        return step(self, batch)
+
+    monkeypatch.setattr(measure_module, "PowerMeter", Meter)
+    monkeypatch.setattr(Training, "step", noted)
+    found = measure(TINY, CPU, noise, seconds=0.01)
+    assert found.watts == 99.0
+    assert steps == ["step", "on", *["step"] * found.rounds, "off"]
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])

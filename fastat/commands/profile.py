@@ -161,7 +161,7 @@ def profile(
         document = make_plan(found, device, settings, budget, measure_again=measure_again)
         print(json.dumps(document)) if json_ else print_plan(document)
         return
-    document = measure_all(found, device, settings, strides=strides is not None)
+    document = measure_all(found, device, settings)
     if trace is not None or memory:
         document |= look_inside(found[0], device, settings, trace, memory)
     if csv is not None:

@@ -63,14 +63,16 @@ def make_case(choice: Choice, device: torch.device, settings: Settings) -> Case:
     """A choice as a step; where the batch is "auto", of one clip for now."""
     compiled = settings.compile
     batch = settings.batch or default_batch(choice, device.type)
+    options = dict(choice.options)
+    less_memory = options.pop("activation_checkpointing", False)  # by --set, as for fastat train
     return Case(
         model=choice.model,
         proc=choice.proc,
-        options=choice.options,
+        options=options,
         batch=batch if isinstance(batch, int) else 1,
         precision=settings.precision,
         compile=device.type == "cuda" if compiled is None else compiled,
-        activation_checkpointing=settings.activation_checkpointing,
+        activation_checkpointing=settings.activation_checkpointing or less_memory,
     )
 
 
@@ -101,9 +103,7 @@ def largest_batches(
     return found
 
 
-def profile(
-    choices: Sequence[Choice], device: torch.device, settings: Settings, *, strides: bool
-) -> Document:
+def profile(choices: Sequence[Choice], device: torch.device, settings: Settings) -> Document:
     """Measures ``choices``; a step that several procedures share is measured once.
 
     Raises:
@@ -139,7 +139,6 @@ def profile(
                 found,
                 measured[case.step],
                 num_frames=FEATURES[case.procedure.feature].num_frames(packed.clip_samples),
-                stride_row=strides,
                 clips=settings.clips,
                 ceiling=ceiling,
                 largest_batch=fits.get(of_memory(case)),
