@@ -9,6 +9,7 @@ import typer
 
 from fastat.commands.data import demo, extract, pack
 from fastat.commands.paper import models, procs
+from fastat.commands.study import compare
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "eval": evaluate,
     "predict": predict,
     "extract": extract,
+    "compare": compare,
     "convert": convert,
     "models": models,
     "procs": procs,
