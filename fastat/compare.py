@@ -56,11 +56,12 @@ def read_predictions(path: Path) -> Predictions:
     try:
         with h5py.File(file_path) as file:
             found = Predictions(
-                path,
-                np.asarray(file["probability"][:], np.float32),
-                np.asarray(file["target"][:], np.bool_),
-                *(file[key].asstr()[:].tolist() for key in ("audio_name", "class_id")),
-                file["class_name"].asstr()[:].tolist(),
+                path=path,
+                probability=np.asarray(file["probability"][:], np.float32),
+                target=np.asarray(file["target"][:], np.bool_),
+                names=file["audio_name"].asstr()[:].tolist(),
+                ids=file["class_id"].asstr()[:].tolist(),
+                class_names=file["class_name"].asstr()[:].tolist(),
             )
     except (*H5PY_ERRORS, MemoryError) as error:
         raise Failure(f"{file_path} is damaged, or no predictions: {first_line(error)}") from error
@@ -174,7 +175,9 @@ def weighted_average_precision(
     clips, hits = counted.cumsum(0, np.float64), found.cumsum(0, np.float64)
     # Where no clip has weight yet, none is found either.
     total = (found * (hits / np.maximum(clips, 1.0))).sum(0)
-    return np.divide(total, hits[-1], out=np.full_like(total, np.nan), where=hits[-1] > 0)
+    out = np.full(weights.shape[1], np.nan)
+    np.divide(total, hits[-1], out=out, where=hits[-1] > 0)
+    return out
 
 
 def _sums_by(

@@ -219,6 +219,6 @@ def test_damaged_layouts(tmp_path: Path) -> None:
         {"ids": ["/m/0"] * 5},
         {"names": good.names[:7]},
     ):
-        path = write(tmp_path / "x.h5", replace(good, **change))  # type: ignore[arg-type]
+        path = write(tmp_path / "x.h5", replace(good, **change))
         with pytest.raises(Failure, match=r"x\.h5 is damaged"):
             read_predictions(path)
