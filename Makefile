@@ -1,7 +1,7 @@
 # make demo   from nothing to a trained tagger on the built-in practice set
 # make test   linters, types and the test suite; make test-full adds the long counts
 # make test-oldest  the kernels' tests with the oldest torch and Triton (part of test-full)
-# make bench  every benchmark, each beside its peer
+# make bench  every benchmark, each beside its peer, then the tables; FASTAT_BENCH_FULL=1: at full size
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,7 +26,8 @@ test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
 
 bench: .venv/.installed-test
-	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)
+	$(BIN)/python -m bench.compare
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

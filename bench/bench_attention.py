@@ -1,11 +1,10 @@
 """attention: ours, eager, compiled, every backend of torch's SDPA, FlexAttention and flash-attn.
 
 TFLOP/s count 4 B H N^2 Dh forward and 3.5 times that with the backward, whoever computes more.
-FASTAT_BENCH_FULL=1 adds the shapes and the peers that take long.
+FASTAT_BENCH_FULL=1 adds the shapes and the peers that take long on a GPU.
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +17,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.timing import DEVICE, DEVICE_CLOCK, ON_GPU, timed
+from bench.results import DEVICE, FULL, ON_GPU
+from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.attention import (
     Config,
     Split,
@@ -34,7 +34,6 @@ pytestmark = DEVICE_CLOCK
 
 Impl = Callable[[Tensor, float], Tensor]
 
-FULL = os.environ.get("FASTAT_BENCH_FULL") == "1"
 DTYPE = torch.bfloat16
 
 # (B, N, H, Dh), dropout
@@ -104,10 +103,10 @@ def peers() -> dict[str, Impl]:
         "ours": ours,
         "eager": eager,
         "compiled": torch.compile(eager, dynamic=False),
-        "library": attention,
     }
-    if ON_GPU:
+    if ON_GPU:  # elsewhere ours is the library's
         found |= {
+            "library": attention,
             "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
             "efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),

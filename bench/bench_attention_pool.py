@@ -7,7 +7,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.timing import DEVICE, DEVICE_CLOCK, ON_GPU, timed
+from bench.results import DEVICE, ON_GPU
+from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.attention_pool import attention_pool, attention_pool_ref
 from fastat_kernels.backend import kernels
 

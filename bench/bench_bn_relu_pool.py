@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from bench.timing import DEVICE, DEVICE_CLOCK, ON_GPU, timed
+from bench.results import DEVICE, ON_GPU
+from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.backend import kernels
 from fastat_kernels.bn_relu_pool import Pool, bn_relu_pool
 

@@ -14,17 +14,16 @@ import soundfile as sf
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.results import DEVICE, sized, write_row
 from fastat.data.cache import CachedSource
 from fastat.data.loader import PackedSource, Source
 from fastat.data.pack import pack
 from fastat.data.sampler import Sampler
 from fastat.data.shards import PackedSet
-from fastat.environment import default_device, device_name
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
 
-DEVICE = default_device()
-NUM_CLIPS, BATCH, NUM_STEPS, ROUNDS = 64, 16, 4, 5
+NUM_CLIPS, BATCH, NUM_STEPS, ROUNDS = 64, 16, 4, sized(5, 3)
 CACHES = [("host", "float16"), ("host", "uint8"), ("device", "float16"), ("device", "uint8")]
 
 
@@ -45,6 +44,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedSet:
 def test_features_of_batches(
     benchmark: BenchmarkFixture, packed: PackedSet, feature: str, place: str, dtype: str
 ) -> None:
+    benchmark.group = f"data: features from a cache, {feature}"
     spec = FEATURES[feature]
     sampler = Sampler(
         NUM_CLIPS,
@@ -80,10 +80,14 @@ def test_features_of_batches(
         peer.append(seconds(rows))
 
     benchmark.pedantic(epoch, (cached,), setup=in_turns, rounds=ROUNDS)
+    if benchmark.disabled:
+        return
     clips = NUM_STEPS * BATCH
     ours = benchmark.stats.stats.median
-    benchmark.extra_info.update(
-        device=device_name(DEVICE), batch=BATCH, threads=torch.get_num_threads(),
-        cached_clips_per_s=clips / ours, packed_clips_per_s=clips / median(peer),
-        ratio=median(peer) / ours,
-    )  # fmt: skip
+    for impl, epoch_s in (("ours", ours), ("packed rows", median(peer))):
+        row = write_row(
+            area="data", op="features from a cache", impl=impl, passes="clip",
+            shape=f"{feature} {place} {dtype}, batch {BATCH}", ms=1e3 * epoch_s / clips,
+            clips_per_s=clips / epoch_s,
+        )  # fmt: skip
+        benchmark.extra_info[impl] = row["clips_per_s"]

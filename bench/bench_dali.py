@@ -10,6 +10,7 @@ import soundfile as sf
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.results import DEVICE, write_row
 from fastat.data.dali import DaliSource
 from fastat.data.loader import PackedSource, Source
 from fastat.data.pack import pack
@@ -17,7 +18,6 @@ from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
 from fastat.frontend import Frontend
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_CLIPS, BATCH, NUM_STEPS, MIXED, THREADS = 32, 16, 4, 5, 2
 RATES = [16_000, 44_100]
 
@@ -25,7 +25,7 @@ RATES = [16_000, 44_100]
 @pytest.fixture(scope="module", params=RATES, ids=lambda rate: f"{rate / 1000:g}kHz-flac")
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedSet:
     rate: int = request.param
-    folder = tmp_path_factory.mktemp("audio")
+    folder = tmp_path_factory.mktemp(f"{rate / 1000:g} kHz FLAC", numbered=False)
     rng = np.random.default_rng(0)
     (folder / "files" / "noise").mkdir(parents=True)
     for i in range(NUM_CLIPS):
@@ -39,6 +39,8 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("name", ["packed", "dali"])
 def test_features_of_batches(benchmark: BenchmarkFixture, packed: PackedSet, name: str) -> None:
+    shape = f"{packed.directory.parent.name}, batch {BATCH}"
+    benchmark.group = f"data: features from files, {shape}"
     rng = np.random.default_rng(0)
     no_mask = np.zeros((BATCH, 2), np.int64)
     plans = [
@@ -66,7 +68,14 @@ def test_features_of_batches(benchmark: BenchmarkFixture, packed: PackedSet, nam
 
     error = (epoch()[0] - want[0]).abs()
     torch.testing.assert_close(error.median().item(), 0.0, rtol=0, atol=1e-3)
-    benchmark.extra_info.update(device=str(DEVICE), threads=THREADS, batch=BATCH)
     benchmark.pedantic(epoch, rounds=3, warmup_rounds=1)
+    if benchmark.disabled:
+        return
+    clips = NUM_STEPS * BATCH
     seconds = benchmark.stats.stats.median
-    benchmark.extra_info["clips_per_s"] = NUM_STEPS * BATCH / seconds
+    row = write_row(
+        area="data", op="features from files", impl="ours" if name == "dali" else "packed rows",
+        shape=shape, passes="clip", ms=1e3 * seconds / clips, clips_per_s=clips / seconds,
+        ms_min=1e3 * benchmark.stats.stats.min / clips, threads=THREADS,
+    )  # fmt: skip
+    benchmark.extra_info.update(row)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.timing import DEVICE, DEVICE_CLOCK, ON_GPU, timed
+from bench.results import DEVICE, ON_GPU
+from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.backend import kernels
 from fastat_kernels.depthwise_conv import depthwise_conv, depthwise_conv_ref
 

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from fastat.environment import default_device, device_name
+from bench.results import DEVICE
+from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.dropout import dropout
 
-DEVICE = default_device()
+pytestmark = DEVICE_CLOCK
+
 IMPLS: dict[str, Callable[[Tensor, float], Tensor]] = {"ours": dropout, "torch": F.dropout}
 SHAPES = {"tokens": (16, 100, 1024), "attention weights": (16, 8, 100, 100)}
 P = 0.75
@@ -20,18 +22,23 @@ P = 0.75
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout(benchmark: BenchmarkFixture, shape: str, impl: str) -> None:
-    benchmark.group = f"dropout, {shape}"
     x = torch.randn(SHAPES[shape], device=DEVICE).bfloat16().requires_grad_()
     dout = torch.randn_like(x)
 
     def step() -> Tensor:
         y = IMPLS[impl](x, P)
         torch.autograd.grad(y, x, dout)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
         return y
 
     share = (step() == 0).float().mean().item()
     assert share == pytest.approx(P, abs=0.01)
-    benchmark.pedantic(step, rounds=30, warmup_rounds=3)
-    benchmark.extra_info.update(device=device_name(DEVICE), ms=1e3 * benchmark.stats.stats.median)
+    timed(
+        benchmark,
+        step,
+        op="dropout",
+        impl=impl,
+        passes="fwd+bwd",
+        shape=f"{shape} {'x'.join(map(str, SHAPES[shape]))}",
+        bytes_moved=4 * x.nbytes,
+        cpu_rounds=30,
+    )

@@ -19,13 +19,14 @@ import soundfile as sf
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.results import sized, write_row
 from fastat.data.decode import decode
 from fastat.data.demo import PEAK, make_scene
 from fastat.data.pack import pack
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.data.sounds import SOUNDS
 
-SECONDS, NUM_CLIPS, NUM_ROWS, ROUNDS = 10, 40, 256, 5
+SECONDS, NUM_CLIPS, NUM_ROWS, ROUNDS = 10, 40, 256, sized(5, 3)
 TARGET_CLIPS_PER_CORE_S = 600
 CODECS = ("pcm16", "flac")
 
@@ -54,7 +55,7 @@ def practice() -> Iterator[NDArray[np.float32]]:
 def sets(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, PackedSet]]:
-    folder = tmp_path_factory.mktemp("flac")
+    folder = tmp_path_factory.mktemp(request.param.__name__, numbered=False)
     (folder / "audio" / "sound").mkdir(parents=True)
     for i, wave in enumerate(request.param()):
         sf.write(folder / "audio" / "sound" / f"{i:02d}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
@@ -68,6 +69,7 @@ def sets(
 
 @pytest.mark.parametrize("name", ["ours", "soundfile", "pcm16"])
 def test_rows_a_second(benchmark: BenchmarkFixture, sets: dict[str, PackedSet], name: str) -> None:
+    benchmark.group = f"data: FLAC rows, {sets['flac'].directory.parent.name}"
     rows = np.random.default_rng(0).integers(0, NUM_CLIPS, NUM_ROWS)
     out = np.empty((NUM_ROWS, sets["flac"].clip_samples), np.int16)
     want = np.empty_like(out)
@@ -98,7 +100,13 @@ def test_rows_a_second(benchmark: BenchmarkFixture, sets: dict[str, PackedSet], 
     codec = "pcm16" if name == "pcm16" else "flac"
     (pcm_shard,) = sets["pcm16"].directory.glob("shard-*.h5")
     pcm_bytes = pcm_shard.stat().st_size
-    benchmark.extra_info.update(
+    row = write_row(
+        area="data",
+        op="PCM rows" if name == "pcm16" else "FLAC rows",
+        impl="soundfile" if name == "soundfile" else "ours",
+        shape=sets["flac"].directory.parent.name,
+        passes="clip, CPU time",  # DALI decodes on every core, soundfile on one
+        ms=1e3 * cpu_seconds / (ROUNDS * NUM_ROWS),
         codec=codec,
         cores=len(os.sched_getaffinity(0)),
         clips_per_s=NUM_ROWS / benchmark.stats.stats.median,
@@ -106,3 +114,4 @@ def test_rows_a_second(benchmark: BenchmarkFixture, sets: dict[str, PackedSet], 
         target_clips_per_core_s=TARGET_CLIPS_PER_CORE_S,
         share_of_pcm_bytes=(shard.stat().st_size if codec == "flac" else pcm_bytes) / pcm_bytes,
     )
+    benchmark.extra_info.update(row)

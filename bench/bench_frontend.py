@@ -2,8 +2,8 @@
 
 torchaudio's way is its own sequence of torch calls (``tests/reference_features.py``), because its
 binaries lag behind torch; transformers' is ASTFeatureExtractor in numpy. Every implementation is
-held to the criterion on the clips it is timed on. ``test_against_the_best_peer`` runs all of them
-in turns, each at every batch and thread count, and compares the best of each.
+held to the criterion. All of them run in turns, each at every batch and thread count, and the best
+of each are compared. ``bench_log_mel.py`` times single shapes, and what a training step asks for.
 """
 
 import os
@@ -20,11 +20,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from transformers import ASTFeatureExtractor
 
+from bench.results import DEVICE, sized, write_row
 from fastat.features import FEATURES
-from fastat.frontend import Augment, Frontend
+from fastat.frontend import Frontend
 from tests import reference_features as reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCHES = (64, 448) if DEVICE.type == "cuda" else (1, 4, 16, 64)
 THREADS = (1,) if DEVICE.type == "cuda" else tuple(sorted({1, os.cpu_count() or 1}))
 BAR = {"logmel64": 2.0, "fbank128": 1.3}
@@ -63,33 +63,10 @@ def configurations(impl: str) -> list[tuple[int, int]]:
     return [(batch, threads) for batch in BATCHES for threads in THREADS]
 
 
-CASES = [
-    (name, impl, batch, threads)
-    for name in FEATURES
-    for impl in implementations(name)
-    for batch, threads in configurations(impl)
-]
-
-
-@pytest.mark.parametrize(("name", "impl", "batch", "threads"), CASES)
-def test_log_mel(
-    benchmark: BenchmarkFixture, name: str, impl: str, batch: int, threads: int
-) -> None:
-    benchmark.group = f"frontend: {name}"
-    run, wave = implementations(name)[impl], noise(batch)
-    with torch_threads(threads):
-        check(name, run, wave)
-        benchmark.pedantic(synchronised(run), (wave,), rounds=max(3, 32 // batch), warmup_rounds=1)
-    benchmark.extra_info.update(
-        device=device_name(), threads=threads, batch=batch,
-        clips_per_s=batch / benchmark.stats.stats.median,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", FEATURES)
 def test_against_the_best_peer(benchmark: BenchmarkFixture, name: str) -> None:
     """Every implementation in turns, so that what else the machine does hits all alike."""
-    benchmark.group = "frontend: against the best peer"
+    benchmark.group = "data: front end, against the best peer"
     impls = implementations(name)
     for run in impls.values():
         check(name, run, noise(2))
@@ -107,49 +84,24 @@ def test_against_the_best_peer(benchmark: BenchmarkFixture, name: str) -> None:
 
     turn()
     seconds.clear()  # the first turn warmed up
-    benchmark.pedantic(turn, rounds=3)
+    benchmark.pedantic(turn, rounds=sized(3, 2))
+    if benchmark.disabled:
+        return
     median = {case: statistics.median(times) for case, times in seconds.items()}
-    ours = min((case for case in median if case[0] == "ours"), key=median.__getitem__)
-    peer = min((case for case in median if case[0] != "ours"), key=median.__getitem__)
-    ratio = median[peer] / median[ours]
-    benchmark.extra_info.update(
-        device=device_name(), ratio=ratio,
-        ours=label(ours), ours_clips_per_s=1 / median[ours],
-        best_peer=label(peer), best_peer_clips_per_s=1 / median[peer],
-        all_clips_per_s={label(case): 1 / t for case, t in median.items()},
-    )  # fmt: skip
+    best = {
+        impl: min((c for c in median if c[0] == impl), key=median.__getitem__) for impl in impls
+    }
+    for impl, case in best.items():
+        row = write_row(
+            area="data", op="front end", impl=impl, shape=f"{name}, best batch and threads",
+            passes="clip", ms=1e3 * median[case], clips_per_s=1 / median[case], batch=case[1],
+            threads=case[2],
+        )  # fmt: skip
+        benchmark.extra_info[label(case)] = row["clips_per_s"]
+    peer_s = min(median[case] for impl, case in best.items() if impl != "ours")
+    ratio = peer_s / median[best["ours"]]
     if DEVICE.type == "cpu":
-        assert ratio >= BAR[name], f"{name}: {ratio:.2f} x {label(peer)}, bar {BAR[name]}"
-
-
-@pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("name", FEATURES)
-def test_whole_step(benchmark: BenchmarkFixture, name: str, threads: int) -> None:
-    """What a training step asks for: int16 rows, mixup partners, lengths, masks, normalisation."""
-    benchmark.group = f"frontend: whole step, {name}"
-    clips = BATCHES[-1] if DEVICE.type == "cuda" else 16
-    partners = round(0.3 * clips)
-    wave = (noise(clips + partners) * 32768).to(torch.int16)
-    counts = torch.full((clips + partners,), wave.shape[1], device=DEVICE)
-    mask = torch.tensor([[10, 12]] * clips, device=DEVICE)
-    augment = Augment(
-        mix_into=torch.arange(partners, device=DEVICE),
-        lam=torch.full((partners,), 0.4, device=DEVICE),
-        time_mask=mask,
-        freq_mask=mask,
-    )
-    model = Frontend(name).to(DEVICE)
-    plain = model(wave[:clips])
-    got = model(wave, counts, augment)
-    torch.testing.assert_close(got[-1, 30:, 30:], plain[-1, 30:, 30:], rtol=0, atol=1e-3)
-    with torch_threads(threads):
-        benchmark.pedantic(
-            synchronised(lambda x: model(x, counts, augment)), (wave,), rounds=10, warmup_rounds=2
-        )
-    benchmark.extra_info.update(
-        device=device_name(), threads=threads, batch=clips, partners=partners,
-        clips_per_s=clips / benchmark.stats.stats.median,
-    )  # fmt: skip
+        assert ratio >= BAR[name], f"{name}: {ratio:.2f} x the best peer, bar {BAR[name]}"
 
 
 def noise(batch: int) -> Tensor:
@@ -188,7 +140,3 @@ def torch_threads(threads: int) -> Iterator[None]:
 def label(case: tuple[str, int, int]) -> str:
     impl, batch, threads = case
     return f"{impl} B={batch} threads={threads}"
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu x {os.cpu_count()}"

@@ -33,21 +33,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.packed_sets import write_set
+from bench.results import sized, write_row
 from fastat.data.loader import PREFETCH, Batch, PackedSource
 from fastat.data.row_reader import JOBS_PER_THREAD, READ_THREADS
 from fastat.data.sampler import Sampler
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 
 CPU = torch.device("cpu")
-NUM_CLIPS, NUM_CLASSES, NUM_FILES = 1920, 527, 128
+NUM_CLIPS, NUM_CLASSES, NUM_FILES = 1920, 527, sized(128, 64)
 CLIP_SAMPLES = 10 * SAMPLE_RATE
 ROW_BYTES = 2 * CLIP_SAMPLES
-BATCH, STEPS, ROUNDS = 256, 8, 9
-COLD_BATCH, COLD_STEPS, COLD_ROUNDS = 128, 9, 5
+BATCH, STEPS, ROUNDS = 256, 8, sized(9, 3)
+COLD_BATCH, COLD_STEPS, COLD_ROUNDS = 128, 9, sized(5, 2)
 AHEAD = PREFETCH + 2
 """Batches taken before the clock starts: the loader is then as far ahead as when it stops."""
 WINDOW = 320
-DISK_THREADS, DIRECT_THREADS = (2, 4, 8, 16, 32), (4, 16)
+DISK_THREADS, DIRECT_THREADS = sized((2, 4, 8, 16, 32), (4, 16)), (4, 16)
 PAGE = 4096
 
 
@@ -116,7 +117,7 @@ def copied(waveform: NDArray[np.int16], out: NDArray[np.int16], pool: ThreadPool
     list(pool.map(copy, np.array_split(np.arange(len(out)), JOBS_PER_THREAD * READ_THREADS)))
 
 
-@pytest.mark.benchmark(group="loader, warm, rows of 320 kB")
+@pytest.mark.benchmark(group="data: loader, warm, rows of 320 kB")
 def test_warm(
     benchmark: BenchmarkFixture, packed: PackedSet, waveform: NDArray[np.int16], tmp_path: Path
 ) -> None:
@@ -166,20 +167,36 @@ def test_warm(
             times.clear()
         benchmark.pedantic(ours, setup=peers, rounds=ROUNDS)
     stream.close()  # type: ignore[attr-defined]
+    if benchmark.disabled:
+        return
     per_row = [t / n for t, n in zip(benchmark.stats.stats.data, rows_of, strict=True)]
     ours_s = median(per_row)
-    benchmark.extra_info.update(
+    percent_of_memcpy = 100 * median(m / o for m, o in zip(seconds["memcpy"], per_row, strict=True))
+    shape = "warm, 320 kB"
+    for peer, name in (("h5py", "h5py"), ("wav", "DataLoader, WAV files")):
+        write_row(
+            area="data", op="loader", impl=name, shape=shape, passes="row",
+            ms=1e3 * median(seconds[peer]),
+        )  # fmt: skip
+    row = write_row(
+        area="data",
+        op="loader",
+        impl="ours",
+        shape=shape,
+        passes="row",
+        ms=1e3 * ours_s,
+        ms_min=1e3 * min(per_row),
+        percent_of_ceiling=percent_of_memcpy,  # a copy in memory by as many threads
         threads=READ_THREADS,
         rows_per_s=1 / ours_s,
         gb_per_s=ROW_BYTES / ours_s / 1e9,
         memcpy_gb_per_s=ROW_BYTES / median(seconds["memcpy"]) / 1e9,
-        percent_of_memcpy=100
-        * median(m / o for m, o in zip(seconds["memcpy"], per_row, strict=True)),
         cpu_us_per_row=1e6 * median(cpu),  # tells more than the clock on a busy machine
         memcpy_cpu_us_per_row=1e6 * median(seconds["memcpy_cpu"]),
         h5py_rows_per_s=1 / median(seconds["h5py"]),
         dataloader_wav_rows_per_s=1 / median(seconds["wav"]),
     )
+    benchmark.extra_info.update(row)
 
 
 # ------------------------------------------------------------------------------------------- cold
@@ -208,7 +225,7 @@ def read_ranges(path: Path, num_threads: int, *, direct: bool) -> None:
     os.close(fd)
 
 
-@pytest.mark.benchmark(group="loader, cold, rows of 320 kB")
+@pytest.mark.benchmark(group="data: loader, cold, rows of 320 kB")
 @pytest.mark.parametrize("window", [0, WINDOW])
 def test_cold(benchmark: BenchmarkFixture, packed: PackedSet, window: int) -> None:
     s = sampler(COLD_BATCH, mixup=0.0, window=window)  # without partners every row is a new one
@@ -234,14 +251,17 @@ def test_cold(benchmark: BenchmarkFixture, packed: PackedSet, window: int) -> No
             pass
 
     benchmark.pedantic(ours, setup=peers, rounds=COLD_ROUNDS)
+    if benchmark.disabled:
+        return
     ours_s = benchmark.stats.stats.median
     disk_s, disk_threads = min((median(times), n) for n, times in disk.items())
-    gigabytes = COLD_BATCH * COLD_STEPS * ROW_BYTES / 1e9
-    benchmark.extra_info.update(
-        rows_per_s=COLD_BATCH * COLD_STEPS / ours_s,
-        gb_per_s=gigabytes / ours_s,
-        disk_gb_per_s=gigabytes / disk_s,
-        disk_threads=disk_threads,
-        percent_of_disk=100 * disk_s / ours_s,
-        direct_gb_per_s=gigabytes / min(map(median, direct.values())),
-    )
+    direct_s = min(map(median, direct.values()))
+    num_rows = COLD_BATCH * COLD_STEPS
+    for impl, times_s in (("ours", ours_s), ("preadv", disk_s), ("preadv, O_DIRECT", direct_s)):
+        row = write_row(
+            area="data", op="loader", impl=impl, passes="row", ms=1e3 * times_s / num_rows,
+            shape=f"cold, 320 kB, {f'windows of {window}' if window else 'no windows'}",
+            rows_per_s=num_rows / times_s, gb_per_s=num_rows * ROW_BYTES / times_s / 1e9,
+        )  # fmt: skip
+        benchmark.extra_info[impl] = row["gb_per_s"]
+    benchmark.extra_info["disk_threads"] = disk_threads

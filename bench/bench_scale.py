@@ -1,7 +1,10 @@
-"""Two million clips with AudioSet's label frequencies: opening the set, and drawing from it.
+"""A large set with AudioSet's label frequencies: opening it, and drawing from it.
+
+Two million clips; 200,000 on a CPU, unless FASTAT_BENCH_FULL=1.
 
 The clips' labels are rows of AudioSet's balanced table, drawn with replacement, from the folder
-that FASTAT_TEST_AUDIO names. The shards' waveforms are holes: 600 GiB that take 0.3 on the disk.
+that FASTAT_TEST_AUDIO names. The shards' waveforms are holes: those of two million clips are 600
+GiB that take 0.3 on the disk.
 """
 
 import csv
@@ -18,12 +21,13 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.packed_sets import write_set
+from bench.results import sized, write_row
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 
-NUM_CLIPS, SMALL = 2_000_000, 20_000
+NUM_CLIPS, SMALL = sized(2_000_000, 200_000), 20_000
 BATCH = 448
-SIZES = {"2M": NUM_CLIPS, "20k": SMALL}
+SIZES = {"large": NUM_CLIPS, "small": SMALL}
 
 OPEN = """
 import re, sys, time
@@ -86,23 +90,28 @@ def sampler(folder: Path, window: int = 0) -> Sampler:
 
 def test_open(benchmark: BenchmarkFixture, folders: dict[str, Path]) -> None:
     """Time and memory from nothing to a sampler, the shards' small datasets in the page cache."""
+    benchmark.group = "data: opening a large set"
     found: list[list[float]] = []
 
     def opened() -> None:
-        command = [sys.executable, "-c", OPEN, str(folders["2M"])]
+        command = [sys.executable, "-c", OPEN, str(folders["large"])]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found.append([float(x) for x in done.stdout.split()])
 
     benchmark.pedantic(opened, rounds=3, warmup_rounds=1)
+    if benchmark.disabled:
+        return
     open_s, sampler_s, resident, peak = np.median(found[1:], axis=0).tolist()
-    benchmark.extra_info.update(
-        open_s=open_s, sampler_s=sampler_s, resident_gib=resident / 2**20, peak_gib=peak / 2**20,
-        target_s=5, target_gib=1,
+    row = write_row(
+        area="data", op="open a set", impl="ours", shape=f"{NUM_CLIPS:,} clips", passes="set",
+        ms=1e3 * (open_s + sampler_s), ms_open=1e3 * open_s, ms_sampler=1e3 * sampler_s,
+        resident_gib=resident / 2**20, peak_gib=peak / 2**20,
     )  # fmt: skip
+    benchmark.extra_info.update(row)
 
 
 def test_weights_follow_the_formula(folders: dict[str, Path]) -> None:
-    packed = PackedSet.open(folders["20k"])
+    packed = PackedSet.open(folders["small"])
     found = packed.targets(np.arange(SMALL)).astype(np.float64)
     by_hand = found @ (1000.0 / (packed.label_counts + 0.01))
     weights = balanced_weights(packed.target_bits, packed.label_counts)
@@ -113,20 +122,21 @@ def test_weights_follow_the_formula(folders: dict[str, Path]) -> None:
 def test_order_of_an_epoch(
     benchmark: BenchmarkFixture, folders: dict[str, Path], window: int
 ) -> None:
-    s = sampler(folders["2M"], window)
+    benchmark.group = "data: order of an epoch"
+    s = sampler(folders["large"], window)
     epochs = iter(range(100))
     order = benchmark.pedantic(lambda: s.order(next(epochs)), rounds=3)
     assert len(order) == NUM_CLIPS // BATCH * BATCH
-    benchmark.extra_info.update(s=benchmark.stats.stats.median, target_s=1)
     # With replacement, by the weights: the rarest clips come up as often as they should.
     assert s.cumulative is not None
     weights = np.diff(s.cumulative, prepend=0.0)
     rare = weights > np.quantile(weights, 0.99)
     expected = weights[rare].sum() / weights.sum() * len(order)
     assert abs(rare[order].sum() - expected) < 5 * expected**0.5
+    kept(benchmark, "order of an epoch", f"{NUM_CLIPS:,} clips, window {window}", "epoch")
 
 
-@pytest.mark.benchmark(group="plan of a step")
+@pytest.mark.benchmark(group="data: plan of a step")
 @pytest.mark.parametrize("window", [0, 2048])
 @pytest.mark.parametrize("where", ["first", "last"])
 @pytest.mark.parametrize("size", SIZES)
@@ -137,4 +147,15 @@ def test_plan(
     s.order(0)
     step = {"first": 0, "last": s.steps_per_epoch - 1}[where]
     benchmark.pedantic(s.plan, args=(0, step), rounds=200, warmup_rounds=10)
-    benchmark.extra_info["us"] = 1e6 * benchmark.stats.stats.median
+    kept(benchmark, "plan of a step", f"{SIZES[size]:,} clips, {where}, window {window}", "step")
+
+
+def kept(benchmark: BenchmarkFixture, op: str, shape: str, passes: str) -> None:
+    """Writes what was timed."""
+    if not benchmark.disabled:
+        stats = benchmark.stats.stats
+        row = write_row(
+            area="data", op=op, impl="ours", shape=shape, passes=passes, ms=1e3 * stats.median,
+            ms_min=1e3 * stats.min,
+        )  # fmt: skip
+        benchmark.extra_info.update(row)

@@ -1,41 +1,28 @@
-"""Measures what the GPU can do at most: a bf16 matrix product and a copy of device memory.
+"""Measures what the device can do at most: a bf16 matrix product and a copy of its memory.
 
-    python -m bench.ceilings DIR
+    python -m bench.ceilings [DIR]
 
-Writes DIR/ceilings.json, which ``timed`` divides by.
+Writes DIR/ceilings.json (where results go, unless said), which percentages refer to.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import torch
-import triton
-
-from bench.timing import ON_GPU
-
-SIZE = 8192
-COPY_BYTES = 4 << 30
+from bench.results import DEVICE, DEVICE_NAME, folder
+from fastat.profile.device import copy_bytes_per_s, matmul_flop_per_s
 
 
-def main(folder: Path) -> None:
-    if not ON_GPU:
-        raise SystemExit("bench.ceilings: needs a CUDA device")
-    a, b = torch.randn(2, SIZE, SIZE, device="cuda", dtype=torch.bfloat16)  # zeros would be faster
-    product_ms = triton.testing.do_bench(lambda: a @ b, return_mode="median")
-    source = torch.randint(-128, 127, (COPY_BYTES,), device="cuda", dtype=torch.int8)
-    copy = torch.empty_like(source)
-    copy_ms = triton.testing.do_bench(lambda: copy.copy_(source), return_mode="median")
-    found = {
-        "flop_per_s": 2 * SIZE**3 / product_ms * 1e3,
-        "bytes_per_s": 2 * COPY_BYTES / copy_ms * 1e3,  # read and written
-    }
-    (folder / "ceilings.json").write_text(json.dumps(found))
+def main(out: Path) -> None:
+    flop_per_s, bytes_per_s = matmul_flop_per_s(DEVICE, "bf16"), copy_bytes_per_s(DEVICE)
+    found = {"device": DEVICE_NAME, "flop_per_s": flop_per_s, "bytes_per_s": bytes_per_s}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ceilings.json").write_text(json.dumps(found))
     print(
-        f"{torch.cuda.get_device_name()}: {found['flop_per_s'] / 1e12:.0f} TFLOP/s in bf16, "
-        f"{found['bytes_per_s'] / 1e12:.2f} TB/s copied"
+        f"{DEVICE_NAME}: {flop_per_s / 1e12:.3g} TFLOP/s in bf16, "
+        f"{bytes_per_s / 1e12:.3g} TB/s copied"
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else folder())

@@ -4,20 +4,32 @@
 #   bench/gpu.sh [--out DIR] [part ...]
 #
 # parts: ceilings   bf16 matrix product and device copy, which percentages refer to
+#        cuda       what else is tested on a GPU alone: the step, the loader, the front end
+#        targets    training end to end, seven steps that have a target, beside plain loops and the
+#                   libraries' models: targets_conv targets_attention targets_ast
 #        tests      the kernels' tests on the device, at the models' shapes too
 #        kernels    all six kernels beside their peers, or one by its name:
 #                   attention attention_pool bn_relu_pool depthwise_conv log_mel patch_embed
-#        a4 a2      whole training steps of the six models, compiled, kernels on and off
+#        a4 a2      training steps of the six models in memory, compiled, kernels on and off
 #        eager      the same steps, not compiled
 #        tune       times the other configurations of every kernel; tune=attention those of one
-# Without parts: ceilings tests kernels a4.
+# Without parts: ceilings cuda targets tests kernels a4.
+#
+# A first session of 30 minutes runs, in this order, which is that of what would be missed most:
+#   1. ceilings (seconds), cuda (a minute or two): does the step run at all, and right;
+#   2. targets (three parts): the figures that the engine is for, with the library's operators;
+#   3. tests, then attention and log_mel: whether the kernels are right, and the two that most of a
+#      step could gain from; a4 tells what they do to whole steps. The rest in a second session.
+# Every part stands alone, and what it found is kept: a session may end at any time.
 #
 # With pytest-xdist, what a part compiles is compiled by several processes first, which fill the
 # caches of Triton and of torch.compile; what is timed then runs alone.
 #
-# Needs torch, triton, timm, h5py, pytest and pytest-benchmark, and the source tree: fastat need not
-# be installed, nor DALI. Results go to DIR (bench/results) as they come; the last thing printed is
-# a table. Every part runs to its end; the exit code says whether all passed.
+# Needs torch, triton, timm, h5py, pytest and pytest-benchmark, for targets torchvision, soundfile and
+# zlib-ng, for cuda what fastat needs, and the source tree: fastat need not be installed, nor DALI.
+# Peers that are not installed (flash-attn) are skipped. Results go to DIR (bench/results) as they
+# come; the last thing printed is bench.compare's tables, and <device>.json is what it keeps. Every
+# part runs to its end; the exit code says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -37,7 +49,8 @@ fi
 mkdir -p "$out"
 FASTAT_BENCH_OUT=$(cd "$out" && pwd)
 PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
-export FASTAT_BENCH_OUT PYTHONPATH PYTHONUNBUFFERED=1
+FASTAT_BENCH_RUN=${FASTAT_BENCH_RUN:-$(date "+%Y-%m-%d %H:%M:%S")}
+export FASTAT_BENCH_OUT FASTAT_BENCH_RUN PYTHONPATH PYTHONUNBUFFERED=1
 
 pytest_() {
     "$PYTHON" -m pytest -q -p no:cacheprovider -o console_output_style=classic "$@"
@@ -72,10 +85,23 @@ tests_() {
     return $code
 }
 
+cuda_() {
+    local code log=$FASTAT_BENCH_OUT/cuda.log
+    # A file whose imports are not installed here is an error, and the others still run.
+    pytest_ tests -m cuda --ignore tests/kernels --continue-on-collection-errors >"$log" 2>&1
+    code=$?
+    tail -n 25 "$log"
+    return $code
+}
+
 part() {
     case $1 in
         ceilings) "$PYTHON" -m bench.ceilings "$FASTAT_BENCH_OUT" ;;
         tests) tests_ ;;
+        cuda) cuda_ ;;
+        targets_conv) bench_ 3 bench/bench_targets.py -k "cnn_trans or crnn or resnet50" ;;
+        targets_attention) bench_ 2 bench/bench_targets.py -k "conformer or transformer" ;;
+        targets_ast) bench_ 2 bench/bench_targets.py -k "ast-" ;;
         a4) bench_ 4 bench/bench_models.py -k "A4 and not eager" ;;
         a2) bench_ 4 bench/bench_models.py -k "A2 and not eager" ;;
         eager) bench_ 0 bench/bench_models.py -k eager ;;
@@ -84,16 +110,19 @@ part() {
         *) bench_ 6 "bench/bench_$1.py" ;;
     esac
 }
-export -f part pytest_ gpu_and_xdist bench_ tests_
+export -f part pytest_ gpu_and_xdist bench_ tests_ cuda_
 export PYTHON WARM_LIMIT_S
 
 parts=()
-for name in "${@:-ceilings tests kernels a4}"; do
+for name in "${@:-ceilings cuda targets tests kernels a4}"; do
     for name in $name; do
         case $name in
             kernels) parts+=($KERNELS) ;;
             tune) for op in $KERNELS; do parts+=("tune=$op"); done ;;
-            ceilings | tests | a4 | a2 | eager) parts+=("$name") ;;
+            targets) parts+=(targets_conv targets_attention targets_ast) ;;
+            ceilings | cuda | targets_conv | targets_attention | targets_ast | tests | a4 | a2 | eager)
+                parts+=("$name")
+                ;;
             *)
                 [[ " $KERNELS " == *" ${name#tune=} "* ]] || { echo "gpu.sh: no part named $name" >&2; exit 2; }
                 parts+=("$name")
@@ -109,8 +138,8 @@ for name in "${parts[@]}"; do
     timeout -k 10 "$LIMIT_S" bash -c "part $name" || failed+=("$name (exit code $?)")
     echo "   $((SECONDS - start)) s"
 done
-[ -f "$FASTAT_BENCH_OUT/results.jsonl" ] && "$PYTHON" -m bench.table "$FASTAT_BENCH_OUT"
+[ -f "$FASTAT_BENCH_OUT/results.jsonl" ] && "$PYTHON" -m bench.compare "$FASTAT_BENCH_OUT" --save
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "failed: ${failed[*]}; see bench.log and tests.log in $out" >&2
+    echo "failed: ${failed[*]}; see bench.log, cuda.log and tests.log in $out" >&2
     exit 1
 fi

@@ -5,34 +5,26 @@ flushed before every replay, and events around the replay give its time. A graph
 stream, never the default one; ``on_one_stream`` makes it the whole benchmark's, or gradients would
 go back to the stream where a leaf was first used, outside the capture. ``DEVICE_CLOCK`` feeds the
 time to pytest-benchmark: a benchmark file says ``pytestmark = DEVICE_CLOCK``.
-
-With FASTAT_BENCH_OUT set, every result is also appended to results.jsonl in that folder.
 """
 
-import json
 import math
-import os
-import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastat.environment import default_device, device_name
-
-DEVICE = default_device()
-ON_GPU = DEVICE.type == "cuda"
+from bench.results import DEVICE, ON_GPU, ceilings, write_row
 
 L2_FLUSH_BYTES = 256 << 20
 GPU_ROUNDS = (20, 100)
 """At least and at most; between them as many as fill GPU_SECONDS."""
 GPU_SECONDS = 0.3
-CPU_ROUNDS = 5
+CPU_ROUNDS = (5, 50)
+CPU_SECONDS = 0.3
 
 
 class DeviceClock:
@@ -61,71 +53,48 @@ def timed(
     impl: str,
     passes: str,
     shape: str,
+    area: str = "kernels",
     bytes_moved: float | None = None,
     flop: float | None = None,
     clips: int | None = None,
     graph: bool = True,
-    cpu_rounds: int = CPU_ROUNDS,
+    cpu_rounds: int = CPU_ROUNDS[0],
 ) -> float:
     """The median seconds of ``step``, which must not wait for the device; NaN where disabled.
 
     ``bytes_moved`` and ``flop`` are what the operation needs at least, whoever computes it;
-    ``clips`` is the batch. ``graph=False`` is for steps that a CUDA graph cannot hold.
+    ``clips`` is the batch, ``cpu_rounds`` the fewest on a CPU. ``graph=False`` is for steps that a
+    CUDA graph cannot hold, or that are one already.
     """
-    benchmark.group = f"{op} {shape} {passes}"
+    benchmark.group = f"{area}: {op} {shape} {passes}"
     if benchmark.disabled:  # by --benchmark-disable
         benchmark.pedantic(step)
         return math.nan
     if ON_GPU:
         seconds, peak_bytes = _timed_on_gpu(benchmark, step, graph)
     else:
-        benchmark.pedantic(step, rounds=cpu_rounds)
+        started = perf_counter()
+        step()
+        rounds = int(CPU_SECONDS / (perf_counter() - started))
+        benchmark.pedantic(step, rounds=max(cpu_rounds, min(CPU_ROUNDS[1], rounds)))
         seconds, peak_bytes = benchmark.stats.stats.median, None
-    row: dict[str, Any] = {
-        "op": op, "impl": impl, "passes": passes, "shape": shape, "ms": seconds * 1e3,
-        "device": device_name(DEVICE), "commit": commit(), "torch": torch.__version__,
-    }  # fmt: skip
+    more = {"ms_min": benchmark.stats.stats.min * 1e3}
     if clips is not None:
-        row["clips_per_s"] = clips / seconds
+        more["clips_per_s"] = clips / seconds
     if bytes_moved is not None:
-        row["gb_per_s"] = bytes_moved / seconds / 1e9
+        more["gb_per_s"] = bytes_moved / seconds / 1e9
     if flop is not None:
-        row["tflop_per_s"] = flop / seconds / 1e12
+        more["tflop_per_s"] = flop / seconds / 1e12
     if peak_bytes is not None:
-        row["peak_mib"] = peak_bytes / 2**20
+        more["peak_mib"] = peak_bytes / 2**20
     if known := ceilings():
         floor = max((bytes_moved or 0) / known["bytes_per_s"], (flop or 0) / known["flop_per_s"])
-        row["percent_of_ceiling"] = 100 * floor / seconds
+        more["percent_of_ceiling"] = 100 * floor / seconds
+    row = write_row(
+        area=area, op=op, impl=impl, shape=shape, passes=passes, ms=seconds * 1e3, **more
+    )
     benchmark.extra_info.update(row)
-    write_row(row)
     return seconds
-
-
-def ceilings() -> dict[str, float]:
-    """What gpu.sh measured of the device: bytes/s of a copy, FLOP/s of a bf16 product."""
-    file = Path(os.environ.get("FASTAT_BENCH_OUT", ".")) / "ceilings.json"
-    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    return found
-
-
-def write_row(row: dict[str, Any]) -> None:
-    """Appends ``row`` to results.jsonl in FASTAT_BENCH_OUT, if that is set."""
-    if folder := os.environ.get("FASTAT_BENCH_OUT"):
-        with (Path(folder) / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-@cache
-def commit() -> str:
-    """The short name of the checked-out commit; what gpu.sh was told where there is no git."""
-    if told := os.environ.get("FASTAT_BENCH_COMMIT"):
-        return told
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no git here
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def on_one_stream() -> AbstractContextManager[object]:

@@ -4,26 +4,24 @@
 
 The launches are those that tests/kernels lists for ahead-of-time compilation; their labels say
 "problem @ configuration", and the first configuration of a problem is the one that launchers take.
-Problems in float32 and float16 are left out: training is in bfloat16. With FASTAT_BENCH_OUT set,
-every time is appended to tune.jsonl in that folder as it is taken; an operator's problems are
-printed last, the quickest configuration marked.
+Problems in float32 and float16 are left out: training is in bfloat16. Every
+time is appended to tune.jsonl in the folder of the results as it is taken; an operator's problems
+are printed last, the quickest configuration marked.
 """
 
 import importlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import triton
 from torch.overrides import TorchFunctionMode
 from triton.runtime.errors import OutOfResources
 
-from bench.timing import ON_GPU, commit
+from bench.results import ON_GPU, commit, folder
 from fastat_kernels.choice import OPERATORS
 
 OTHER_DTYPE = re.compile(r"\bfloat(32|16)\b")
@@ -70,9 +68,9 @@ def times(op: str) -> dict[str, dict[str, float]]:
 
 
 def write(row: dict[str, Any]) -> None:
-    if folder := os.environ.get("FASTAT_BENCH_OUT"):
-        with (Path(folder) / "tune.jsonl").open("a") as file:
-            file.write(json.dumps(row | {"commit": commit()}) + "\n")
+    folder().mkdir(parents=True, exist_ok=True)
+    with (folder() / "tune.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"commit": commit()}) + "\n")
 
 
 def main(operators: list[str]) -> None:

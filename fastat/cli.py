@@ -9,6 +9,8 @@ import typer
 
 from fastat.commands.data import demo, extract, pack
 from fastat.commands.paper import models, procs
+from fastat.commands.profile import profile
+from fastat.commands.report import report
 from fastat.commands.study import ablate, compare, landscape
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
@@ -34,6 +36,8 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "convert": convert,
     "models": models,
     "procs": procs,
+    "report": report,
+    "profile": profile,
 }
 PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """A command that hands to ``fastat train`` what it does not know."""

@@ -83,6 +83,8 @@ class TrainConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
     precision: str = "bf16"
     compile: bool = False
+    cuda_graphs: bool = True
+    """On CUDA, replay the training step as one graph, where it can be captured."""
     kernels: str = "auto"
     """Operators that run Triton kernels on CUDA: "auto" (the measured winners), "all", "none", or
     names with commas between."""
@@ -214,7 +216,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "data", "eval", "steps", "checkpoint_every_steps", "checkpoint_every_minutes", "max_bad",
-        "on_nan", "eval_batch", "kernels", "rank_timeout",
+        "on_nan", "eval_batch", "cuda_graphs", "kernels", "rank_timeout",
     }
 )  # fmt: skip
 """Options that leave the mathematics of training alone (the data must still be the same set)."""
@@ -318,6 +320,22 @@ def _sized(
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+AUTO = "auto"
+
+
+def parse_batch(text: str) -> int | str:
+    """A number of clips, or AUTO.
+
+    Raises:
+        UserError: neither.
+    """
+    if text == AUTO:
+        return AUTO
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise UserError(f"--batch takes a number of clips or auto, got {text!r}")
+    return int(text)
 
 
 def parse_stride(text: str) -> dict[str, int]:

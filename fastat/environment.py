@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastat_kernels.backend import chosen_kernels
 
@@ -61,6 +62,25 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def random_state(device: torch.device) -> dict[str, Tensor | None]:
+    """The state of the generators that this rank draws from."""
+    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts ``random_state`` back; a GPU's only on a GPU."""
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an allocator raised ``error``, a GPU's or the host's, which has no class of its
+    own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -8,13 +8,17 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastat.config import TrainConfig, resolve, resumed
+from fastat.compiling import keep_compiled
+from fastat.config import AUTO, TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.procedures import PROCEDURES
 from fastat.signals import Interrupted, leaving_at_once
+
+if TYPE_CHECKING:
+    from fastat.distributed import Ranks
 
 PATHS = ("data", "eval", "init")
 """Options that are paths; a run keeps them absolute."""
@@ -44,7 +48,8 @@ def run_training(
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
-    make = partial(configure, proc, model, overrides, out, resume=resume)
+    keep_compiled(cache_folder() / "compiled")
+    make = partial(configure_ranks, proc, model, overrides, out, resume=resume)
     try:
         with leaving_at_once():
             if not launched():
@@ -58,7 +63,7 @@ def run_training(
 
             with started() as ranks:
                 with peers_may_fail(ranks):
-                    config, out, notes = ranks.from_first(make)
+                    config, out, notes = make(ranks)
                 train(config, out, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
         saved = f"saved in {out}; go on with: fastat train --resume --out {out}"
@@ -71,6 +76,50 @@ def run_training(
             print("fastat: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
     return 0
+
+
+def configure_ranks(
+    proc: str | None,
+    model: str | None,
+    overrides: dict[str, Any],
+    out: Path | None,
+    ranks: "Ranks | None" = None,
+    *,
+    resume: bool,
+) -> tuple[TrainConfig, Path, list[str]]:
+    """What rank 0 ``configure``s, on every rank; for ``--batch auto`` each looks at its device.
+
+    A run that goes on keeps the batch that was found for it.
+
+    Args:
+        ranks: None: this process alone, which then has no use for torch yet.
+
+    Raises:
+        UserError, Failure: as ``configure`` and ``fit_batch``.
+    """
+
+    def make(overrides: dict[str, Any], out: Path | None) -> tuple[TrainConfig, Path, list[str]]:
+        there = partial(configure, proc, model, overrides, out, resume=resume)
+        return there() if ranks is None else ranks.from_first(there)
+
+    if overrides.get("batch") != AUTO:
+        return make(overrides, out)
+    overrides = {k: v for k, v in overrides.items() if k != "batch"}
+    config, folder, notes = make(overrides, out)
+    goes_on = (folder / "config.json").exists
+    if goes_on() if ranks is None else ranks.from_first(goes_on):
+        return config, folder, notes
+    from fastat.distributed import ALONE
+    from fastat.fit_batch import fit_batch
+
+    fitted = fit_batch(config, ranks or ALONE)
+    overrides |= {"data": config.data} | ({} if config.eval is None else {"eval": config.eval})
+    overrides["model_options"] = overrides.get("model_options", {}) | fitted.overrides.get(
+        "model_options", {}
+    )
+    overrides["batch"] = fitted.overrides["batch"]
+    config, folder, notes = make(overrides, folder)
+    return config, folder, [fitted.note, *notes]
 
 
 def configure(

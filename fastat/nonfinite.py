@@ -59,7 +59,7 @@ clips.csv          its clips, and whether each alone has finite features and a f
 batch.safetensors  the step: waveforms (or log-mels), targets, augmentation; of several ranks the
                    waveforms of all, also where a rank was given log-mels
 model.safetensors  the weights, which this folder is a checkpoint of (on a GPU the check comes late:
-                   one more step may have been taken since)
+                   two more steps may have been taken since)
 
 This finds the clips that alone give a loss or a gradient that is not finite:
 

@@ -23,19 +23,43 @@ def create_adam(
 ) -> tuple[torch.optim.Optimizer, str]:
     """Adam (L2 weight decay, as in the paper's code), and a line that says whose it is.
 
-    ``params`` may be parameters or groups of them.
+    ``params`` may be parameters or groups of them. On CUDA its step can be captured in a graph: the
+    learning rate of each group is a tensor on the device, see ``set_lr``.
     """
-    if device.type == "cuda":
-        fused_adam, why = _apex_fused_adam()
-        if fused_adam is not None:
-            apex_adam = fused_adam(
-                list(params), lr=lr, betas=betas, weight_decay=weight_decay, adam_w_mode=False
-            )
-            return apex_adam, "NVIDIA apex FusedAdam"
+    on_cuda = device.type == "cuda"
+    fused_adam, why = _apex_fused_adam() if on_cuda else (None, "apex needs CUDA")
+    optimizer: torch.optim.Optimizer
+    if fused_adam is not None:
+        optimizer = fused_adam(
+            list(params),
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            adam_w_mode=False,
+            capturable=True,
+        )
+        for group in optimizer.param_groups:
+            # Not there until the first step, which would count even if it is not taken.
+            group["step"] = torch.zeros(1, dtype=torch.int, device=group["params"][0].device)
+        whose = "NVIDIA apex FusedAdam"
     else:
-        why = "apex needs CUDA"
-    optimizer = torch.optim.Adam(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-    return optimizer, f"torch fused Adam ({why})"
+        optimizer = torch.optim.Adam(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=on_cuda
+        )
+        whose = f"torch fused Adam ({why})"
+    if on_cuda:
+        for group in optimizer.param_groups:  # one each: they would share the default
+            group["lr"] = torch.tensor(float(lr), device=group["params"][0].device)
+    return optimizer, whose
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group ``lr`` times its ``lr_scale``, without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
 
 
 def _apex_fused_adam() -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
@@ -72,17 +96,36 @@ def finite_flag(loss: Tensor, params: Iterable[nn.Parameter]) -> tuple[Tensor, T
     return found_inf, norm
 
 
+class _FoundInf:
+    """What apex's FusedAdam asks a gradient scaler: the flag, and a scale of 1.
+
+    The two methods are all that it calls (``apex/optimizers/fused_adam.py``, capturable).
+    """
+
+    def __init__(self, found_inf: Tensor) -> None:
+        self.found_inf = found_inf
+
+    def _check_inf_per_device(self, optimizer: object) -> dict[torch.device, Tensor]:
+        return {self.found_inf.device: self.found_inf}
+
+    def _get_scale_async(self) -> Tensor:
+        return torch.ones(1, device=self.found_inf.device)
+
+
 def guarded_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     """One optimizer step that leaves weights and state alone where ``found_inf`` is 1.
 
-    torch's fused Adam reads the flag on the device. apex's has no such argument outside a gradient
-    scaler, so there the host looks at it first, which waits for the device.
+    Both Adams read the flag on the device; the host does not wait.
     """
     if isinstance(optimizer, torch.optim.Adam):
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         optimizer.step()
-    elif not found_inf.item():
-        optimizer.step()
+        return
+    apex: Any = optimizer
+    # By this one apex counts a step, before it asks for the flag: at the next step the count would
+    # be right all the same, but not in a checkpoint between them.
+    apex._dummy_overflow_buf.copy_(found_inf)
+    apex.step(grad_scaler=_FoundInf(found_inf))
 
 
 def train_step(
@@ -123,5 +166,5 @@ def train_step(
     loss = ranks.mean(loss)
     found_inf, norm = finite_flag(loss, params)
     guarded_step(optimizer, found_inf)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()  # to None; apex's takes no argument that says so
     return loss, norm, found_inf

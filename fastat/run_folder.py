@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastat.adam_state import load_state, saved_state
 from fastat.atomic import append, atomic_write_text, drop_temporaries
 from fastat.config import TrainConfig
 from fastat.data.shards import PackedSet
 from fastat.distributed import Ranks, seed_rank
-from fastat.environment import environment, numerics
+from fastat.environment import environment, numerics, restore_random_state
 from fastat.errors import Failure, UserError
 from fastat.metrics import finite
 
@@ -45,9 +46,10 @@ class Progress:
     left_out: list[int] = field(default_factory=list)
     """Steps, from 0, that were not or will not be taken, because they are not finite."""
 
-    def taken(self, first: int) -> int:
-        """How many steps were taken from step ``first`` on."""
-        return self.step - first - sum(first <= s < self.step for s in self.left_out)
+    def taken(self, first: int, end: int | None = None) -> int:
+        """How many steps were taken from step ``first`` on, before ``end`` (None: so far)."""
+        end = self.step if end is None else end
+        return end - first - sum(first <= s < end for s in self.left_out)
 
 
 class RunLock:
@@ -145,12 +147,6 @@ def append_metrics(run: Path, line: dict[str, Any]) -> None:
         append(file, (json.dumps(finite(line)) + "\n").encode())
 
 
-def random_state(device: torch.device) -> dict[str, Tensor | None]:
-    """The state of the generators that this rank draws from."""
-    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
-    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
-
-
 def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
     """Adds those of ``bad``, rows of ``packed`` with reasons, to ``bad_clips.csv`` that it does not
     list yet; their number. Columns: shard, row (of the shard), clip, reason."""
@@ -189,7 +185,7 @@ def trainer_state(
         random_states: of every rank.
     """
     return {
-        "optimizer": optimizer.state_dict(),
+        "optimizer": saved_state(optimizer),
         "progress": asdict(progress),
         "random": random_states,
         "data": data,
@@ -204,17 +200,12 @@ def restore_trainer_state(
 
     A rank that the run did not have before draws from a seed of its own.
     """
-    optimizer.load_state_dict(state["optimizer"])
-    for group in optimizer.param_groups:
-        group.setdefault("lr_scale", 1.0)  # older checkpoints have none
+    load_state(optimizer, state["optimizer"])
     progress = Progress(**state["progress"])
     progress.loss_sum = progress.loss_sum.to(device)
     random_states = state.get("random") or [state]  # older checkpoints have one rank's
     if ranks.rank < len(random_states):
-        mine = random_states[ranks.rank]
-        torch.set_rng_state(mine["rng"])
-        if mine["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda_rng"])
+        restore_random_state(random_states[ranks.rank], device)
     else:
         seed_rank(progress.step, ranks)
     notes = []

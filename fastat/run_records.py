@@ -63,6 +63,18 @@ class RunRecords:
         self.waiting.write(BAD_CLIPS_FILE, write)
 
 
+def epoch_text(line: dict[str, Any], epochs: int, num_classes: int) -> str:
+    """A line of ``metrics.jsonl`` for the user."""
+    text = f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f}"
+    if "mAP" in line:
+        text += f"  eval loss {line['eval_loss']:.4f}  mAP {line['mAP']:.4f}"
+        text += f"  AUC {line['AUC']:.4f}  d' {line['d_prime']:.3f}"
+        if line["classes_scored"] < num_classes:
+            text += f"  ({line['classes_scored']} of {num_classes} classes scored)"
+    text += f"  {line['clips_per_s']:.1f} clips/s"
+    return f"{text}  data wait {line['data_wait_fraction']:.1%}"
+
+
 class Waiting:
     """What a run writes beside its checkpoints: what a full disk refuses waits for another try.
 

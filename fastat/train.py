@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections import deque
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastat import nonfinite
 from fastat.checkpoint import (
@@ -23,30 +22,37 @@ from fastat.checkpoint import (
     step_name,
 )
 from fastat.checkpoint_writer import Due
+from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
-from fastat.data.loader import PackedSource, timed
+from fastat.data.loader import PackedSource, with_features
 from fastat.display import Display, Status
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
-from fastat.environment import autocast, default_device, device_name, peak_memory_gib
+from fastat.environment import (
+    default_device,
+    device_name,
+    memory_is_full,
+    peak_memory_gib,
+    random_state,
+)
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate
-from fastat.finetune import freeze, parameter_groups, train_mode
+from fastat.finetune import train_mode
 from fastat.metrics import TaggingMetrics, finite
-from fastat.models.sync_batchnorm import synchronise_batchnorm
-from fastat.optim import create_adam, train_step
+from fastat.network import build_network
+from fastat.readback import Reading, Readings
 from fastat.run_folder import (
     Progress,
     RunLock,
     check_writable,
     drop_metrics,
     open_run_folder,
-    random_state,
     restore_trainer_state,
     trainer_state,
 )
-from fastat.run_records import RunRecords
+from fastat.run_records import RunRecords, epoch_text
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
+from fastat.step import Taken, TrainingStep, why_not_captured
 from fastat.training_data import open_data
 from fastat_kernels.backend import chosen_kernels, set_kernels
 from fastat_kernels.choice import parse_kernels
@@ -73,12 +79,11 @@ def train(
         try:
             trainer = Trainer(config, run, notes, display, resume=resume, ranks=ranks)
             return trainer.run_epochs()
-        except torch.OutOfMemoryError as error:
-            raise Failure(f"the GPU's memory is full: {LESS_MEMORY} ({error})") from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):
+            if not memory_is_full(error):
                 raise
-            raise Failure(f"memory is full: {LESS_MEMORY} ({error})") from error
+            whose = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            raise Failure(f"{whose} is full: {LESS_MEMORY} ({error})") from error
 
 
 class Trainer:
@@ -116,40 +121,21 @@ class Trainer:
         self.frontend = build_frontend(self.meta).to(self.device)
 
         # ---- model
-        self.raw_model = self.meta.create()
         resuming = ranks.from_first(lambda: resume and holds_checkpoints(run / "checkpoints"))
-        if not resuming:
-            self.notes += ranks.from_first(self._start_weights)  # the others get them from DDP
-        self.raw_model.to(self.device).to(memory_format=torch.channels_last)
-        with ranks.first_goes_ahead():
-            if note := freeze(self.raw_model, config.freeze):
-                self.notes.append(note)
-        if config.sync_batchnorm and self.ranks.device_group is not None:
-            synchronise_batchnorm(self.raw_model, self.ranks.device_group)
-        self.model = self.ranks.parallel(self.raw_model, config.gradient_dtype, config.accumulate)
-        if config.compile:
-            self.model = cast(nn.Module, torch.compile(self.model))
-        self.eval_model = self.model
-        if ranks.size > 1:  # DDP would wait for a rank that has fewer clips
-            compiled = torch.compile(self.raw_model) if config.compile else self.raw_model
-            self.eval_model = cast(nn.Module, compiled)
-        self.params = [p for p in self.raw_model.parameters() if p.requires_grad]
-        self.optimizer, whose = create_adam(
-            parameter_groups(self.raw_model, config.layer_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            device=self.device,
+        self.network = build_network(
+            config, self.meta, self.device, self.ranks, preparing, self.notes, start=not resuming
         )
+        self.raw_model, self.optimizer = self.network.raw_model, self.network.optimizer
 
         # ---- where it stands
         seed_rank(config.seed, ranks)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
-        self.pending: deque[tuple[int, Tensor]] = deque()
+        self.readings = Readings(self.device)
+        self.step = self._training_step()
+        self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
-        self.guard = nonfinite.BufferGuard(self.raw_model)
         source = self.data.source
         if self.ranks.size > 1:  # which gives this rank its part of a step alone
             source = PackedSource(
@@ -185,7 +171,7 @@ class Trainer:
         self.notes.append(
             f"{config.model}: {size:,} parameters, {config.proc}, {self.meta.feature} "
             f"{self.meta.num_mels} x {self.meta.num_frames}, {config.precision} on {devices}, "
-            f"{whose}"
+            f"{self.network.whose}"
         )
         self.notes.append(
             f"{self.data.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: "
@@ -216,16 +202,6 @@ class Trainer:
             # made since the command line was read
             raise UserError(f"{self.run} already holds a run: --resume goes on with it")
 
-    def _start_weights(self) -> list[str]:
-        """Loads the weights that the run starts from, if any; returns notes on them."""
-        if self.config.init is None and not self.config.pretrained:
-            return []
-        from fastat.weights.initial import load_imagenet, load_initial  # only needed here
-
-        if self.config.init is not None:
-            return load_initial(self.raw_model, self.meta, Path(self.config.init))
-        return load_imagenet(self.raw_model, self.meta)
-
     # ------------------------------------------------------------------ epochs
     def run_epochs(self) -> TaggingMetrics | None:
         """Trains from where the run stands to its end."""
@@ -235,6 +211,8 @@ class Trainer:
             if self.ranks.first:
                 stack.enter_context(self.lock)
             stack.enter_context(self.stop)
+            if self.compiling is not None:
+                stack.enter_context(self.compiling)
             self.ranks.from_first(lambda: self._open_records(stack))
             if not self._unfinished():
                 self.display.note(
@@ -261,6 +239,7 @@ class Trainer:
                     self.records.bad_clips(self.data.train_set, bad)
                 self.progress.unscored = True
                 evaluation = self._evaluate()
+                self._note_compiling()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
                 signum = self._signalled()
@@ -293,46 +272,86 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, from the run's current step."""
-        c, p = self.config, self.progress
+        p = self.progress
         first = epoch * self.sampler.steps_per_epoch
         end = min(first + self.sampler.steps_per_epoch, self.last_step)
-        train_mode(self.model)
+        train_mode(self.network.model)
         steps = [step for step in range(p.step, end) if step not in p.left_out]
         plans = (
             self.data.own_part(self.sampler.plan(epoch, step - first), self.ranks) for step in steps
         )
-        batches = timed(self.data.source.batches(plans))
-        for step, (batch, waited) in zip(steps, batches, strict=True):
-            started = time.perf_counter()
-            features = batch.features(self.frontend)
+        batches = with_features(self.data.source.batches(plans), self.frontend, self.device)
+        clock = self._clock()
+        for step, (batch, features, waited) in zip(steps, batches, strict=True):
             lr = self._lr(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            self.guard.remember()
-            loss, norm, found_inf = train_step(
-                self.model,
-                self.params,
-                self.optimizer,
-                features,
-                batch.target,
-                autocast(self.device, c.precision),
-                c.accumulate,
-                self.ranks,
-            )
-            self.guard.undo_if(found_inf)
-            p.loss_sum += torch.where(found_inf > 0, torch.zeros_like(loss), loss)
-            self.pending.append((step, found_inf))
+            taken = self._take(features, batch.target, lr)
+            zero = torch.zeros_like(taken.loss)
+            p.loss_sum += torch.where(taken.found_inf > 0, zero, taken.loss)
+            self.readings.put(step, lr, taken, p.loss_sum)
             p.step = step + 1
-            self._look_for_nonfinite()
+            seen = self._look_for_nonfinite()
 
             p.wait_seconds += waited
-            p.train_seconds += waited + time.perf_counter() - started
-            if self.device.type == "cpu" or p.step % 50 == 0:  # reading the loss waits for a GPU
-                self._report(epoch, loss, norm, lr)
+            p.train_seconds += self._clock() - clock
+            self._note_compiling()
+            if seen is not None and (self.device.type == "cpu" or seen.step % 50 == 49):
+                self._report(epoch, seen)
             if p.step < end:
                 self._save_in_mid_epoch()
+            clock = self._clock()
         p.step = end  # the last steps may be left out
         self._look_for_nonfinite(wait=True)
+        p.train_seconds += self._clock() - clock
+
+    def _clock(self) -> float:
+        """Seconds, of which those that torch spends compiling are none."""
+        return time.perf_counter() - (self.compiling.seconds if self.compiling else 0.0)
+
+    def _note_compiling(self) -> None:
+        if self.compiling is not None and (note := self.compiling.note()):
+            self.display.note(note)
+
+    def _take(self, features: Tensor, target: Tensor, lr: float) -> Taken:
+        """One step. Where the memory does not even hold the first of a run, activations are
+        computed again from then on."""
+        if self.progress.step or self.raw_model.checkpointing or self.ranks.size > 1:
+            return self.step(features, target, lr)
+        taken = self.step.attempt(features, target, lr)
+        if taken is None:
+            self._checkpoint_activations()
+            taken = self.step(features, target, lr)
+        return taken
+
+    def _checkpoint_activations(self) -> None:
+        options = self.config.model_options | {"activation_checkpointing": True}
+        self.config = replace(self.config, model_options=options)
+        self.config.save(self.run / "config.json")
+        self.meta = replace(self.meta, options=options)
+        self.recorder = replace(self.recorder, meta=self.meta)
+        self.raw_model.checkpointing = True
+        self.step = self._training_step()
+        self.display.note(
+            f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
+            f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
+        )
+
+    def _training_step(self) -> TrainingStep:
+        """The step as the device can take it; notes why it is not captured, if not."""
+        c = self.config
+        why = why_not_captured(self.device, self.ranks, checkpointing=self.raw_model.checkpointing)
+        if why is not None and c.cuda_graphs and self.device.type == "cuda":
+            self.notes.append(f"no CUDA graph of the step: {why}")
+        return TrainingStep(
+            self.network.model,
+            self.network.params,
+            self.optimizer,
+            precision=c.precision,
+            device=self.device,
+            guard=nonfinite.BufferGuard(self.raw_model),
+            accumulate=c.accumulate,
+            ranks=self.ranks,
+            graph=c.cuda_graphs and why is None,
+        )
 
     def _lr(self, step: int) -> float:
         """The learning rate of the head; layers below may have less of it."""
@@ -344,19 +363,23 @@ class Trainer:
             epochs=self.config.epochs,
         )
 
-    def _look_for_nonfinite(self, *, wait: bool = False) -> None:
-        """Reads the flags of steps surely over: a step back on a GPU, at once on a CPU."""
-        keep = 1 if self.device.type == "cuda" and not wait else 0
-        while len(self.pending) > keep:
-            step, flag = self.pending.popleft()
-            if flag.item():
-                self._leave_out(step)
+    def _look_for_nonfinite(self, *, wait: bool = False) -> Reading | None:
+        """Reads the flags of steps surely over: two steps back on a GPU, at once on a CPU.
+
+        Returns:
+            the last of those steps, if any.
+        """
+        seen = None
+        for seen in self.readings.due(wait=wait):
+            if seen.found_inf:
+                self._leave_out(seen.step)
+        return seen
 
     def _leave_out(self, step: int) -> None:
         """What ``on_nan`` says of a step that is not finite."""
         p, on_nan = self.progress, self.config.on_nan
         kept = self.recorder.keep(step) if self.ranks.first else ""
-        train_mode(self.model)
+        train_mode(self.network.model)
         text = (
             f"the loss or a gradient is not finite at step {step + 1}; "
             f"that step was not taken{kept}; "
@@ -375,7 +398,7 @@ class Trainer:
     def _roll_back(self) -> None:
         """To the newest whole checkpoint; what is left out stays so."""
         left_out = self.progress.left_out
-        self.pending.clear()
+        self.readings.clear()
         self._heed_writer(wait=True)
         for note in self._restore():
             self.display.note(note)
@@ -384,24 +407,25 @@ class Trainer:
         if self.ranks.first:
             self.records.curves.purge(self.progress.step)
 
-    def _report(self, epoch: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+    def _report(self, epoch: int, seen: Reading) -> None:
         if not self.ranks.first:
             return
         p, c = self.progress, self.config
-        done = p.taken(epoch * self.sampler.steps_per_epoch) or 1
+        first = epoch * self.sampler.steps_per_epoch
+        done = p.taken(first) or 1
         rate = done * c.batch / p.train_seconds
         curves = self.records.curves
-        curves.add_scalar("train/loss", loss.item(), p.step)
-        curves.add_scalar("train/grad_norm", norm.item(), p.step)
-        curves.add_scalar("train/lr", lr, p.step)
+        curves.add_scalar("train/loss", seen.loss, seen.step + 1)
+        curves.add_scalar("train/grad_norm", seen.norm, seen.step + 1)
+        curves.add_scalar("train/lr", seen.lr, seen.step + 1)
         self.display.status(
             Status(
                 epoch=epoch + 1,
                 epochs=c.epochs,
                 step=p.step,
                 total_steps=self.last_step,
-                loss=p.loss_sum.item() / done,
-                lr=lr,
+                loss=seen.loss_sum / (p.taken(first, seen.step + 1) or 1),
+                lr=seen.lr,
                 clips_per_s=rate,
                 data_wait=p.wait_seconds / p.train_seconds,
                 seconds_left=(self.last_step - p.step) * c.batch / rate,
@@ -418,7 +442,7 @@ class Trainer:
             return None
         self.ranks.share_buffers(self.raw_model)
         evaluation = evaluate(
-            self.eval_model,
+            self.network.eval_model,
             self.frontend,
             d.eval_set,
             d.eval_source,
@@ -452,8 +476,9 @@ class Trainer:
             "epoch_s": p.train_seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
+        if self.compiling is not None:
+            line["compile_s"] = self.compiling.of_epoch()
         best = False
-        text = f"epoch {epoch + 1}/{c.epochs}  train loss {line['train_loss']:.4f}"
         if evaluation is not None:
             m = evaluation.metrics
             line |= {
@@ -466,11 +491,6 @@ class Trainer:
             best = m.mAP > p.best_map
             if best:
                 p.best_map, p.best_step = m.mAP, p.step
-            text += f"  eval loss {evaluation.loss:.4f}  mAP {m.mAP:.4f}  AUC {m.AUC:.4f}"
-            text += f"  d' {m.d_prime:.3f}"
-            if m.classes_scored < len(self.meta.classes):
-                text += f"  ({m.classes_scored} of {len(self.meta.classes)} classes scored)"
-        text += f"  {line['clips_per_s']:.1f} clips/s  data wait {line['data_wait_fraction']:.1%}"
         p.unscored = False
         if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
@@ -481,6 +501,7 @@ class Trainer:
                 classes = [self.meta.classes[k] for k in self.data.match.model_columns]
                 self.records.predictions(evaluation, self.data.eval_set, classes)
         self._save(best=best)
+        text = epoch_text(line, c.epochs, len(self.meta.classes))
         self.display.note(text + ("  *" if best else ""))
 
     # -------------------------------------------------------------- checkpoints
@@ -555,6 +576,7 @@ class Trainer:
         self.progress, notes = restore_trainer_state(
             newest.trainer, self.optimizer, self.device, self.ranks
         )
+        self.step.forget()  # the optimizer has other tensors now
         if lost is not None:
             self.progress.best_map, self.progress.best_step = -math.inf, None
             notes.append(lost)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastat import optim
-from fastat import train as training
+from fastat import step as stepping
 from fastat.config import TrainConfig, resolve
 from fastat.data.loader import PackedSource
 from fastat.display import Display
@@ -243,7 +243,7 @@ def with_a_bad_step(ranks: Ranks, config: TrainConfig, run: Path) -> list[int]:
         loss, norm, flag = real(*args)
         return loss, norm, flag + (t.progress.step == 5 and not t.progress.left_out)
 
-    vars(training)["train_step"] = step  # of this process, which ends
+    vars(stepping)["train_step"] = step  # of this process, which ends
     t.run_epochs()
     return t.progress.left_out
 

@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from fastat import checkpoint_writer, evaluate, signals
-from fastat import train as training
+from fastat import step as stepping
 from fastat.checkpoint import linked_step, load_model, write_checkpoint
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
@@ -54,7 +54,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, **actions: Callable[[], object]) ->
         actions.get(f"step_{len(done)}", lambda: None)()
         return result
 
-    monkeypatch.setattr(training, "train_step", counted)
+    monkeypatch.setattr(stepping, "train_step", counted)
 
 
 def kill_myself(signum: int) -> Callable[[], object]:

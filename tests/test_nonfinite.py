@@ -194,7 +194,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_statistics_alone(
     """The loss and the clips are finite: BatchNorm has taken in a batch that was not trained on."""
     run = trainer(tiny_sets, tmp_path / "run", on_nan="skip", steps=1, eval=None)
     before = {name: x.clone() for name, x in run.raw_model.state_dict().items()}
-    last = run.params[-1]
+    last = run.network.params[-1]
     last.register_hook(lambda gradient: gradient * torch.nan)
     run.run_epochs()
     assert run.progress.left_out == [0]

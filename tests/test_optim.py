@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastat.optim import create_adam, finite_flag, guarded_step, train_step
+from fastat.adam_state import load_state, saved_state
+from fastat.optim import create_adam, finite_flag, guarded_step, set_lr, train_step
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BETAS = (0.9, 0.999)
@@ -41,8 +42,12 @@ def adam(params: list[nn.Parameter], device: torch.device) -> tuple[torch.optim.
 
 
 # ------------------------------------------------------------------------------------ whose Adam
-class StubFusedAdam(torch.optim.SGD):
-    """apex.optimizers.FusedAdam's arguments, kept to be looked at; its step is plain SGD."""
+class StubFusedAdam(torch.optim.Optimizer):
+    """The contract of apex.optimizers.FusedAdam that we rely on, capturable, in plain torch.
+
+    From its source (``apex/optimizers/fused_adam.py``): what the gradient scaler is asked, when the
+    step of a group is counted, and that nothing moves where the overflow buffer is 1. L2 decay.
+    """
 
     def __init__(
         self,
@@ -58,8 +63,38 @@ class StubFusedAdam(torch.optim.SGD):
         capturable: bool = False,
         master_weights: bool = False,
     ) -> None:
-        self.given = (lr, betas, eps, adam_w_mode, weight_decay, amsgrad)
-        super().__init__(params, lr=lr)
+        self.given = (lr, betas, eps, adam_w_mode, weight_decay, amsgrad, capturable)
+        defaults = {"lr": torch.tensor(lr), "betas": betas, "eps": eps, "bias_correction": True}
+        super().__init__(params, defaults | {"weight_decay": weight_decay})
+        self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int)
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.grad = None
+
+    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            device = group["params"][0].device
+            if "step" in group:
+                group["step"] += (self._dummy_overflow_buf != 1).to(torch.int)
+            else:
+                group["step"] = torch.tensor([1], dtype=torch.int)
+            self._dummy_overflow_buf.copy_(grad_scaler._check_inf_per_device(self)[device])
+            scale = grad_scaler._get_scale_async() if grad_scaler else torch.ones(1)
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if not self.state[p]:
+                    moments = {n: torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = moments
+                if self._dummy_overflow_buf == 1:
+                    continue
+                grad = p.grad / scale + group["weight_decay"] * p.detach()
+                m, v = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+                m.lerp_(grad, 1 - beta1)
+                v.lerp_(grad * grad, 1 - beta2)
+                step = group["step"].float()
+                denominator = (v / (1 - beta2**step)).sqrt() + group["eps"]
+                p.data -= group["lr"] * (m / (1 - beta1**step)) / denominator
 
 
 @pytest.fixture
@@ -77,7 +112,7 @@ def test_nvidia_apex_on_cuda(stub_apex: None) -> None:
     assert isinstance(optimizer, StubFusedAdam)
     assert whose == "NVIDIA apex FusedAdam"
     # L2 weight decay (adam_w_mode off), as in torch's Adam and in the paper's code.
-    assert optimizer.given == (1e-3, BETAS, 1e-8, False, 0.01, False)
+    assert optimizer.given == (1e-3, BETAS, 1e-8, False, 0.01, False, True)
     assert len(optimizer.param_groups[0]["params"]) == 2
 
 
@@ -207,16 +242,107 @@ def test_a_flagged_step_is_as_if_it_never_was(bad_steps: tuple[int, ...]) -> Non
             assert torch.equal(mine[name], theirs[name]), name
 
 
-def test_apex_is_not_called_for_a_flagged_step(stub_apex: None) -> None:
-    params = parameters()
+def test_a_whole_step_with_apex(stub_apex: None) -> None:
+    model = network().float()
+    optimizer, _ = adam(list(model.parameters()), CUDA)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = torch.randn(4, 5), torch.rand(4, 3)
+    train_step(model, list(model.parameters()), optimizer, x, y, nullcontext())
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad_steps", [(), (0,), (1, 2), (0, 4)])
+def test_apex_gets_the_flag_on_the_device(stub_apex: None, bad_steps: tuple[int, ...]) -> None:
+    """Weights, moments and step count are those of a torch Adam that only saw the good steps."""
+    params, plain = parameters(), parameters()
     optimizer, _ = adam(params, CUDA)
-    before = [p.detach().clone() for p in params]
-    set_gradients(params, 0, float("nan"))
-    guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    set_gradients(params, 0)
-    guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
-    assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    reference = torch.optim.Adam(plain, lr=1e-3, betas=BETAS, weight_decay=0.01, fused=True)
+    for step in range(5):
+        bad = step in bad_steps
+        set_gradients(params, step, float("nan") if bad else None)
+        guarded_step(optimizer, finite_flag(torch.tensor(1.0), params)[0])
+        if not bad:
+            set_gradients(plain, step)
+            reference.step()
+    assert optimizer.param_groups[0]["step"].item() == 5 - len(bad_steps)
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_the_learning_rate_on_cuda_is_a_tensor_of_each_group(stub_apex: None) -> None:
+    """Which a captured step reads; on the CPU a number, as ever."""
+    first, second = parameters()
+    for device in (CPU, CUDA):
+        groups = [{"params": [first], "lr_scale": 0.5}, {"params": [second], "lr_scale": 1.0}]
+        optimizer, _ = create_adam(groups, lr=1.0, betas=BETAS, weight_decay=0.0, device=device)
+        kept = [g["lr"] for g in optimizer.param_groups]
+        set_lr(optimizer, 0.1)
+        assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.05, 0.1])
+        if device == CUDA:
+            assert all(g["lr"] is lr for g, lr in zip(optimizer.param_groups, kept, strict=True))
+
+
+# -------------------------------------------------------------------------------- its checkpoint
+def stepped(
+    device: torch.device, steps: int = 3
+) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    params = parameters()
+    groups = [{"params": [p], "lr_scale": s} for p, s in zip(params, (0.5, 1.0), strict=True)]
+    optimizer, _ = create_adam(groups, lr=1e-3, betas=BETAS, weight_decay=0.01, device=device)
+    take_more(optimizer, params, range(steps))
+    return optimizer, params
+
+
+def take_more(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(params, seed)
+        set_lr(optimizer, 1e-3 / (seed + 1))
+        guarded_step(optimizer, torch.zeros(()))
+
+
+@pytest.mark.parametrize("apex_after", [False, True])
+@pytest.mark.parametrize("apex_before", [False, True])
+def test_either_adam_goes_on_from_either(
+    stub_apex: None, apex_before: bool, apex_after: bool, tmp_path: Path
+) -> None:
+    """A run folder of a GPU on a CPU, and the other way round, through a file."""
+    before, params = stepped(CUDA if apex_before else CPU)
+    torch.save(saved_state(before), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    after, others = stepped(CUDA if apex_after else CPU, steps=1)
+    load_state(after, saved)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p)
+    assert [g["lr_scale"] for g in after.param_groups] == [0.5, 1.0]
+    assert isinstance(after.param_groups[0]["lr"], Tensor) == apex_after
+    take_more(before, params, range(3, 6))
+    take_more(after, others, range(3, 6))
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q)
+        if apex_before == apex_after:
+            assert torch.equal(p, q)
+
+
+def test_checkpoints_of_older_versions_load() -> None:
+    """Groups without lr_scale or capturable; apex's with a number of steps that were taken."""
+    before, params = stepped(CPU)
+    old = before.state_dict()
+    for group in old["param_groups"]:
+        del group["lr_scale"], group["capturable"]
+    apex = before.state_dict()
+    for group in apex["param_groups"]:
+        group["step"] = 3
+    apex["state"] = {
+        i: {k: v for k, v in s.items() if k != "step"} for i, s in apex["state"].items()
+    }
+    for saved in (old, apex):
+        after, others = stepped(CPU, steps=0)
+        load_state(after, saved)
+        assert [g["lr_scale"] for g in after.param_groups] == [0.5, 1.0]
+        for p, q in zip(params, others, strict=True):
+            for name, value in before.state[p].items():
+                assert torch.equal(after.state[q][name], value), name
 
 
 @pytest.mark.parametrize("bad", [False, True])
@@ -236,7 +362,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.GELU(), nn.Linear(7, 3)).double()
 
 
-class KeepsGradients(torch.optim.SGD):
+class KeepsGradients(torch.optim.Adam):
     """Keeps a copy of what it is stepped with."""
 
     def step(self, closure: Any = None) -> Any:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastat import step as stepping
 from fastat import train as training
 from fastat.checkpoint import ModelMeta, load_model
 from fastat.config import resolve
@@ -224,7 +225,7 @@ def test_a_signal_at_an_epochs_last_step_still_scores_the_epoch(
 ) -> None:
     out = tmp_path / "run"
     program = (
-        "import os, signal, sys; import fastat.train as t; from fastat.cli import main\n"
+        "import os, signal, sys; import fastat.step as t; from fastat.cli import main\n"
         "step, done = t.train_step, []\n"
         "def counted(*args):\n"
         "    done.append(step(*args))\n"
@@ -628,7 +629,7 @@ def test_a_step_that_is_not_finite_names_its_clips_and_partners(
         taken.append(flag)
         return loss, norm, flag + (len(taken) == 6)
 
-    monkeypatch.setattr(training, "train_step", bad_at_6)
+    monkeypatch.setattr(stepping, "train_step", bad_at_6)
     with pytest.raises(Failure, match="not finite at step 6;") as error:
         run.run_epochs()
     plan = run.sampler.plan(1, 1)
@@ -642,13 +643,13 @@ def test_full_memory_is_one_line(
     tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = trainer(tiny_sets, tmp_path / "made").config
-    monkeypatch.setattr(training, "train_step", lambda *_: torch.empty(1 << 55))
+    monkeypatch.setattr(stepping, "train_step", lambda *_: torch.empty(1 << 55))
     with pytest.raises(Failure, match="memory is full: a smaller --batch"):
         training.train(config, tmp_path / "run", [], resume=False)
 
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(training, "train_step", broken)
+    monkeypatch.setattr(stepping, "train_step", broken)
     with pytest.raises(RuntimeError, match="^a bug$"):
         training.train(config, tmp_path / "other", [], resume=False)

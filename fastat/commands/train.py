@@ -20,7 +20,9 @@ def train(
         Path | None, typer.Option(help="Run folder; default: runs/PROC-MODEL-TIME.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Clips a step; auto: as many as the memory holds.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Maximum learning rate.")] = None,
     steps: Annotated[int | None, typer.Option(help="End after so many steps in all.")] = None,
     stride: Annotated[
@@ -103,12 +105,12 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
-    from fastat.config import parse_settings, parse_stride
+    from fastat.config import parse_batch, parse_settings, parse_stride
     from fastat.launch import launched, run_training
 
     given: dict[str, Any] = {
         "epochs": epochs,
-        "batch": batch,
+        "batch": None if batch is None else parse_batch(batch),
         "lr": lr,
         "steps": steps,
         "source": source,

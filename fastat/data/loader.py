@@ -330,12 +330,30 @@ def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
         thread.join()
 
 
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that waiting for it took."""
+def with_features(
+    batches: Iterator[Batch], frontend: Frontend, device: torch.device
+) -> Iterator[tuple[Batch, Tensor, float]]:
+    """Each batch with its features [B, T, F], and the seconds that waiting for the batch took.
+
+    On CUDA the copies and the front end run on a stream of their own. What the caller does with the
+    features waits for them; they wait for nothing, and are computed while the device is still at
+    the step before.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # which made the tables they read
     while True:
         started = time.perf_counter()
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        yield batch, time.perf_counter() - started
+        with torch.cuda.stream(stream):  # None: nothing
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            waited = time.perf_counter() - started
+            features = batch.features(frontend)
+        if stream is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for x in (features, batch.target):
+                x.record_stream(current)
+        yield batch, features, waited

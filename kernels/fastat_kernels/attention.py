@@ -35,13 +35,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastat_kernels.backend import LAUNCH, operator, target, use_kernel
+from fastat_kernels.backend import LAUNCH, NUM_SMS, operator, target, use_kernel
 from fastat_kernels.dropout import dropout
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-SMS = {80: 108, 90: 132, 100: 148}
-"""Multiprocessors of the chip that a target stands for."""
 
 
 def attention_ref(qkv: Tensor) -> Tensor:
@@ -650,7 +647,7 @@ def _fwd_table(arch: int, dtype: torch.dtype, Dh: int) -> dict[int, list[Config]
     return (FWD_ODD if Dh % 16 else FWD)[arch]
 
 
-def _fwd_configs(arch: int, dtype: torch.dtype, N: int, Dh: int) -> list[Config]:
+def _fwd_configs(arch: int, dtype: torch.dtype, Dh: int) -> list[Config]:
     return list(_for_width(_fwd_table(arch, dtype, Dh), Dh)) or [ANY]
 
 
@@ -671,7 +668,7 @@ def _bwd_configs(
     single = bool(fused) and N <= fused[0].block_k
     if not single and Dh > 64:  # the sum of dq and three more pointers are too many registers
         fused = []
-    filled = heads / (triton.cdiv(heads, SMS[arch]) * SMS[arch])
+    filled = heads / (triton.cdiv(heads, NUM_SMS[arch]) * NUM_SMS[arch])
     both = [*fused, *split] if single and filled > 5 / 7 else [*split, *fused]
     return both or [Split(ANY, ANY)]
 
@@ -717,7 +714,7 @@ def _fwd_triton(
     lse = torch.empty((B, H, N), dtype=torch.float32, device=qkv.device)
     if not out.numel():
         return out, lse
-    c = config or _fwd_configs(target(qkv), qkv.dtype, N, Dh)[0]
+    c = config or _fwd_configs(target(qkv), qkv.dtype, Dh)[0]
     qkv = _unit_stride(qkv)
     _attention_fwd_kernel[(triton.cdiv(N, c.block_q) * B * H,)](
         qkv, seed, out, lse, N, H, *qkv.stride()[:4],

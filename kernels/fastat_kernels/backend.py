@@ -17,6 +17,9 @@ R = TypeVar("R")
 LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch. Triton 3.10 changes this one's default."""
 
+NUM_SMS = {80: 108, 90: 132, 100: 148}
+"""Multiprocessors of the chip that a target stands for: A100, H100, B200."""
+
 _chosen = WINNERS
 _assumed_target = 90
 

@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fastat_kernels.backend import LAUNCH, operator, target, use_kernel
+from fastat_kernels.backend import LAUNCH, NUM_SMS, operator, target, use_kernel
 
 MAX_ROWS = 2**31 - 2**16
 """Pixels of a map that the kernels can count in 32 bits; addresses have 64."""
@@ -378,7 +378,6 @@ class Config(NamedTuple):
 
 
 MAX_BLOCK_C = 512
-SMS = {80: 108, 90: 132, 100: 148}
 
 
 def _configs(target: int, kernel: str, window: int) -> list[Config]:
@@ -387,7 +386,7 @@ def _configs(target: int, kernel: str, window: int) -> list[Config]:
     16 bytes a thread and load take 8 bfloat16: what matters is how many loads are on their way. The
     programs of a reduction must all be resident, or the last ones run on an empty chip.
     """
-    sms = SMS[target]
+    sms = NUM_SMS[target]
     choices: list[tuple[int, ...]]
     match kernel:
         case "stats":

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight
 from triton.language.extra import libdevice
 
-from fastat_kernels.backend import LAUNCH, operator, target, use_kernel
+from fastat_kernels.backend import LAUNCH, NUM_SMS, operator, target, use_kernel
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter knows no libdevice."""
@@ -49,9 +49,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAX_KERNEL = 63
 SPLIT_KERNEL = 31
 """Up to this width one backward kernel gives both dx and dweight."""
-
-SMS = {80: 108, 90: 132, 100: 148}
-"""Multiprocessors of an A100, H100 and B200."""
 
 
 # ------------------------------------------------------------------ reference
@@ -480,7 +477,7 @@ def _split(x: Tensor, N: int, D: int, config: Config) -> _Split:
     chunks = triton.cdiv(N, T)
     items = x.shape[0] * chunks
     blocks = triton.cdiv(D, config.block_d)
-    rounds = triton.cdiv(items * blocks, SMS[target(x)] * config.resident)
+    rounds = triton.cdiv(items * blocks, NUM_SMS[target(x)] * config.resident)
     return _Split(T, chunks, items, blocks, triton.cdiv(items, rounds))
 
 

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastat_kernels.backend import LAUNCH, operator, target, use_kernel
+from fastat_kernels.backend import LAUNCH, NUM_SMS, operator, target, use_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels compute patches in."""
@@ -48,8 +48,6 @@ NUM_SPECIAL = 2
 SIDE = tl.constexpr(PATCH)
 AREA = tl.constexpr(PATCH * PATCH)
 SPECIAL = tl.constexpr(NUM_SPECIAL)
-
-NUM_SMS = {80: 108, 90: 132, 100: 148}
 
 
 class FwdConfig(NamedTuple):

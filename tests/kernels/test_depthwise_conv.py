@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastat_kernels import depthwise_conv as module
+from fastat_kernels.backend import NUM_SMS
 from fastat_kernels.depthwise_conv import (
     Config,
     _bwd,
@@ -85,7 +86,7 @@ def test_several_chunks_of_a_clip_and_several_a_program(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """21 tokens in chunks of 8, 12 items for 3 programs of each of two channel blocks."""
-    monkeypatch.setattr(module, "SMS", dict.fromkeys(module.SMS, 6))
+    monkeypatch.setattr("fastat_kernels.depthwise_conv.NUM_SMS", dict.fromkeys(NUM_SMS, 6))
     inputs, dout = problem((4, 21, 40, 5), torch.float32, device)
     split = module._split(inputs[0], 21, 40, CHUNKED)
     assert split == (8, 3, 12, 2, 3)

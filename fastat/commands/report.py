@@ -1,0 +1,41 @@
+"""The command that shows results side by side: report."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders or folders of runs, JSON of `fastat profile`, bench/results/*.json."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write, an .html file.")],
+    label_quality: Annotated[
+        Path | None,
+        typer.Option(help="For Figure 2: AudioSet's qa_true_counts.csv, or CSV of id and quality."),
+    ] = None,
+) -> None:
+    """Make one HTML page of runs, profiles and benchmark results, beside the paper's tables.
+
+    The page is self-contained and needs no network: copy it, mail it, print it.
+
+    Examples:
+
+    `fastat report runs/ --out report.html`
+
+    `fastat report runs/a runs/b profile.json --label-quality qa_true_counts.csv --out report.html`
+    """
+    from fastat.report.page import write_report
+
+    inputs, size = write_report(paths, out, label_quality)
+    for note in inputs.notes:
+        print(f"fastat: {note}", file=sys.stderr)
+    print(
+        f"{out}: {len(inputs.runs)} runs, {len(inputs.profiles)} profiles, "
+        f"{len(inputs.benches)} benchmark results, {size / 1e6:.1f} MB"
+    )

@@ -1,0 +1,73 @@
+"""torch.compile's costs: kept between runs in fastat's cache folder, measured, said."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any, Self
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has torch keep compiled graphs and kernels in ``folder``; before anything is compiled.
+
+    Where the user has said where, that holds.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+class CompileClock:
+    """The seconds that torch spends compiling, and the graphs it compiles, while it is entered."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+        self._epochs = 0.0
+        self._said = 0.0, 0, 0
+
+    def __enter__(self) -> Self:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
+        self._base = _graphs()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.remove_start_callback(self._start)
+        callback_handler.remove_end_callback(self._end)
+
+    def _start(self, _: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _end(self, _: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    def of_epoch(self) -> float:
+        """The seconds since the last call."""
+        before, self._epochs = self._epochs, self.seconds
+        return self.seconds - before
+
+    def note(self) -> str | None:
+        """What was compiled since the last note, in one line; None: nothing."""
+        seconds, hits, missed = self._said
+        base_hits, base_missed = self._base
+        now_hits, now_missed = _graphs()
+        self._said = self.seconds, now_hits - base_hits, now_missed - base_missed
+        hits, missed = self._said[1] - hits, self._said[2] - missed
+        if self.seconds == seconds:
+            return None
+        graphs = hits + missed
+        return (
+            f"compiled in {self.seconds - seconds:.0f} s; {hits} of {graphs} graphs from the cache"
+        )
+
+
+def _graphs() -> tuple[int, int]:
+    """Graphs that torch has taken from its caches in this process, and those it has compiled."""
+    from torch._dynamo.utils import counters
+
+    inductor = counters["inductor"]
+    bypassed = inductor["fxgraph_cache_bypass"]
+    return inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"] + bypassed

@@ -1,0 +1,89 @@
+"""What a run trains, put together: model, DDP, compilation, optimizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from fastat.checkpoint import ModelMeta
+from fastat.config import TrainConfig
+from fastat.distributed import Ranks
+from fastat.finetune import freeze, parameter_groups
+from fastat.models.base import TaggingModel
+from fastat.models.sync_batchnorm import synchronise_batchnorm
+from fastat.optim import create_adam
+
+
+@dataclass
+class Network:
+    """One model in the forms that a run needs."""
+
+    raw_model: TaggingModel
+    model: nn.Module
+    """To train: under DDP where there are several ranks, compiled where asked for."""
+    eval_model: nn.Module
+    """To score: DDP would wait for a rank that has fewer clips."""
+    params: list[nn.Parameter]
+    """Those that are trained."""
+    optimizer: torch.optim.Optimizer
+    whose: str
+    """Which Adam it is, and why."""
+
+
+def build_network(
+    config: TrainConfig,
+    meta: ModelMeta,
+    device: torch.device,
+    ranks: Ranks,
+    preparing: Ranks,
+    notes: list[str],
+    *,
+    start: bool,
+) -> Network:
+    """Makes it, with the weights that the run starts from, and adds to ``notes``.
+
+    Args:
+        preparing: the same ranks, with more patience for each other.
+        start: there is no checkpoint that the weights will come from.
+
+    Raises:
+        UserError: the weights to start from, or what is to be frozen, do not fit the model.
+    """
+    model = meta.create()
+    if start:
+        # The others get them from DDP.
+        notes += preparing.from_first(lambda: start_weights(config, model, meta))
+    model.to(device).to(memory_format=torch.channels_last)
+    with preparing.first_goes_ahead():
+        if note := freeze(model, config.freeze):
+            notes.append(note)
+    if config.sync_batchnorm and ranks.device_group is not None:
+        synchronise_batchnorm(model, ranks.device_group)
+    trained = ranks.parallel(model, config.gradient_dtype, config.accumulate)
+    if config.compile:
+        trained = cast(nn.Module, torch.compile(trained))
+    scored = trained
+    if ranks.size > 1:
+        scored = cast(nn.Module, torch.compile(model)) if config.compile else model
+    optimizer, whose = create_adam(
+        parameter_groups(model, config.layer_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        device=device,
+    )
+    params = [p for p in model.parameters() if p.requires_grad]
+    return Network(model, trained, scored, params, optimizer, whose)
+
+
+def start_weights(config: TrainConfig, model: TaggingModel, meta: ModelMeta) -> list[str]:
+    """Loads the weights that the run starts from, if any; returns notes on them."""
+    if config.init is None and not config.pretrained:
+        return []
+    from fastat.weights.initial import load_imagenet, load_initial  # only needed here
+
+    if config.init is not None:
+        return load_initial(model, meta, Path(config.init))
+    return load_imagenet(model, meta)

@@ -1,0 +1,1 @@
+"""What every choice costs: ``fastat profile``."""

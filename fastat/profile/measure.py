@@ -1,0 +1,396 @@
+"""What a training step costs on a device, measured: its parts, the whole of it, memory, power.
+
+The step is the trainer's: rows of a packed set, read a step ahead; front end; model, loss, backward
+pass and Adam. On a GPU its parts are timed by events, in steps of their own whose kernels are
+launched one by one; the whole is the time from one step's end to the next, as a CUDA graph and with
+all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import quantiles
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastat.data.loader import Batch, PackedSource, with_features
+from fastat.data.sampler import Sampler, StepPlan
+from fastat.data.shards import PackedSet
+from fastat.distributed import ALONE
+from fastat.errors import Failure
+from fastat.features import FEATURES
+from fastat.finetune import parameter_groups, train_mode
+from fastat.frontend import Frontend
+from fastat.host import free_memory
+from fastat.memory import Workload, step_bytes
+from fastat.models import create_model
+from fastat.models.base import TaggingModel
+from fastat.nonfinite import BufferGuard
+from fastat.optim import create_adam
+from fastat.procedures import PROCEDURES, Procedure, model_options
+from fastat.profile.device import PowerMeter
+from fastat.readback import BEHIND
+from fastat.step import TrainingStep, why_not_captured
+
+SECONDS = {"cuda": 3.0, "cpu": 8.0}
+"""How long steps are timed, about."""
+
+ROUNDS = (2, 200)
+"""Steps that are timed, at least and at most: two of half a minute each say enough."""
+
+WARM_UP = {"cuda": 5, "cpu": 1}
+"""Steps before; the first ones compile, choose algorithms, take memory, and capture a graph."""
+
+DATA_ROUNDS = 10
+PARTS = ("frontend", "forward", "backward", "optimizer")
+
+
+class OutOfMemory(Failure):
+    """The step does not fit the device's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step to measure."""
+
+    model: str
+    proc: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of create_model, on top of what the procedure asks for: fstride, tstride, ..."""
+    batch: int
+    """Clips a step, on one device."""
+    precision: str = "bf16"
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    @property
+    def procedure(self) -> Procedure:
+        return PROCEDURES[self.proc]
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """All keyword options of create_model."""
+        given = model_options(self.model, self.procedure) | self.options
+        return given | {"activation_checkpointing": self.activation_checkpointing}
+
+    @property
+    def step(self) -> tuple[Any, ...]:
+        """Equal for cases whose step is the same work: procedures may differ in what costs nothing
+        alone."""
+        options = tuple(sorted(self.model_options.items()))
+        feature = self.procedure.feature
+        return self.model, feature, options, self.batch, self.precision, self.compile
+
+    def workload(self, clip_samples: int, num_classes: int) -> Workload:
+        """What the step's memory depends on."""
+        feature = FEATURES[self.procedure.feature]
+        return Workload(
+            model=self.model,
+            num_mels=feature.num_mels,
+            num_frames=feature.num_frames(clip_samples),
+            num_classes=num_classes,
+            options=self.model_options,
+            precision=self.precision,
+            compile=self.compile,
+            clip_samples=clip_samples,
+        )
+
+    def create(self, clip_samples: int, num_classes: int) -> TaggingModel:
+        """The model, with fresh weights. Raises UserError where its options are impossible."""
+        feature = FEATURES[self.procedure.feature]
+        return create_model(
+            self.model,
+            num_mels=feature.num_mels,
+            num_frames=feature.num_frames(clip_samples),
+            num_classes=num_classes,
+            **self.model_options,
+        )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A duration, in ms: the median, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ms: list[float]) -> "Spread":
+        """Of at least one measured duration."""
+        if len(ms) == 1:
+            return cls(ms[0], ms[0], ms[0])
+        low, median, high = quantiles(ms, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case's step takes."""
+
+    ms: dict[str, Spread]
+    """Of one batch: data (reading it, which the step overlaps), frontend, forward, backward (and
+    the look for what is not finite), optimizer, and step: end to end."""
+    rounds: int
+    """Steps timed."""
+    peak_bytes: int
+    """The allocator's peak; on a CPU, which has none, ``memory.step_bytes``' estimate."""
+    watts: float | None
+    """Drawn while steps ran; None where the driver tells none."""
+
+
+def measure(
+    case: Case, device: torch.device, packed: PackedSet, *, seconds: float | None = None
+) -> Measured:
+    """Takes training steps of ``case`` from ``packed``, and times them for about ``seconds``.
+
+    Raises:
+        OutOfMemory: the step does not fit.
+        UserError: the model's options are impossible.
+    """
+    with out_of_memory(device):
+        return _measure(case, device, packed, seconds or SECONDS[device.type])
+
+
+@contextmanager
+def out_of_memory(device: torch.device) -> Iterator[None]:
+    """Makes OutOfMemory of what torch raises; unused memory is given back before and after."""
+    give_back(device)
+    full = None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        full = str(error)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        full = str(error)
+    finally:
+        give_back(device)
+    if full is not None:
+        raise OutOfMemory(full)
+
+
+def give_back(device: torch.device) -> None:
+    """What nobody refers to any more; after an error, its frames do until it is handled."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
+    if case.compile:
+        torch._dynamo.reset()  # or a shape after another would be compiled for any shape
+    peak = 0
+    if device.type == "cpu":
+        peak = step_bytes(
+            case.workload(packed.clip_samples, len(packed.classes)), case.batch, device
+        )
+        if peak > free_memory():  # the kernel would end this process, or others
+            raise torch.OutOfMemoryError(f"a step takes {peak / 2**30:.1f} GiB")
+    torch.manual_seed(0)
+    training = Training(case, device, packed)
+    clock = Clock(device)
+    ms = {"data": _data_ms(training, clock)}
+    if device.type == "cuda":
+        _, parts = _timed_steps(training, clock, seconds / 3, marked=True)
+        torch.cuda.reset_peak_memory_stats(device)
+        with PowerMeter(device) as power:
+            steps, _ = _timed_steps(training, clock, seconds, marked=False)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        with PowerMeter(device) as power:
+            steps, parts = _timed_steps(training, clock, seconds, marked=True)
+    ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(steps)}
+    return Measured(ms, len(steps), peak, power.watts)
+
+
+class Clock:
+    """Moments in the device's work; taking one does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> Any:
+        """An event on a GPU's current stream; the time on a CPU, in s."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ms(self, start: Any, end: Any) -> float:
+        """Between two moments, both over."""
+        if self.device.type == "cpu":
+            return float(end - start) * 1e3
+        return float(start.elapsed_time(end))
+
+    def wait_for(self, moment: Any) -> None:
+        """Until a moment is over, as on a CPU it is."""
+        if self.device.type == "cuda":
+            moment.synchronize()
+
+    def wait(self) -> None:
+        """Until the device has done everything asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Training:
+    """What the trainer has on its device, without a run folder."""
+
+    def __init__(self, case: Case, device: torch.device, packed: PackedSet) -> None:
+        self.case, self.device, self.packed = case, device, packed
+        feature = FEATURES[case.procedure.feature]
+        stats = packed.stats[feature.name]
+        self.frontend = Frontend(
+            feature.name, clip_samples=packed.clip_samples, mean=stats.mean, std=stats.std
+        ).to(device)
+        raw = case.create(packed.clip_samples, len(packed.classes))
+        self.raw_model = raw.to(device).to(memory_format=torch.channels_last)
+        model: nn.Module = self.raw_model
+        if case.compile:
+            model = cast(nn.Module, torch.compile(model))
+        self.model = Marked(model)
+        train_mode(self.model)
+        self.params = list(raw.parameters())
+        p = case.procedure
+        self.optimizer, _ = create_adam(
+            parameter_groups(raw, 1.0),
+            lr=p.lr,
+            betas=(p.beta1, p.beta2),
+            weight_decay=p.weight_decay,
+            device=device,
+        )
+        self.guard = BufferGuard(raw)
+        self.why_not_captured = why_not_captured(
+            device, ALONE, checkpointing=case.activation_checkpointing
+        )
+        self.marks: list[Any] | None = None
+        self.optimizer.register_step_pre_hook(lambda *_: self.mark())
+        self.model.mark = self.mark
+        self.clock = Clock(device)
+        self.one_by_one = self.taker(graph=False)
+        self.sampler = Sampler(
+            max(packed.num_clips, 4 * case.batch),
+            case.batch,
+            seed=0,
+            num_frames=self.frontend.num_frames,
+            num_mels=feature.num_mels,
+            mixup=p.mixup,
+            mixup_alpha=p.mixup_alpha,
+            time_mask=p.time_mask,
+            freq_mask=p.freq_mask,
+        )
+
+    def mark(self) -> None:
+        """A part of the step ends here."""
+        if self.marks is not None:
+            self.marks.append(self.clock.now())
+
+    def batches(self) -> Iterator[Batch]:
+        """Without end."""
+        source = PackedSource(self.packed, self.device, sampler=self.sampler)
+        return source.batches(self._plans())
+
+    def _plans(self) -> Iterator[StepPlan]:
+        steps, clips = self.sampler.steps_per_epoch, self.packed.num_clips
+        i = 0
+        while True:
+            plan = self.sampler.plan(*divmod(i, steps))
+            yield replace(plan, rows=plan.rows % clips, partners=plan.partners % clips)
+            i += 1
+
+    def taker(self, *, graph: bool) -> TrainingStep:
+        """What takes steps; ``graph``: captured, where that is possible."""
+        return TrainingStep(
+            self.model,
+            self.params,
+            self.optimizer,
+            precision=self.case.precision,
+            device=self.device,
+            guard=self.guard,
+            graph=graph and self.why_not_captured is None,
+        )
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step, one part after the other, not captured; the loss."""
+        features = batch.features(self.frontend)
+        self.mark()
+        taken = self.one_by_one(features, batch.target, self.case.procedure.lr)
+        self.mark()
+        return taken.loss
+
+    def steps(self, *, overlapped: bool) -> Iterator[None]:
+        """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
+        with closing(cast(Any, self.batches())) as batches:
+            if overlapped:
+                take = self.taker(graph=True)
+                for batch, features, _ in with_features(batches, self.frontend, self.device):
+                    take(features, batch.target, self.case.procedure.lr)
+                    yield
+            while True:
+                batch = next(batches)
+                self.mark()
+                self.step(batch)
+                yield
+
+
+class Marked(nn.Module):
+    """A model whose end of the forward pass is marked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.mark = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        self.mark()
+        return logits
+
+
+def _data_ms(training: Training, clock: Clock) -> Spread:
+    """A batch from the set to the device, with nothing else to do."""
+    with closing(cast(Any, training.batches())) as batches:
+        next(batches)
+        moments = [time.perf_counter()]
+        for _ in range(DATA_ROUNDS):
+            next(batches)
+            clock.wait()
+            moments.append(time.perf_counter())
+    return Spread.of([(b - a) * 1e3 for a, b in zip(moments, moments[1:], strict=False)])
+
+
+def _timed_steps(
+    training: Training, clock: Clock, seconds: float, *, marked: bool
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Durations in ms: of steps from end to end, and of their parts."""
+    marks: list[list[Any]] = []
+    with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
+        for _ in range(WARM_UP[training.device.type]):
+            next(steps)
+        clock.wait()
+        started = time.perf_counter()
+        low, high = ROUNDS
+        ends = [clock.now()]
+        while len(ends) <= low or (len(ends) <= high and time.perf_counter() - started < seconds):
+            if marked:
+                training.marks = []
+                marks.append(training.marks)
+            next(steps)
+            ends.append(clock.now())
+            if len(ends) > BEHIND:  # as the trainer: batches that the host has ready take memory
+                clock.wait_for(ends[-1 - BEHIND])
+        clock.wait()
+        training.marks = None
+    durations = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    parts: dict[str, list[float]] = {name: [] for name in PARTS}
+    for moments in marks:
+        for name, a, b in zip(PARTS, moments[:-1], moments[1:], strict=True):
+            parts[name].append(clock.ms(a, b))
+    return durations, parts

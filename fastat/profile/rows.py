@@ -1,0 +1,208 @@
+"""A measured case as a row of ``fastat profile``: what it costs, and the paper's beside it.
+
+The rows' names are a promise: schema ``fastat.profile/1``.
+"""
+
+import csv
+import io
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastat.costs import count_parameters
+from fastat.environment import device_name, environment
+from fastat.features import FEATURES
+from fastat.models.conformer import STACKED_FRAMES
+from fastat.models.layers import TalNet
+from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS, PaperStride
+from fastat.profile.measure import Case, Measured
+from fastat.profile.parts import PARTS, gflop_parts
+
+SCHEMA = "fastat.profile/1"
+PASSES = 3
+"""Forward, and a backward pass with twice its products."""
+
+MS = ("data", "frontend", "forward", "backward", "optimizer", "step")
+Row = dict[str, Any]
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What is known of a case without a device."""
+
+    params: int
+    gflop_parts: dict[str, float]
+    """Of a clip's forward pass."""
+    grid: tuple[int, int] | None
+    """AST: patches along the mel and the time axis."""
+    tokens: int | None
+    """That the attention layers see; None: there are none."""
+
+    @property
+    def gflop(self) -> float:
+        """Of all parts."""
+        return sum(self.gflop_parts.values())
+
+
+def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
+    """Counts a case on the instantiated model. Raises UserError where its options are
+    impossible."""
+    feature = FEATURES[case.procedure.feature]
+    frames = feature.num_frames(clip_samples)
+    with torch.device("meta"):
+        model: Any = case.create(clip_samples, num_classes)
+    grid = model.grid if case.model == "ast" else None
+    time_pool = 1
+    for pool, _ in TalNet.POOLS:
+        time_pool *= pool
+    tokens = {
+        "ast": model.pos_embed.shape[1] if grid else None,
+        "transformer": frames,
+        "conformer": frames // STACKED_FRAMES,
+        "cnn_trans": frames // time_pool,
+    }.get(case.model)
+    params = count_parameters(model)
+    return Counted(params, gflop_parts(model, frames, feature.num_mels), grid, tokens)
+
+
+def make_row(
+    case: Case,
+    counted: Counted,
+    measured: Measured | None,
+    *,
+    num_frames: int,
+    stride_row: bool,
+    clips: int = TRAIN_CLIPS,
+    ceiling: float | None = None,
+    largest_batch: int | None = None,
+) -> Row:
+    """One row of the document.
+
+    Args:
+        measured: None: out of memory.
+        stride_row: of Table 3, whose mAP then stands beside it; else Table 2's.
+        clips: of an epoch.
+        ceiling: FLOP/s of a matrix product in the row's precision.
+    """
+    procedure = case.procedure
+    options = case.model_options
+    strides = (options["fstride"], options["tstride"]) if case.model == "ast" else (None, None)
+    paper = paper_stride(case) if case.model == "ast" else None
+    paper_map = TABLE_2[case.model].mAP.get(case.proc)
+    if stride_row:
+        paper_map = paper.mAP if paper else None
+    row: Row = {
+        "model": case.model,
+        "proc": case.proc,
+        "feature": procedure.feature,
+        "num_mels": FEATURES[procedure.feature].num_mels,
+        "num_frames": num_frames,
+        "fstride": strides[0],
+        "tstride": strides[1],
+        "grid": counted.grid and list(counted.grid),
+        "patches": counted.grid and counted.grid[0] * counted.grid[1],
+        "paper_patches": paper and paper.patches,
+        "tokens": counted.tokens,
+        "params": counted.params,
+        "gflop": counted.gflop,
+        "gflop_parts": counted.gflop_parts,
+        "precision": case.precision,
+        "compiled": case.compile,
+        "batch": case.batch,
+        "activation_checkpointing": case.activation_checkpointing,
+        "out_of_memory": measured is None,
+        "peak_memory_gib": None,
+        "largest_batch": largest_batch,
+        "ms": None,
+        "clips_per_s": None,
+        "tflops": None,
+        "percent_of_ceiling": None,
+        "hours_per_epoch": None,
+        "hours": None,
+        "watts": None,
+        "kwh": None,
+        "paper_hours_per_epoch": paper and paper.hours_per_epoch,
+        "paper_hours": procedure.paper_hours,
+        "paper_gpus": procedure.paper_gpus,
+        "paper_map": paper_map,
+    }
+    if measured is None:
+        return row
+    clips_per_s = case.batch / measured.ms["step"].median * 1e3
+    flop_per_s = PASSES * counted.gflop * 1e9 * clips_per_s
+    hours = clips / clips_per_s / 3600 * procedure.epochs
+    return row | {
+        "peak_memory_gib": measured.peak_bytes / 2**30,
+        "ms": {name: asdict(measured.ms[name]) for name in MS},
+        "clips_per_s": clips_per_s,
+        "tflops": flop_per_s / 1e12,
+        "percent_of_ceiling": None if ceiling is None else 100 * flop_per_s / ceiling,
+        "hours_per_epoch": hours / procedure.epochs,
+        "hours": hours,
+        "watts": measured.watts,
+        "kwh": None if measured.watts is None else measured.watts * hours / 1000,
+    }
+
+
+def paper_stride(case: Case) -> PaperStride | None:
+    """The column of Table 3 that an AST is, if any."""
+    options = case.model_options
+    known = TABLE_3.get(case.proc, {})
+    return known.get(options["fstride"]) if options["fstride"] == options["tstride"] else None
+
+
+def document(
+    rows: list[Row], device: torch.device, *, clips: int, ceiling: float | None
+) -> Document:
+    """What ``--json`` prints."""
+    env = environment(device)
+    return {
+        "schema": SCHEMA,
+        "device": device_name(device),
+        "device_type": device.type,
+        "torch": torch.__version__,
+        "commit": env["commit"] and env["commit"][:7],
+        "date": time.strftime("%Y-%m-%d"),
+        "ceiling_tflops": None if ceiling is None else ceiling / 1e12,
+        "clips": clips,
+        "rows": rows,
+    }
+
+
+def as_csv(document: Document) -> str:
+    """The rows flat, one a line, with the device in front; a duration is its median, with _low and
+    _high."""
+    lines = []
+    for row in document["rows"]:
+        line: Row = {"device": document["device"]}
+        for name, value in row.items():
+            if name == "gflop_parts":
+                line |= {f"gflop_{part}": value[part] for part in PARTS}
+            elif name == "ms":
+                for key in MS:
+                    spread = value[key] if value else dict.fromkeys(("median", "low", "high"))
+                    line[f"ms_{key}"] = spread["median"]
+                    line |= {f"ms_{key}_{end}": spread[end] for end in ("low", "high")}
+            elif name == "grid":
+                line[name] = value and "x".join(map(str, value))
+            else:
+                line[name] = value
+        lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def best_value(rows: list[Row]) -> list[Row]:
+    """The rows for which no other has as high a paper's mAP in as few hours; by hours."""
+    known = [r for r in rows if r["hours"] is not None and r["paper_map"] is not None]
+    found: list[Row] = []
+    for row in sorted(known, key=lambda r: (r["hours"], -r["paper_map"])):
+        if not found or row["paper_map"] > found[-1]["paper_map"]:
+            found.append(row)
+    return found

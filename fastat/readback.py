@@ -1,0 +1,65 @@
+"""What the host learns of the steps: numbers that follow the device's work, never stop it."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastat.step import Taken
+
+BEHIND = 2
+"""Steps that a GPU has before it while the host waits for an older one: enough that it never runs
+dry, and a bound on the batches that the host has ready. All ranks read the same step."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One step, counted from 0."""
+
+    step: int
+    lr: float
+    loss: float
+    norm: float
+    found_inf: bool
+    loss_sum: float
+    """Of the epoch, up to this step."""
+
+
+class Readings:
+    """On CUDA the numbers of a step are copied into pinned memory behind its work, and read when an
+    event says that they are there; on the CPU they are there at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._behind = BEHIND if device.type == "cuda" else 0
+        self._waiting: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
+
+    def put(self, step: int, lr: float, taken: Taken, loss_sum: Tensor) -> None:
+        """After a step. loss_sum: scalar float64 on the device, which may change later."""
+        values = torch.stack([x.detach().double() for x in (*taken, loss_sum)])  # [4]
+        event = None
+        if self.device.type == "cuda":
+            host = torch.empty(4, dtype=torch.float64, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        self._waiting.append((step, lr, values, event))
+
+    def due(self, *, wait: bool = False) -> Iterator[Reading]:
+        """Those of the steps that may be read now, the oldest first.
+
+        Args:
+            wait: for all of them.
+        """
+        while len(self._waiting) > (0 if wait else self._behind):
+            step, lr, values, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, norm, found_inf, loss_sum = values.tolist()
+            yield Reading(step, lr, loss, norm, bool(found_inf), loss_sum)
+
+    def clear(self) -> None:
+        """Forgets the steps that were not read."""
+        self._waiting.clear()

@@ -1,0 +1,212 @@
+"""Puts the sections together and writes the page."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from fastat.atomic import atomic_path
+from fastat.errors import Failure, UserError
+from fastat.label_quality import read_quality
+from fastat.report.ablations import table_4
+from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
+from fastat.report.inputs import Inputs, read_inputs
+from fastat.report.runs import Run
+from fastat.report.speed import bench_tables, cost_charts, cost_tables, table_3
+from fastat.report.table import Table
+from fastat.report.tables import (
+    best_of,
+    eval_sets,
+    noise_table,
+    on_set,
+    summary,
+    table_1,
+    table_2,
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. Without a table or chart it says ``missing``: what would fill it."""
+
+    id: str
+    title: str
+    missing: str
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    classes: bool = False
+    """Whether the browser of classes is in it."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.tables or self.charts or self.classes)
+
+
+def write_report(
+    paths: Sequence[Path], out: Path, label_quality: Path | None
+) -> tuple[Inputs, int]:
+    """Writes the page ``out`` of what ``paths`` name; returns what it read, and the page's bytes.
+
+    Raises:
+        UserError: a path that is nothing to report on, or an output that cannot be.
+        Failure: a run named itself is damaged, or the page cannot be written.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out takes a file that ends in .html, got {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out takes a file in an existing folder, got {out}")
+    quality = read_quality(label_quality) if label_quality is not None else None
+    inputs = read_inputs(paths)
+    page = render(inputs, quality).encode("utf-8", "replace")  # a file's name may be no UTF-8
+    try:
+        with atomic_path(out) as temporary:
+            temporary.write_bytes(page)
+    except OSError as error:
+        raise Failure(f"cannot write {out}: {error.strerror}") from error
+    return inputs, len(page)
+
+
+def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Section]:
+    """All sections in their order, the empty ones too."""
+    runs, profiles = inputs.runs, inputs.profiles
+    sets = eval_sets(runs)
+    scored = "runs that were scored (fastat train --eval SET)"
+    return [
+        Section("runs", "Runs", "run folders of fastat train", [summary(runs)] if runs else []),
+        Section("procedures", "Procedures", scored, [table_1(runs, s) for s in sets]),
+        Section("models", "Models", scored, [table_2(runs, s) for s in sets]),
+        Section("curves", "Learning curves", "runs with an epoch", charts=learning_curves(runs)),
+        Section(
+            "classes",
+            "Classes",
+            "runs with predictions.h5, which training writes with the best epoch",
+            classes=any(r.predictions for r in runs),
+        ),
+        Section(
+            "quality",
+            "Label quality",
+            "runs with predictions.h5 and --label-quality CSV, AudioSet's qa_true_counts.csv",
+            charts=figure_2(runs, quality) if quality else [],
+        ),
+        Section(
+            "strides",
+            "Patches",
+            "fastat profile --model ast --strides 4,6,8,10,12,16 --json > ast.json",
+            table_3(profiles, runs),
+        ),
+        Section(
+            "ablations",
+            "Ablations",
+            "a run and others without one part of its procedure (fastat ablate)",
+            table_4(runs),
+        ),
+        Section(
+            "noise",
+            "Noise scale",
+            "run folders of fastat train",
+            [noise_table(runs)] if runs else [],
+            noise_chart(runs),
+        ),
+        Section(
+            "cost",
+            "Cost",
+            "fastat profile --json > profile.json",
+            cost_tables(profiles),
+            cost_charts(profiles),
+        ),
+        Section(
+            "speed",
+            "Speed",
+            "bench/results/DEVICE.json",
+            bench_tables(inputs.benches),
+        ),
+    ]
+
+
+def headline(runs: Sequence[Run]) -> list[str]:
+    """The best run on every set, in a sentence."""
+    lines = []
+    for eval_set in eval_sets(runs):
+        best = best_of(on_set(runs, eval_set))
+        lines.append(
+            f"Best mAP on {eval_set.name} ({eval_set.size}): {best.best_map:.3f}, "
+            f"by {best.config.model} under {best.config.proc} (run {best.name})."
+        )
+    return lines
+
+
+def class_data(run: Run, series: int) -> dict[str, Any]:
+    """A run's classes and curves, as the page's script reads them."""
+    p = run.predictions
+    assert p is not None, "only runs with predictions are listed"
+    return {
+        "series": series,
+        "clips": len(p.clips),
+        "ids": p.ids,
+        "names": p.names,
+        "positives": [c.positives for c in p.curves],
+        "ap": [_rounded(c.average_precision, 4) for c in p.curves],
+        "auc": [_rounded(c.auc, 4) for c in p.curves],
+        "curves": [
+            [
+                c.hits.tolist(),
+                c.chosen.tolist(),
+                [float(f"{t:.3g}") for t in c.thresholds.tolist()],
+            ]
+            for c in p.curves
+        ],
+    }
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that may stand in a script element: nothing in it can end one, or begin a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
+    """The page."""
+    shown = sections(inputs, quality)
+    environment = Environment(
+        loader=PackageLoader("fastat.report", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sources = resources.files("fastat.report") / "template"
+    chart_data = [asdict(chart) for section in shown for chart in section.charts]
+    with_classes = [(i, r) for i, r in enumerate(inputs.runs) if r.predictions is not None]
+    counts = (
+        (len(inputs.runs), "run"),
+        (len(inputs.profiles), "profile"),
+        (len(inputs.benches), "set of benchmark results"),
+    )
+    return environment.get_template("page.html").render(
+        counts=", ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counts if n),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        headline=headline(inputs.runs),
+        notes=inputs.notes,
+        sections=shown,
+        style=Markup((sources / "style.css").read_text("utf-8")),
+        script=Markup((sources / "report.js").read_text("utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        charts=script_json(chart_data),
+        runs=script_json([run.name for run in inputs.runs]),
+        classes=[(i, run.name, script_json(class_data(run, i))) for i, run in with_classes],
+    )

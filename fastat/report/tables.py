@@ -1,0 +1,250 @@
+"""The runs beside one another, in the paper's Tables 1 and 2, and their noise scale."""
+
+from collections.abc import Sequence
+
+from fastat.paper import EVAL_CLIPS, TABLE_2, TRAIN_CLIPS
+from fastat.procedures import PROCEDURES, Procedure, procedure_of
+from fastat.report.runs import EvalSet, Run, departures, noise_scale
+from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
+
+PAPER_CLASSES = 527
+
+
+def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
+    """The sets that runs were scored on, the one with the most clips first."""
+    scored = [r for r in runs if r.eval_set is not None and r.best is not None]
+    sets = {r.eval_set.key: r.eval_set for r in scored if r.eval_set is not None}
+    return sorted(sets.values(), key=lambda s: (-(s.clips or 0), s.path))
+
+
+def on_set(runs: Sequence[Run], eval_set: EvalSet) -> list[Run]:
+    """The runs with a score on a set."""
+    return [r for r in runs if r.eval_set is not None and r.eval_set.key == eval_set.key and r.best]
+
+
+def comparability(eval_set: EvalSet) -> str:
+    """What stands beside every number of the paper's: whether a set is like AudioSet's."""
+    paper = f"AudioSet's evaluation set of {EVAL_CLIPS:,} clips and {PAPER_CLASSES} classes"
+    if eval_set.classes != PAPER_CLASSES:
+        return (
+            f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. "
+            "Two different tasks: their mAPs do not compare."
+        )
+    return (
+        f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. They compare as far as "
+        "the two sets hold the same clips."
+    )
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """The run of the highest mAP."""
+    return max(runs, key=lambda r: r.best_map)
+
+
+def summary(runs: Sequence[Run]) -> Table:
+    """Every run in a row."""
+    several = len(eval_sets(runs)) > 1
+    columns = [
+        Column("run", numeric=False),
+        Column("model", numeric=False),
+        Column("procedure", numeric=False),
+        *([Column("scored on", numeric=False)] if several else []),
+        Column("epochs"),
+        Column("best mAP"),
+        Column("AUC"),
+        Column("d′"),
+        Column("hours"),
+        Column("clips/s"),
+        Column("device", numeric=False),
+        Column("commit", numeric=False),
+    ]
+    rows = []
+    for i, run in enumerate(runs):
+        values = run.best.values if run.best else {}
+        speeds = [e.values["clips_per_s"] for e in run.epochs if "clips_per_s" in e.values]
+        rows.append(
+            [
+                Cell(run.name, series=i),
+                Cell(run.config.model),
+                Cell(run.config.proc),
+                *([Cell(run.eval_set.name) if run.eval_set else NONE] if several else []),
+                Cell(f"{len(run.epochs)} of {run.config.epochs}", len(run.epochs)),
+                mAP(values.get("mAP"), "ours"),
+                number(values.get("AUC"), 3),
+                number(values.get("d_prime"), 3),
+                significant(run.hours) if run.epochs else NONE,
+                significant(max(speeds)) if speeds else NONE,
+                Cell(run.device) if run.device else NONE,
+                Cell(run.commit[:7]) if run.commit else NONE,
+            ]
+        )
+    notes = [
+        "mAP, AUC and d′ of the epoch with the best mAP; hours of training without scoring; "
+        "clips/s of the fastest epoch."
+    ]
+    notes += [f"Scored on {s.name}: {s.size}." for s in eval_sets(runs)]
+    gaps: dict[str, list[str]] = {}
+    for run in runs:
+        for gap in run.gaps:
+            gaps.setdefault(gap, []).append(run.name)
+    notes += [f"{', '.join(names)}: {gap}." for gap, names in gaps.items()]
+    caption = "Every run: its best epoch, and where it was trained"
+    return Table("all-runs", caption, columns, rows, notes, sortable=True)
+
+
+# ------------------------------------------------------------------------------ Table 1
+def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
+    """The procedures, each beside the best run under it; the procedure's own beside no run."""
+    best = {
+        name: best_of(found)
+        for name in PROCEDURES
+        if (found := [r for r in on_set(runs, eval_set) if r.config.proc == name])
+    }
+    columns = [Column("", numeric=False)]
+    for name in PROCEDURES:
+        columns.append(Column("paper", name))
+        if name in best:
+            columns.append(Column(best[name].name, name))
+    rows: list[list[Cell]] = []
+    for title, field in SETTINGS.items():
+        row = [Cell(title)]
+        for name, procedure in PROCEDURES.items():
+            paper = _setting(getattr(procedure, field))
+            row.append(Cell(paper, mark="paper"))
+            if name in best:
+                ours = _setting(getattr(best[name].config, field))
+                row.append(Cell(ours, mark="" if ours == paper else "differs"))
+        rows.append(row)
+    for title, of_paper, of_run in RESULTS:
+        row = [Cell(title)]
+        for name, procedure in PROCEDURES.items():
+            row.append(of_paper(procedure))
+            if name in best:
+                row.append(of_run(best[name]))
+        rows.append(row)
+    notes = [comparability(eval_set), "Settings in bold are other than the paper's."]
+    notes += [
+        f"{run.name} ({run.config.model}), the best of {name}: {', '.join(departures(run.config))}."
+        for name, run in best.items()
+        if departures(run.config)
+    ]
+    caption = f"Table 1. The paper's procedures, and ours on {eval_set.name}"
+    return Table(f"table-1-{eval_set.key[:12]}", caption, columns, rows, notes)
+
+
+SETTINGS = {
+    "feature": "feature",
+    "ImageNet weights": "pretrained",
+    "epochs": "epochs",
+    "batch": "batch",
+    "maximum LR": "lr",
+    "warm-up steps": "warmup_steps",
+    "balanced sampling": "balance",
+    "mixup": "mixup",
+    "time mask": "time_mask",
+    "frequency mask": "freq_mask",
+}
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
+
+
+def _paper_noise(procedure: Procedure) -> Cell:
+    return significant(noise_scale(procedure.lr, TRAIN_CLIPS, procedure.batch), "paper")
+
+
+RESULTS = (
+    (
+        "training clips",
+        lambda p: number(TRAIN_CLIPS, 0, "paper"),
+        lambda r: number(r.train_clips, 0),
+    ),
+    (
+        "noise scale g",
+        _paper_noise,
+        lambda r: significant(r.noise_scale(r.config.lr)),
+    ),
+    ("hours", lambda p: Cell(f"{p.paper_hours:g}", mark="paper"), lambda r: significant(r.hours)),
+    (
+        "device",
+        lambda p: Cell(f"{p.paper_gpus} × V100", mark="paper"),
+        lambda r: Cell(r.device or "–"),
+    ),
+    ("best mAP", lambda p: mAP(p.paper_map, "paper"), lambda r: mAP(r.best_map, "ours")),
+)
+
+
+# ------------------------------------------------------------------------------ Table 2
+def table_2(runs: Sequence[Run], eval_set: EvalSet) -> Table:
+    """The best mAP of every model under every procedure, the paper's beside ours."""
+    scored = on_set(runs, eval_set)
+    ours: dict[tuple[str, str], Run] = {}
+    for model in dict.fromkeys([*TABLE_2, *(r.config.model for r in scored)]):
+        for name in PROCEDURES:
+            if found := [r for r in scored if (r.config.model, r.config.proc) == (model, name)]:
+                ours[model, name] = best_of(found)
+    columns = [Column("model", numeric=False), Column("parameters, paper")]
+    for name in PROCEDURES:
+        columns += [Column("paper", name), Column("ours", name)]
+    rows = []
+    for model in dict.fromkeys([*TABLE_2, *(m for m, _ in ours)]):
+        paper = TABLE_2.get(model)
+        if paper is None or not paper.mAP:
+            if not any(m == model for m, _ in ours):
+                continue
+        million = paper.million_params if paper else None
+        row = [
+            Cell(paper.title if paper else model),
+            Cell(f"{million} M", million, "paper") if million else NONE,
+        ]
+        for name in PROCEDURES:
+            row.append(mAP(paper.mAP.get(name) if paper else None, "paper"))
+            found_run = ours.get((model, name))
+            row.append(mAP(found_run.best_map, "ours") if found_run else NONE)
+        rows.append(row)
+    notes = [comparability(eval_set)]
+    for (model, name), run in ours.items():
+        other = departures(run.config)
+        notes.append(
+            f"{model} under {name}: {run.name}, "
+            + (f"other than Table 1 in: {', '.join(other)}." if other else "as Table 1 has it.")
+        )
+    caption = f"Table 2. Best mAP of every model and procedure; ours on {eval_set.name}"
+    return Table(f"table-2-{eval_set.key[:12]}", caption, columns, rows, notes)
+
+
+# ------------------------------------------------------------------------------ noise scale
+def noise_table(runs: Sequence[Run]) -> Table:
+    """The noise scale of every run at its maximum learning rate, and the paper's procedures'."""
+    columns = [
+        Column("run", numeric=False),
+        Column("training clips N"),
+        Column("N from", numeric=False),
+        Column("batch B"),
+        Column("maximum LR"),
+        Column("g"),
+        Column("g of the paper's"),
+    ]
+    rows = []
+    for i, run in enumerate(runs):
+        p = procedure_of(run.config.proc, run.config.model)
+        rows.append(
+            [
+                Cell(run.name, series=i),
+                number(run.train_clips, 0),
+                Cell(run.clips_source),
+                number(run.config.batch, 0),
+                Cell(f"{run.config.lr:g}", run.config.lr),
+                significant(run.noise_scale(run.config.lr), "ours"),
+                significant(noise_scale(p.lr, TRAIN_CLIPS, p.batch), "paper"),
+            ]
+        )
+    caption = "g = LR (N / B − 1) at the maximum learning rate"
+    notes = [
+        "Section 4.3 of the paper: how strongly the noise of a batch moves the weights; batch and "
+        "LR that grow together keep it."
+    ]
+    return Table("noise-scale", caption, columns, rows, notes, sortable=True)

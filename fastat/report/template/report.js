@@ -1,0 +1,354 @@
+"use strict";
+(() => {
+  const element = (id) => document.getElementById(id);
+  const read = (id) => JSON.parse(element(id).textContent);
+  // plotly takes names for markup
+  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const root = document.documentElement;
+  const runs = read("data-runs");
+  const whole = (n) => n.toLocaleString("en");
+  const MISSING = "\u2013";
+  const PRINT = { width: 660, height: 310 }; // pixels that fit on a page of A4 and of Letter
+
+  // ---------------------------------------------------------------- theme
+  const LIGHT = ["#1f6aa5", "#c8591a", "#2f8a57", "#9b3f86", "#9a7412", "#5a57b5", "#5d666d", "#b8383d"];
+  const DARK = ["#7ab4e0", "#f09a5f", "#74c797", "#d48fc4", "#d9b85a", "#a5a2ee", "#aab2b8", "#ee8a8a"];
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  let printing = false;
+  const isDark = () =>
+    !printing && (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
+  const colour = (series) => {
+    const palette = isDark() ? DARK : LIGHT;
+    return palette[series % palette.length];
+  };
+  const INK = () =>
+    isDark()
+      ? { ink: "#e4e2dd", soft: "#9aa1a7", rule: "#34383c", paper: "#141618" }
+      : { ink: "#1c1e20", soft: "#5d6368", rule: "#dcdcd6", paper: "#fdfdfb" };
+
+  // ---------------------------------------------------------------- charts
+  const drawn = []; // a function each, called again when theme or size change
+
+  function axis(title, more) {
+    const { soft, rule } = INK();
+    return {
+      title: { text: title, font: { size: 12, color: soft }, standoff: 8 },
+      color: soft, gridcolor: rule, linecolor: rule, zeroline: false,
+      tickfont: { size: 11 }, ...more,
+    };
+  }
+
+  function plot(id, traces, x, y, more) {
+    const { ink, soft, paper, rule } = INK();
+    const layout = {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
+      margin: { l: 58, r: 14, t: 12, b: 44 },
+      xaxis: x, yaxis: y, hovermode: "closest", dragmode: false,
+      hoverlabel: { bgcolor: paper, bordercolor: rule, font: { color: ink }, namelength: 60 },
+      showlegend: false,
+      legend: {
+        orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: soft },
+        itemclick: false, itemdoubleclick: false, bgcolor: "rgba(0,0,0,0)",
+      },
+      ...(printing ? PRINT : { autosize: true }), ...more,
+    };
+    return Plotly.react(element(id), traces, layout, { displayModeBar: false, responsive: true });
+  }
+
+  function drawChart(chart) {
+    const figure = element(`chart-${chart.id}`).closest("figure");
+    const off = new Set(
+      [...figure.querySelectorAll('[aria-pressed="false"]')].map((b) => b.dataset.trace),
+    );
+    const traces = chart.traces.map((t) => {
+      const common = {
+        x: t.x, y: t.y, name: plain(t.name), visible: !off.has(t.name), text: t.text.map(plain),
+      };
+      if (chart.bars) {
+        return {
+          ...common, type: "bar", orientation: "h", x: t.y, y: t.x.map(plain),
+          marker: { color: colour(t.series) }, hovertemplate: "%{y}: %{x:.1f} %",
+        };
+      }
+      const points = t.style === "points";
+      const mark = t.text.length ? "%{text}<br>" : "";
+      return {
+        ...common, type: "scatter", mode: points ? "markers" : "lines+markers",
+        line: { color: colour(t.series), width: t.style === "dot" ? 1.3 : 2, dash: t.style === "dot" ? "dot" : t.series < LIGHT.length ? "solid" : "dashdot" },
+        marker: { color: colour(t.series), size: points ? 9 : t.style === "dot" ? 3 : 5 },
+        hovertemplate: `${mark}${chart.x} %{x:.3~g}<br>${chart.y} %{y:.4~g}`,
+      };
+    });
+    if (chart.bars) {
+      const y = axis("", { autorange: "reversed", type: "category" });
+      const { clientHeight: height, clientWidth: width } = element(`chart-${chart.id}`);
+      const longest = Math.max(...chart.traces.flatMap((t) => t.x.map((name) => name.length)));
+      const l = Math.min(7 * longest + 16, 0.45 * width); // room for the names
+      const more = { barmode: "stack", bargap: 0.35, height, margin: { l, r: 14, t: 12, b: 44 } };
+      return plot(`chart-${chart.id}`, traces, axis(chart.x, { range: [0, 100] }), y, more);
+    }
+    const whole = chart.x === "epoch" ? { tickformat: "d", ...steps(chart) } : {};
+    const x = axis(chart.x, { ...whole, ...(chart.log_x ? logarithmic(chart) : {}) });
+    return plot(`chart-${chart.id}`, traces, x, axis(chart.y), {});
+  }
+
+  // plotly would write 2 for 0.2; over less than a decade it does write whole numbers
+  const TICKS = [-4, -3, -2, -1, 0, 1, 2, 3].flatMap((p) => [1, 2, 5].map((d) => Number(`${d}e${p}`)));
+  function logarithmic(chart) {
+    const all = chart.traces.flatMap((t) => t.x);
+    const inside = TICKS.filter((v) => v >= Math.min(...all) && v <= Math.max(...all));
+    if (inside.length < 3) return { type: "log" };
+    return { type: "log", tickvals: TICKS, ticktext: TICKS.map(String) };
+  }
+
+  // whole numbers alone, where plotly would also write halves
+  function steps(chart) {
+    return Math.max(...chart.traces.flatMap((t) => t.x)) <= 10 ? { dtick: 1 } : {};
+  }
+
+  for (const chart of read("data-charts")) {
+    drawn.push(() => drawChart(chart));
+    const figure = element(`chart-${chart.id}`).closest("figure");
+    figure.querySelector(".legend").addEventListener("click", (event) => {
+      const button = event.target.closest("button");
+      if (!button) return;
+      button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+      drawChart(chart);
+    });
+  }
+
+  // ---------------------------------------------------------------- tables: sort and find
+  const rowsOf = (table) => [...table.tBodies[0].rows];
+
+  function valueOf(row, column) {
+    const cell = row.cells[column];
+    if (cell.dataset.sort !== undefined) return Number(cell.dataset.sort);
+    const text = cell.textContent.trim();
+    return text === MISSING || text === "" ? null : text;
+  }
+
+  function sort(table, column, direction) {
+    const sign = direction === "ascending" ? 1 : -1;
+    const rows = rowsOf(table).map((row) => [valueOf(row, column), row]);
+    rows.sort(([a], [b]) => {
+      if (a === null || b === null) return (a === null) - (b === null); // what is missing stays last
+      if (typeof a === "number" && typeof b === "number") return sign * (a - b);
+      return sign * String(a).localeCompare(String(b), "en", { numeric: true });
+    });
+    table.tBodies[0].append(...rows.map(([, row]) => row));
+    const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+    heads.forEach((head, i) => {
+      if (i === column) head.setAttribute("aria-sort", direction);
+      else head.removeAttribute("aria-sort");
+    });
+  }
+
+  for (const table of document.querySelectorAll("table.sortable")) {
+    table.tHead.addEventListener("click", (event) => {
+      const head = event.target.closest("th");
+      if (!head || !event.target.closest("button")) return;
+      const now = head.getAttribute("aria-sort");
+      const first = head.classList.contains("text") ? "ascending" : "descending";
+      const other = first === "ascending" ? "descending" : "ascending";
+      sort(table, head.cellIndex, now === first ? other : first);
+    });
+  }
+
+  function filter(field) {
+    const table = element(field.dataset.filters);
+    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const rows = rowsOf(table);
+    let shown = 0;
+    for (const row of rows) {
+      const text = (row.dataset.find || row.textContent).toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+      shown += !row.hidden;
+    }
+    const count = document.querySelector(`[data-counts="${table.id}"]`);
+    count.textContent = `${shown} of ${rows.length} ${count.dataset.what}`;
+  }
+
+  const fields = [...document.querySelectorAll("[data-filters]")];
+  for (const field of fields) field.addEventListener("input", () => filter(field));
+
+  // ---------------------------------------------------------------- classes
+  const parsed = new Map(); // a run's scores, read when they are first asked for
+  function scores(run) {
+    if (!parsed.has(run)) {
+      const data = read(`data-classes-${run}`);
+      data.place = new Map(data.ids.map((id, k) => [id, k]));
+      parsed.set(run, data);
+    }
+    return parsed.get(run);
+  }
+
+  const browser = element("class-table");
+  const chosen = { a: null, b: null, id: null };
+
+  function cellOf(value, digits, share) {
+    const cell = document.createElement("td");
+    if (value === null || value === undefined) {
+      cell.textContent = MISSING;
+      return cell;
+    }
+    cell.textContent = value.toFixed(digits).replace("-", "\u2212");
+    cell.dataset.sort = value;
+    if (share) {
+      cell.className = "share";
+      cell.style.setProperty("--share", value);
+    }
+    return cell;
+  }
+
+  function headOf(titles) {
+    const row = document.createElement("tr");
+    titles.forEach((title, i) => {
+      const head = document.createElement("th");
+      head.scope = "col";
+      if (i === 0) head.className = "text";
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = title;
+      head.append(button);
+      row.append(head);
+    });
+    return row;
+  }
+
+  function listClasses() {
+    const a = scores(chosen.a);
+    const b = chosen.b === null ? null : scores(chosen.b);
+    const titles = b
+      ? ["class", "positives", "AP", "AP beside", "difference"]
+      : ["class", "positives", "AP", "AUC"];
+    browser.tHead.replaceChildren(headOf(titles));
+    const rows = a.ids.map((id, k) => {
+      const row = document.createElement("tr");
+      row.dataset.id = id;
+      row.dataset.find = `${a.names[k]} ${id}`;
+      const head = document.createElement("th");
+      head.scope = "row";
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = a.names[k];
+      head.append(button);
+      const positives = cellOf(a.positives[k], 0);
+      positives.textContent = whole(a.positives[k]);
+      row.append(head, positives, cellOf(a.ap[k], 3, true));
+      if (b) {
+        const other = b.place.has(id) ? b.ap[b.place.get(id)] : null;
+        const both = other !== null && a.ap[k] !== null;
+        row.append(cellOf(other, 3, true), cellOf(both ? a.ap[k] - other : null, 3));
+      } else {
+        row.append(cellOf(a.auc[k], 3));
+      }
+      return row;
+    });
+    browser.tBodies[0].replaceChildren(...rows);
+    sort(browser, 2, "descending");
+    filter(fields.find((field) => field.dataset.filters === "class-table"));
+    const order = a.ids.map((id, k) => [a.names[k], id]).sort((p, q) => p[0].localeCompare(q[0], "en"));
+    element("class").replaceChildren(...order.map(([name, id]) => new Option(name, id)));
+    const known = a.place.has(chosen.id);
+    choose(known ? chosen.id : browser.tBodies[0].rows[0].dataset.id);
+  }
+
+  function choose(id) {
+    chosen.id = id;
+    element("class").value = id;
+    for (const row of rowsOf(browser)) {
+      if (row.dataset.id === id) row.setAttribute("aria-current", "true");
+      else row.removeAttribute("aria-current");
+    }
+    drawClass();
+  }
+
+  function drawClass() {
+    const traces = [];
+    const words = [];
+    for (const run of [chosen.a, chosen.b]) {
+      if (run === null) continue;
+      const data = scores(run);
+      const k = data.place.get(chosen.id);
+      if (k === undefined) {
+        words.push(`${runs[run]} does not know this class`);
+        continue;
+      }
+      const positives = data.positives[k];
+      if (data.ap[k] === null) {
+        words.push(`${runs[run]}: no positive in ${whole(data.clips)} clips`);
+        continue;
+      }
+      words.push(`${runs[run]}: AP ${data.ap[k].toFixed(3)}, ${whole(positives)} positives in ${whole(data.clips)} clips`);
+      const [hits, picked, thresholds] = data.curves[k];
+      const precision = hits.map((h, i) => h / picked[i]);
+      traces.push({
+        type: "scatter", mode: hits.length > 40 ? "lines" : "lines+markers", name: plain(runs[run]),
+        x: [0, ...hits.map((h) => h / positives)], y: [precision[0], ...precision],
+        text: ["", ...hits.map((h, i) => `threshold ${thresholds[i]}: ${h} found, ${picked[i] - h} wrong`)],
+        line: { shape: "vh", width: 2, color: colour(data.series) },
+        marker: { size: [0, ...hits.map(() => 5)], color: colour(data.series) },
+        hovertemplate: "recall %{x:.3f}<br>precision %{y:.3f}<br>%{text}",
+      });
+      if (run === chosen.a) {
+        const chance = positives / data.clips;
+        traces.push({
+          type: "scatter", mode: "lines", name: "chance", x: [0, 1], y: [chance, chance],
+          line: { dash: "dot", width: 1.3, color: INK().soft }, hoverinfo: "skip",
+        });
+      }
+    }
+    element("class-note").textContent = `${words.join("; ")}.`;
+    const range = { range: [0, 1.02], constrain: "domain" };
+    const more = { showlegend: traces.length > 0 };
+    return plot("precision-recall", traces, axis("recall", range), axis("precision", range), more);
+  }
+
+  if (browser) {
+    const number = (field) => (field.value === "" ? null : Number(field.value));
+    for (const [key, id] of [["a", "run-a"], ["b", "run-b"]]) {
+      element(id).addEventListener("change", (event) => {
+        chosen[key] = number(event.target);
+        listClasses();
+      });
+    }
+    element("class").addEventListener("change", (event) => choose(event.target.value));
+    browser.tBodies[0].addEventListener("click", (event) => {
+      if (event.target.closest("button")) choose(event.target.closest("tr").dataset.id);
+    });
+    chosen.a = number(element("run-a"));
+    listClasses();
+    drawn.push(drawClass);
+  }
+  for (const field of fields) filter(field);
+
+  // ---------------------------------------------------------------- drawing again
+  const toggle = element("theme");
+  function redraw() {
+    toggle.textContent = isDark() ? "Light" : "Dark";
+    toggle.setAttribute("aria-label", `${toggle.textContent} colours`);
+    for (const swatch of document.querySelectorAll(".swatch")) {
+      const series = Number(swatch.dataset.series);
+      const again = series >= LIGHT.length; // a ring, as its line is dashed
+      swatch.style.background = again ? "none" : colour(series);
+      swatch.style.border = again ? `2px solid ${colour(series)}` : "none";
+    }
+    for (const draw of drawn) draw();
+  }
+  toggle.hidden = false;
+  toggle.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    redraw();
+  });
+  prefersDark.addEventListener("change", redraw);
+  function print(on) {
+    if (printing === on) return;
+    printing = on;
+    redraw();
+  }
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
+  matchMedia("print").addEventListener("change", (event) => print(event.matches));
+  redraw();
+})();

@@ -1,0 +1,335 @@
+"""fastat profile: what is chosen, what a row says, and the real command on a small set."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastat.environment import default_device
+from fastat.errors import UserError
+from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
+from fastat.profile import run
+from fastat.profile.cases import choices, parse_batch, parse_strides
+from fastat.profile.measure import Case, Measured, OutOfMemory, Spread
+from fastat.profile.parts import PARTS
+from fastat.profile.plot import draw
+from fastat.profile.rows import MS, Counted, Document, best_value, count, document, make_row
+from fastat.profile.table import print_tables
+from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
+
+SIZE = (160_000, 527)
+KEYS = (
+    "model proc feature num_mels num_frames fstride tstride grid patches paper_patches tokens "
+    "params gflop gflop_parts precision compiled batch activation_checkpointing out_of_memory "
+    "peak_memory_gib largest_batch ms clips_per_s tflops percent_of_ceiling hours_per_epoch hours "
+    "watts kwh paper_hours_per_epoch paper_hours paper_gpus paper_map"
+).split()
+"""Of a row: the schema is a promise."""
+
+
+def measured(step_ms: float, watts: float | None = 300.0) -> Measured:
+    parts = {name: Spread(step_ms / 4, step_ms / 5, step_ms / 3) for name in MS}
+    step = Spread(step_ms, 0.95 * step_ms, 1.05 * step_ms)
+    return Measured(parts | {"step": step}, 10, 3 << 30, watts)
+
+
+COUNTS: dict[Any, Counted] = {}
+
+
+def counted(case: Case) -> Counted:
+    """``count``, once for all tests."""
+    key = replace(case, batch=1).step
+    if key not in COUNTS:
+        COUNTS[key] = count(case, *SIZE)
+    return COUNTS[key]
+
+
+def row(case: Case, found: Measured | None, **given: Any) -> dict[str, Any]:
+    known = {"num_frames": 400, "stride_row": False, "ceiling": 600e12} | given
+    return make_row(case, counted(case), found, **known)
+
+
+def made(procs: list[str], models: list[str], strides: str | None, ms: float) -> Document:
+    """A document as if every clip's GFLOP took ``ms``; the last case is out of memory."""
+    cases = [
+        Case(model=c.model, proc=c.proc, options=c.options, batch=40)
+        for c in choices(procs, models, strides, [])
+    ]
+    rows = []
+    for case in cases:
+        found = measured(40 * ms * counted(case).gflop)
+        rows.append(row(case, None if case is cases[-1] else found, stride_row=bool(strides)))
+    return document(rows, torch.device("cpu"), clips=TRAIN_CLIPS, ceiling=600e12)
+
+
+# ---------------------------------------------------------------------------- the command
+def test_the_command(tiny_sets: TinySets, tmp_path: Path) -> None:
+    table, picture, trace = (tmp_path / name for name in ("t.csv", "p.png", "trace.json"))
+    done = fastat(
+        "profile", "--proc", "A4", "--model", "cnn_trans", "--data", tiny_sets.train, *TINY_MODEL,
+        "--batch", 3, "--seconds", 0.2, "--clips", 7200, "--csv", table, "--plot", picture,
+        "--trace", trace, "--memory", "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["schema"] == "fastat.profile/1" and found["clips"] == 7200
+    [line] = found["rows"]
+    assert list(line) == KEYS
+    assert (line["batch"], line["num_frames"], line["tokens"]) == (3, 40, 10)
+    assert not line["compiled"] or torch.cuda.is_available()
+    assert sum(line["gflop_parts"].values()) == pytest.approx(line["gflop"])
+    ms = {name: line["ms"][name]["median"] for name in MS}
+    assert list(line["ms"]) == list(MS) and min(ms.values()) > 0
+    for spread in line["ms"].values():
+        assert spread["low"] <= spread["median"] <= spread["high"]
+    if default_device().type == "cpu":  # where nothing overlaps
+        parts = sum(ms[name] for name in MS if name not in ("data", "step"))
+        assert 0.5 * ms["step"] < parts < 1.5 * ms["step"]
+    assert line["clips_per_s"] == pytest.approx(3 / ms["step"] * 1e3)
+    assert line["hours_per_epoch"] == pytest.approx(2 / line["clips_per_s"])
+    assert line["hours"] == pytest.approx(10 * line["hours_per_epoch"])
+    flop_per_s = 3 * line["gflop"] * 1e9 * line["clips_per_s"]
+    assert line["tflops"] * 1e12 == pytest.approx(flop_per_s)
+    ceiling = 100 * flop_per_s / found["ceiling_tflops"] / 1e12
+    assert line["percent_of_ceiling"] == pytest.approx(ceiling)
+    assert line["largest_batch"] > 3 and line["peak_memory_gib"] > 0
+
+    [flat] = csv.DictReader(table.open())
+    assert float(flat["ms_step_low"]) == line["ms"]["step"]["low"]
+    assert float(flat["gflop_convolution"]) == line["gflop_parts"]["convolution"]
+    assert flat["device"] == found["device"] and flat["fstride"] == ""
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::convolution_backward" for event in events)
+    operators = found["trace"]["operators"]
+    assert len(operators) == 10 and operators[0]["ms"] >= operators[1]["ms"] > 0
+    assert 0.3 < sum(o["share"] for o in operators) <= 1
+    modules = {m["name"]: m for m in found["memory"]["modules"]}
+    assert "talnet.blocks.9" in modules and modules["layers.0"]["kept"] > 0
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--proc", "A5"), "--proc: unknown 'A5'; known: A1"),
+        (("--model", "cnntrans"), "did you mean 'cnn_trans'?"),
+        (("--data", "nowhere", "--model", "crnn"), "nowhere"),
+        (("--model", "crnn", "--set", "model.embeding=64"), "did you mean 'embedding'?"),
+        (("--csv", "nowhere/t.csv"), "there is no folder"),
+        (("--trace", "t.json"), "one case"),
+    ],
+)
+def test_mistakes_on_the_command_line(args: tuple[str, ...], words: str) -> None:
+    assert words in one_line(fastat("profile", *args, code=2))
+
+
+# ---------------------------------------------------------------------------- what is chosen
+def test_all_are_the_filled_cells_of_table_2() -> None:
+    found = {(c.model, c.proc) for c in choices([], [], None, [])}
+    assert found == {(name, proc) for name, paper in TABLE_2.items() for proc in paper.mAP}
+    assert len(found) == 16
+    assert {c.proc for c in choices([], ["resnet34"], None, [])} == {"A1", "A2", "A3", "A4"}
+    assert [c.proc for c in choices([], ["crnn"], None, [])] == ["A2", "A4"]
+
+
+def test_strides_are_those_of_table_3() -> None:
+    found = choices([], [], "8,10x12", ["model.size=tiny224"])
+    pairs = [(8, 8), (10, 12)]
+    assert [(c.proc, c.options["fstride"], c.options["tstride"]) for c in found] == [
+        (proc, *pair) for proc in ("A1", "A3") for pair in pairs
+    ]
+    assert all(c.model == "ast" and c.options["size"] == "tiny224" for c in found)
+
+
+@pytest.mark.parametrize("text", ["", "8,", "a", "8x", "0", "17", "8,8x8", "8x17", "-1", "8;10"])
+def test_impossible_strides(text: str) -> None:
+    with pytest.raises(UserError, match="--strides"):
+        parse_strides(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2.5", "many", "1" * 30, ""])
+def test_impossible_batches(text: str) -> None:
+    with pytest.raises(UserError, match="--batch"):
+        parse_batch(text)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ((["A4", "A4"], [], None, []), "--proc names A4 twice"),
+        (([], ["crnn", "crnn"], None, []), "--model names crnn twice"),
+        ((["A1"], ["crnn"], None, []), "dash in the paper's Table 2"),
+        (([], ["crnn"], "8", []), "--strides is for ast"),
+        (([], [], "8", ["model.fstride=4"]), "exclude each other"),
+        (([], [], None, ["lr=1"]), "takes model.KEY=value"),
+    ],
+)
+def test_what_cannot_be_chosen(given: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        choices(*given)
+
+
+# ---------------------------------------------------------------------------- rows
+def test_a_row_of_table_3() -> None:
+    found = row(
+        Case(model="ast", proc="A3", options={"fstride": 4, "tstride": 4}, batch=40),
+        measured(100.0), stride_row=True, largest_batch=99,
+    )  # fmt: skip
+    assert list(found) == KEYS
+    assert (found["grid"], found["patches"], found["paper_patches"]) == ([13, 97], 1261, 1485)
+    assert (found["tokens"], found["paper_hours_per_epoch"]) == (1263, 12.67)
+    assert (found["paper_map"], found["largest_batch"]) == (0.414, 99)
+    assert found["clips_per_s"] == 400
+    assert found["hours"] == pytest.approx(10 * TRAIN_CLIPS / 400 / 3600)
+    assert found["kwh"] == pytest.approx(0.3 * found["hours"])
+    assert found["percent_of_ceiling"] == pytest.approx(3 * found["gflop"] * 400 / 600e3 * 100)
+
+
+def test_other_rows() -> None:
+    oblong = {"fstride": 8, "tstride": 10}
+    found = row(Case(model="ast", proc="A3", options=oblong, batch=4), None, stride_row=True)
+    assert list(found) == KEYS and found["out_of_memory"]
+    assert found["patches"] == 7 * 39 and found["paper_patches"] is None
+    for key in ("ms", "hours", "kwh", "clips_per_s", "paper_map", "peak_memory_gib"):
+        assert found[key] is None
+    found = row(Case(model="ast", proc="A4", batch=4), measured(1.0, watts=None))
+    assert (found["fstride"], found["paper_map"], found["kwh"]) == (8, 0.268, None)
+    assert found["paper_hours_per_epoch"] is None, "Table 3 has A1 and A3"
+    found = row(Case(model="resnet50", proc="A1", batch=4), measured(1.0))
+    assert found["grid"] is None and found["tokens"] is None and found["paper_map"] == 0.41
+    tokens = {"transformer": 400, "conformer": 100, "cnn_trans": 100, "crnn": None}
+    for model, want in tokens.items():
+        assert counted(Case(model=model, proc="A4", batch=4)).tokens == want
+
+
+def test_every_stride_of_table_3_has_its_true_count() -> None:
+    true = {"A1": [7337, 3211, 1905, 1212, 850, 512], "A3": [1261, 585, 343, 195, 165, 100]}
+    for proc, patches in true.items():
+        for choice, want in zip(choices([proc], [], "4,6,8,10,12,16", []), patches, strict=True):
+            case = Case(model="ast", proc=proc, options=choice.options, batch=1)
+            grid = counted(case).grid
+            assert grid is not None and math.prod(grid) == want
+
+
+def test_best_value() -> None:
+    rows = [
+        {"hours": hours, "paper_map": value}
+        for hours, value in ((9, 0.43), (3, 0.40), (3, 0.41), (5, 0.41), (1, 0.2), (None, 0.5))
+    ]
+    rows.append({"hours": 0.1, "paper_map": None})
+    assert [(r["hours"], r["paper_map"]) for r in best_value(rows)] == [
+        (1, 0.2), (3, 0.41), (9, 0.43)
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- measuring them all
+def test_a_step_that_procedures_share_is_measured_once(
+    tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def measure(case: Case, *args: object, **kwargs: object) -> Measured:
+        taken.append(f"{case.model} {case.proc}")
+        if case.model == "crnn":
+            raise OutOfMemory("full")
+        return measured(10.0 * len(taken))
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "matmul_flop_per_s", lambda *args: 1e12)
+    settings = run.Settings(batch=2, largest=False, data=tiny_sets.train, clips=1000)
+    wanted = choices(["A3", "A4"], ["resnet50", "cnn_trans", "crnn"], None, [])
+    found = run.profile(wanted, torch.device("cpu"), settings, strides=False)
+    assert taken == ["resnet50 A3", "cnn_trans A4", "crnn A4"]
+    rows = {(r["model"], r["proc"]): r for r in found["rows"]}
+    assert rows["resnet50", "A3"]["ms"] == rows["resnet50", "A4"]["ms"]
+    assert rows["resnet50", "A3"]["paper_map"] != rows["resnet50", "A4"]["paper_map"]
+    full = rows["crnn", "A4"]
+    assert full["out_of_memory"] and full["ms"] is None and full["gflop"] > 0
+
+
+def test_batch_auto_is_the_largest_that_fits(
+    tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def measure(case: Case, *args: object, **kwargs: object) -> Measured:
+        batches.append(case.batch)
+        return measured(10.0)
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "matmul_flop_per_s", lambda *args: 1e12)
+    monkeypatch.setattr(run, "memory_limit", lambda device: 1 << 30)
+    monkeypatch.setattr(run, "largest_batch", lambda work, device, limit: 77)
+    settings = run.Settings(batch="auto", data=tiny_sets.train, clips=1000)
+    found = run.profile(choices(["A4"], ["crnn"], None, []), torch.device("cpu"), settings,
+                        strides=False)  # fmt: skip
+    assert batches == [77] and found["rows"][0]["largest_batch"] == 77
+
+
+# ---------------------------------------------------------------------------- how it is shown
+@pytest.mark.parametrize("strides", [None, "4,8,16"])
+def test_tables(strides: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = made([], [], strides, 0.005)
+    print_tables(found, strides=strides is not None)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120 and "…" not in text
+    assert "full" in text, "the case out of memory"
+    best = best_value(found["rows"])
+    assert text.count("*") == len(best) + 1
+    for line in best:
+        assert f"{line['paper_map']:.3f} *" in text
+    assert f"--proc {best[-1]['proc']} --model {best[-1]['model']}" in text
+    if strides:
+        assert "1,261" in text and "1,485" in text and "12.7" in text
+
+
+def test_unsteady_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    found = made(["A4"], ["crnn", "cnn_trans", "resnet50"], None, 1.0)
+    print_tables(found, strides=False)
+    assert "unsteady" not in capsys.readouterr().out
+    found["rows"][0]["ms"]["step"]["high"] *= 1.2
+    print_tables(found, strides=False)
+    assert (
+        f"unsteady (spread over 20 %): {found['rows'][0]['model']} A4:" in capsys.readouterr().out
+    )
+
+
+def test_no_night_is_long_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    found = made(["A4"], ["crnn", "cnn_trans"], None, 50.0)
+    print_tables(found, strides=False)
+    text = capsys.readouterr().out
+    quickest = best_value(found["rows"])[0]
+    assert f"{TRAIN_CLIPS * 12 / quickest['hours']:,.0f}" in text
+
+
+def points(line: Any) -> dict[float, float]:
+    return dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_plot_shows_what_was_measured() -> None:
+    found = made([], [], "4,8,10,16", 0.01)
+    left, right = draw(found).axes
+    a3 = [r for r in found["rows"] if r["proc"] == "A3" and r["ms"]]
+    lines = {line.get_label(): line for line in left.get_lines()}
+    assert points(lines["A3, measured"]) == {r["fstride"]: r["hours_per_epoch"] for r in a3}
+    assert [r["fstride"] for r in a3] == [4, 8, 10], "16 is out of memory"
+    printed = {s: p.hours_per_epoch for s, p in TABLE_3["A1"].items() if p.hours_per_epoch}
+    assert points(lines["A1, the paper on 4 V100s"]) == printed
+    names = {text.get_text() for text in right.texts}
+    assert {"8x8", "10x10"} <= names
+    assert len(draw(made(["A4"], [], None, 0.01)).axes) == 1
+
+
+def test_csv_is_flat() -> None:
+    from fastat.profile.rows import as_csv
+
+    lines = list(csv.DictReader(io.StringIO(as_csv(made(["A3"], [], "8,10", 0.01)))))
+    assert [line["grid"] for line in lines] == ["7x49", "5x39"]
+    assert {f"gflop_{part}" for part in PARTS} < set(lines[0])
+    assert lines[1]["ms_step"] == "" and lines[1]["out_of_memory"] == "True"

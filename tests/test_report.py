@@ -1,0 +1,526 @@
+"""The report's page as it is written: its numbers, gaps, mistakes, and what it takes of others."""
+
+import json
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from fastat.paper import TABLE_2, TABLE_3, TABLE_4, TRAIN_CLIPS
+from fastat.procedures import PROCEDURES
+from fastat.report.curves import class_curve
+from fastat.report.page import write_report
+from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
+from tests.report_samples import (
+    EVIL,
+    NAMES,
+    NUM_TRAIN,
+    scores,
+    write_bench,
+    write_predictions,
+    write_profile,
+    write_quality,
+    write_run,
+)
+
+
+class Page(HTMLParser):
+    """Tables by id, as rows of cells' texts; the JSON of the scripts by id; all tags seen."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.notes: list[str] = []
+        self.data: dict[str, Any] = {}
+        self.tags: set[str] = set()
+        self.text = ""
+        self._rows: list[list[str]] = []
+        self._open: list[str] = []
+        self._script = ""
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = dict(attrs)
+        match tag:
+            case "table":
+                self._rows = self.tables.setdefault(given.get("id") or "", [])
+            case "tr":
+                self._rows.append([])
+            case "th" | "td":
+                self._rows[-1].append("")
+                self._open.append(tag)
+            case "li":
+                self.notes.append("")
+                self._open.append(tag)
+            case "script":
+                self._script = given.get("id") or "code"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("th", "td", "li"):
+            self._open.pop()
+        elif tag == "script":
+            self._script = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._script:
+            if self._script != "code":
+                self.data[self._script] = json.loads(data)
+            return
+        self.text += data
+        if self._open and self._open[-1] in ("th", "td"):
+            self._rows[-1][-1] += data
+        elif self._open:
+            self.notes[-1] += data
+
+    def table(self, start: str) -> list[dict[str, str]]:
+        """The rows of the one table whose id begins so, by the last heading of each column."""
+        (rows,) = (rows for name, rows in self.tables.items() if name.startswith(start))
+        head = next(i for i, row in enumerate(rows) if len(row) == len(rows[-1]))
+        return [
+            dict(zip(rows[head], (c.strip() for c in row), strict=True)) for row in rows[head + 1 :]
+        ]
+
+    def cells(self, start: str) -> list[list[str]]:
+        """The same rows as lists, with their heading first."""
+        (rows,) = (rows for name, rows in self.tables.items() if name.startswith(start))
+        return [[c.strip() for c in row] for row in rows if len(row) == len(rows[-1])]
+
+    def chart(self, name: str) -> dict[str, Any]:
+        (found,) = (c for c in self.data["data-charts"] if c["id"] == name)
+        return dict(found)
+
+
+def report(out: Path, *paths: Path, quality: Path | None = None) -> Page:
+    write_report(paths, out, quality)
+    return Page(out)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "report.html"
+
+
+# ------------------------------------------------------------------------------ numbers
+@pytest.mark.parametrize("digits", [1, 2, 7])
+def test_curves_are_those_of_scikit_learn(digits: int) -> None:
+    """Also where many clips have the same score."""
+    rng = np.random.default_rng(digits)
+    target = rng.random(400) < 0.15
+    score = np.round(rng.random(400) + 0.5 * target, digits).astype(np.float32)
+    curve = class_curve(score, target, max_points=1000)
+    assert curve.average_precision == pytest.approx(
+        average_precision_score(target, score), abs=1e-12
+    )
+    assert curve.auc == pytest.approx(roc_auc_score(target, score), abs=1e-12)
+    precision, recall, thresholds = precision_recall_curve(target, score)
+    points = {(round(r, 9), round(p, 9)) for p, r in zip(precision, recall, strict=True)}
+    ours = zip(curve.hits / curve.positives, curve.hits / curve.chosen, strict=True)
+    assert {(round(r, 9), round(p, 9)) for r, p in ours} <= points
+    assert set(curve.thresholds.tolist()) <= set(thresholds.tolist())
+    assert curve.hits[-1] == curve.positives == target.sum()
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.random(20_000) < 0.3
+    score = (rng.random(20_000) + 0.3 * target).astype(np.float32)
+    whole, thin = (class_curve(score, target, max_points=n) for n in (10**6, 200))
+    assert len(whole.hits) > 5000 and len(thin.hits) == 200
+    assert (thin.hits[0], thin.hits[-1]) == (whole.hits[0], whole.hits[-1])
+    assert thin.average_precision == whole.average_precision
+    assert set(zip(thin.hits, thin.chosen, strict=True)) <= set(
+        zip(whole.hits, whole.chosen, strict=True)
+    )
+
+
+def test_a_class_without_a_positive_or_without_a_negative() -> None:
+    score = np.array([0.1, 0.5, 0.2], np.float32)
+    none = class_curve(score, np.zeros(3, bool))
+    assert none.positives == 0 and math.isnan(none.average_precision) and not len(none.hits)
+    every = class_curve(score, np.ones(3, bool))
+    assert every.average_precision == 1 and math.isnan(every.auc)
+
+
+def test_a_trained_run(tiny_sets: TinySets, tmp_path: Path, out: Path) -> None:
+    """The real command on what the real command trained."""
+    run = tmp_path / "runs" / "mine"
+    sets = ("--data", tiny_sets.train, "--eval", tiny_sets.eval)
+    fastat("train", "--proc", "A4", "--model", "cnn_trans", *sets, *TINY_MODEL,
+           "--epochs", 2, "--out", run)  # fmt: skip
+    done = fastat("report", tmp_path / "runs", "--out", out)
+    assert "1 runs" in done.stdout and done.stderr == ""
+    page = Page(out)
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda x: x["mAP"])
+    (row,) = page.table("all-runs")
+    assert row["run"] == "mine" and row["epochs"] == "2 of 2"
+    assert row["best mAP"] == f"{best['mAP']:.3f}" and row["AUC"] == f"{best['AUC']:.3f}"
+    with h5py.File(run / "predictions.h5") as file:
+        probability, target = file["probability"][:], file["target"][:]
+    classes = page.data["data-classes-0"]
+    want = [average_precision_score(target[:, k], probability[:, k]) for k in range(3)]
+    assert classes["ap"] == pytest.approx(want, abs=6e-5)
+    assert np.mean(classes["ap"]) == pytest.approx(best["mAP"], abs=1e-4)
+    assert classes["positives"] == target.sum(0).tolist() and classes["clips"] == 15
+    (loss_eval, loss_train) = page.chart("loss")["traces"]
+    assert loss_eval["y"] == [x["eval_loss"] for x in lines]
+    assert loss_train["y"] == [x["train_loss"] for x in lines]
+    (noise,) = page.table("noise-scale")
+    batch, lr = int(noise["batch B"]), float(noise["maximum LR"])
+    assert noise["N from"] == "its index" and noise["training clips N"] == "36"
+    assert float(noise["g"]) == pytest.approx(lr * (36 / batch - 1), rel=1e-2)
+
+
+def test_tables_1_and_2(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "runs" / "worse", maps=(0.1, 0.2))
+    write_run(tmp_path / "runs" / "better", maps=(0.3, 0.612, 0.4), batch=16)
+    write_run(tmp_path / "runs" / "crnn", model="crnn", maps=(0.25,))
+    page = report(out, tmp_path / "runs")
+    rows = page.cells("table-1")
+    assert rows[0] == ["", "paper", "paper", "paper", "paper", "better"]
+    by_name = {row[0]: row[1:] for row in rows[1:]}
+    assert by_name["batch"] == ["20", "400", "80", "448", "16"]
+    assert by_name["best mAP"][-2:] == [f"{PROCEDURES['A4'].paper_map:.3f}", "0.612"]
+    assert by_name["hours"][-1] == "3.00"
+    table = {row[0]: row[2:] for row in page.cells("table-2")[1:]}
+    assert table[TABLE_2["cnn_trans"].title] == ["–", "–", "0.437", "–", "–", "–", "0.411", "0.612"]
+    assert table[TABLE_2["crnn"].title][-2:] == ["0.406", "0.250"]
+    assert any("batch 16 instead of 448" in note for note in page.notes)
+    assert "ResNet34" not in page.text  # neither the paper nor a run has it
+
+
+def test_it_says_which_set_the_numbers_are_of(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "a")
+    page = report(out, tmp_path / "a")
+    told = [n for n in page.notes if "20,126 clips and 527 classes" in n]
+    assert told and all("tiny/eval, 60 clips, 5 classes" in n for n in told)
+    assert all("do not compare" in n for n in told)
+
+
+def test_runs_on_other_sets_stand_in_tables_of_their_own(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "a", maps=(0.9,))
+    other = write_run(tmp_path / "b", maps=(0.2,), eval_set="/sets/other/eval")
+    write_predictions(other / "predictions.h5", *scores(1, clips=30))
+    page = report(out, tmp_path / "a", tmp_path / "b")
+    tables = [name for name in page.tables if name.startswith("table-2")]
+    assert len(tables) == 2
+    best = [
+        {row[0]: row[-1].strip() for row in page.tables[t]}[TABLE_2["cnn_trans"].title]
+        for t in tables
+    ]
+    assert best == ["0.900", "0.200"]
+
+
+def test_the_same_set_under_another_path_is_the_same(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", eval_set="elsewhere/eval", seed=1)
+    write_run(tmp_path / "c", eval_set="elsewhere/eval", seed=None)  # known by its path alone
+    page = report(out, *(tmp_path / name for name in "abc"))
+    assert len([name for name in page.tables if name.startswith("table-2")]) == 1
+
+
+def test_table_3(tmp_path: Path, out: Path) -> None:
+    run = write_run(tmp_path / "ast", model="ast", proc="A3", maps=(0.321,))
+    page = report(out, run, write_profile(tmp_path / "profile.json"))
+    rows = {row["stride"]: row for row in page.table("table-3")}
+    cells = {row[0]: row for row in page.cells("table-3")[1:]}
+    assert list(rows) == ["4×4", "6×6", "8×8", "10×10", "12×12", "16×16"]
+    true = {"4×4": "1,261", "6×6": "585", "8×8": "343", "10×10": "195", "12×12": "165"}
+    for stride, count in true.items():
+        grid, counted, printed, hours = cells[stride][2:6]
+        assert counted == count and math.prod(map(int, grid.split("×"))) == int(
+            count.replace(",", "")
+        )
+        side = int(stride.split("×")[0])
+        assert printed == f"{TABLE_3['A3'][side].patches:,}"
+        assert float(hours) == pytest.approx(1 / side, rel=1e-2)
+        assert cells[stride][6] == f"{TABLE_3['A3'][side].hours_per_epoch:g}"
+    assert cells["8×8"][-2:] == ["0.321", "0.410"] and cells["6×6"][-2:] == ["–", "0.408"]
+
+
+def test_table_4(tmp_path: Path, out: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "baseline", maps=(0.2, 0.4))
+    write_run(runs / "no-mixup", maps=(0.2, 0.38), mixup=0.0)
+    write_run(runs / "no-balancing", maps=(0.2, 0.42), balance=False)
+    write_run(runs / "no-specaugment", maps=(0.2, 0.36), time_mask=0, freq_mask=0)
+    write_run(runs / "no-normalisation", maps=(0.2, 0.3), normalize=False)
+    # these differ in something else, too
+    write_run(runs / "two", maps=(0.2, 0.9), mixup=0.0, balance=False)
+    write_run(runs / "lr", maps=(0.2, 0.9), mixup=0.0, lr=1e-3)
+    write_run(runs / "data", maps=(0.2, 0.9), mixup=0.0, data="/sets/other/train")
+    write_run(runs / "unfinished", maps=(0.9,), mixup=0.0)
+    page = report(out, runs)
+    rows = page.cells("table-4")
+    by_name = {row[0]: row[1:] for row in rows[1:]}
+    assert by_name["nothing"][0] == "0.400"
+    want = {"balancing": -5.0, "mixup": 5.0, "SpecAugment": 10.0, "normalisation": 25.0}
+    for name, lost in want.items():
+        paper, spread = TABLE_4[name]
+        assert by_name[name][1:] == [
+            f"{lost:.1f} %".replace("-", "−"), f"{lost:.1f} %".replace("-", "−"),
+            f"{paper} ± {spread} %",
+        ]  # fmt: skip
+
+
+def test_figure_2(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "a")
+    page = report(out, tmp_path / "a", quality=write_quality(tmp_path / "qa.csv"))
+    (trace,) = page.chart("figure-2")["traces"]
+    probability, target = scores(0)
+    ap = [average_precision_score(target[:, k], probability[:, k]) for k in range(4)]
+    quality = [1.0, 0.8, 0.5, 0.25]
+    for threshold, value in zip(trace["x"], trace["y"], strict=True):
+        assert value == pytest.approx(
+            np.mean([a for a, q in zip(ap, quality, strict=True) if q >= threshold])
+        )
+    assert trace["x"][0] == 0.25 and trace["x"][-1] == 1.0
+    assert trace["text"][0] == "4 classes"
+
+
+def test_noise_scale(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "a", batch=16, lr=2e-4)
+    page = report(out, tmp_path / "a")
+    (row,) = page.table("noise-scale")
+    assert row["N from"] == "steps × batch" and row["training clips N"] == f"{NUM_TRAIN:,}"
+    assert float(row["g"]) == pytest.approx(2e-4 * (NUM_TRAIN / 16 - 1), rel=5e-3)
+    a4 = PROCEDURES["A4"]
+    assert float(row["g of the paper's"]) == pytest.approx(
+        a4.lr * (TRAIN_CLIPS / a4.batch - 1), rel=5e-3
+    )
+    (trace,) = page.chart("noise-chart")["traces"]
+    assert trace["y"] == pytest.approx([2e-4 / e * (NUM_TRAIN / 16 - 1) for e in (1, 2, 3)])
+
+
+def test_profiles_and_benchmarks(tmp_path: Path, out: Path) -> None:
+    page = report(out, write_profile(tmp_path / "p.json"), write_bench(tmp_path / "b.json"))
+    row = page.table("cost-0")[0]
+    assert row["model"] == "cnn_trans A4" and row["clips/s"] == "10,000"
+    assert row["parameters"] == "12.1 M" and row["paper's hours"] == "8.84 (2 × V100)"
+    cases = {row["case"]: row for row in page.table("bench-0")}
+    assert cases.keys() == {"attention", "log_mel", "dropout"}
+    assert (cases["attention"]["best peer"], cases["attention"]["ratio"]) == ("sdpa", "1.50")
+    assert (cases["log_mel"]["best peer"], cases["log_mel"]["ratio"]) == ("torchaudio", "0.75")
+    assert (cases["dropout"]["best peer"], cases["dropout"]["ratio"]) == ("–", "–")
+    points = page.chart("cost-chart-0")["traces"]
+    assert {t["name"]: len(t["x"]) for t in points} == {"CNN+Transformer": 1, "AST/ViT": 6}
+    assert "needs run folders of fastat train" in page.text
+
+
+def test_a_row_that_does_not_fit_the_memory_is_shown_without_its_times(
+    tmp_path: Path, out: Path
+) -> None:
+    profile = write_profile(tmp_path / "p.json")
+    document = json.loads(profile.read_text())
+    times = ("ms", "clips_per_s", "tflops", "hours_per_epoch", "hours", "peak_memory_gib")
+    document["rows"][1] |= dict.fromkeys(times) | {"out_of_memory": True}
+    profile.write_text(json.dumps(document))
+    page = report(out, profile)
+    row = page.table("cost-0")[1]
+    assert row["model"] == "ast A3 4×4" and row["GiB"] == "full" and row["clips/s"] == "–"
+    assert page.cells("table-3")[1][5] == "–"
+    points = {t["name"]: len(t["x"]) for t in page.chart("cost-chart-0")["traces"]}
+    assert points["AST/ViT"] == 5
+
+
+def test_two_profiles_of_a_device_are_told_apart(tmp_path: Path, out: Path) -> None:
+    page = report(out, write_profile(tmp_path / "p.json"), write_profile(tmp_path / "q.json"))
+    assert "A device (p.json)" in page.text and "A device (q.json)" in page.text
+
+
+def test_rows_of_the_same_case_have_bars_of_their_own(tmp_path: Path, out: Path) -> None:
+    profile = write_profile(tmp_path / "p.json")
+    document = json.loads(profile.read_text())
+    document["rows"] += [document["rows"][0] | {"batch": 64}] * 2
+    profile.write_text(json.dumps(document))
+    names = report(out, profile).chart("parts-chart-0")["traces"][0]["x"]
+    assert len(set(names)) == len(document["rows"])
+    assert "cnn_trans A4, batch 448" in names and "ast A3 8×8" in names
+
+
+def test_empty_sections_say_what_would_fill_them(tmp_path: Path, out: Path) -> None:
+    page = report(out, write_run(tmp_path / "a"))
+    for needed in ("--label-quality CSV", "fastat ablate", "--strides 4,6", "bench/results/"):
+        assert needed in page.text
+
+
+# ------------------------------------------------------------------------------ what others wrote
+def test_names_are_not_markup(tmp_path: Path, out: Path) -> None:
+    run = write_run(tmp_path / "<b>run<%2Fscript><i>")
+    profile = write_profile(tmp_path / "p.json")
+    document = json.loads(profile.read_text())
+    document["device"] = document["rows"][0]["model"] = EVIL
+    profile.write_text(json.dumps(document))
+    page = report(out, run, profile)
+    assert not {"b", "i", "img"} & page.tags
+    assert page.data["data-classes-0"]["names"] == NAMES
+    assert page.data["data-runs"] == [run.name]
+    assert EVIL in page.text
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "run-\udcff")
+    page = report(out, tmp_path / "run-\udcff")
+    assert page.table("all-runs")[0]["run"] == "run-?"
+
+
+def test_nothing_is_taken_from_the_network(tmp_path: Path, out: Path) -> None:
+    report(out, write_run(tmp_path / "a"))
+    ours = out.read_text("utf-8").replace(get_plotlyjs(), "")
+    assert len(ours) < 100_000
+    assert "http:" not in ours and "https:" not in ours and "@import" not in ours
+    assert "default-src 'none'" in ours
+
+
+# ------------------------------------------------------------------------------ gaps and mistakes
+def _cut_line(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "st')
+
+
+def _damage(run: Path) -> None:
+    path = run / "predictions.h5"
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def _other_sizes(run: Path) -> None:
+    with h5py.File(run / "predictions.h5", "a") as file:
+        del file["target"]
+        file["target"] = np.zeros((3, 5), bool)
+
+
+def _not_finite(run: Path) -> None:
+    with h5py.File(run / "predictions.h5", "a") as file:
+        file["probability"][0, 0] = np.nan
+
+
+GAPS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut line": (_cut_line, "line 4 is damaged"),
+    "empty metrics": (lambda r: (r / "metrics.jsonl").write_text(""), "0 of 3 epochs"),
+    "no metrics": (lambda r: (r / "metrics.jsonl").unlink(), "0 of 3 epochs"),
+    "a number that is none": (
+        lambda r: (r / "metrics.jsonl").write_text('{"epoch": 1, "step": 5, "mAP": "high"}\n'),
+        "mAP 'high'",
+    ),
+    "a number too large": (
+        lambda r: (r / "metrics.jsonl").write_text(f'{{"epoch": 1, "step": 5, "mAP": {10**400}}}'),
+        "line 1 is damaged",
+    ),
+    "no predictions": (lambda r: (r / "predictions.h5").unlink(), "no predictions.h5"),
+    "damaged predictions": (_damage, "predictions.h5 is damaged"),
+    "predictions of two sizes": (_other_sizes, "different sizes"),
+    "predictions not finite": (_not_finite, "not finite"),
+    "no env.json": (lambda r: (r / "env.json").unlink(), "no env.json"),
+    "damaged env.json": (lambda r: (r / "env.json").write_text("[1]"), "env.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_a_gap_is_said_and_the_rest_shown(gap: str, tmp_path: Path, out: Path) -> None:
+    run = write_run(tmp_path / "runs" / "broken")
+    write_run(tmp_path / "runs" / "whole")
+    spoil, message = GAPS[gap]
+    spoil(run)
+    page = report(out, tmp_path / "runs")
+    assert any("broken" in note and message in note for note in page.notes), page.notes
+    assert len(page.table("all-runs")) == 2 and "data-classes-1" in page.data
+
+
+def test_a_run_without_scores(tmp_path: Path, out: Path) -> None:
+    page = report(out, write_run(tmp_path / "a", eval_set=None, seed=None))
+    assert any("trained without an evaluation set" in note for note in page.notes)
+    assert page.chart("loss") and "data-classes-0" not in page.data
+
+
+def test_a_damaged_run_among_others_is_left_out_and_named(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "runs" / "a")
+    (write_run(tmp_path / "runs" / "b") / "config.json").write_text("{")
+    done = fastat("report", tmp_path / "runs", tmp_path / "runs" / "a", "--out", out)
+    assert "left out" in done.stderr and "b/config.json is damaged" in done.stderr
+    assert "given twice" in done.stderr
+    page = Page(out)
+    assert [row["run"] for row in page.table("all-runs")] == ["a"]
+    assert any("b/config.json is damaged" in note for note in page.notes)
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, out: Path) -> None:
+    for parent in ("x", "y"):
+        write_run(tmp_path / parent / "same")
+    page = report(out, tmp_path / "x", tmp_path / "y")
+    assert page.data["data-runs"] == ["x/same", "y/same"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x", "got no JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"schema": "fastat.profile/9"}', "expected schema fastat.profile/1"),
+        ('{"epoch": 1}', "got the keys epoch"),
+        ('{"schema": "fastat.profile/1", "rows": []}', "name of a device"),
+        ('{"schema": "fastat.profile/1", "device": "d", "rows": [{}]}', "rows[0]: expected model"),
+        (
+            '{"schema": "fastat.profile/1", "device": "d", "rows": [{"model": "a", "proc": "b", '
+            '"params": "many"}]}',
+            "expected a number as params",
+        ),
+        ('{"device": "d", "results": [{"op": 1}]}', "results[0]: expected op"),
+    ],
+)
+def test_json_of_something_else(content: str, message: str, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError) as raised:
+        report(out, tmp_path / "x.json")
+    assert message in str(raised.value) and "x.json" in str(raised.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("nowhere", "--out", "r.html"), 2, "nowhere does not exist"),
+        (("empty", "--out", "r.html"), 2, "found no config.json"),
+        (("run", "--out", "r.pdf"), 2, "ends in .html"),
+        (("run", "--out", "nowhere/r.html"), 2, "existing folder"),
+        (("run", "--out", "folder.html"), 2, "existing folder"),
+        (("run", "--out", "r.html", "--label-quality", "x.csv"), 2, "label quality x.csv"),
+        (("broken", "--out", "r.html"), 1, "config.json is damaged"),
+        (("--out", "r.html"), 2, "'paths'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    args: tuple[str, ...],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "folder.html"):
+        Path(name).mkdir()
+    write_run(Path("run"))
+    (write_run(Path("broken")) / "config.json").write_text('{"proc": 1}')
+    Path("r.html").write_text("before")
+    assert message in one_line(fastat("report", *args, code=code))
+    assert Path("r.html").read_text() == "before"
+
+
+@pytest.mark.full
+def test_a_page_of_audiosets_size_stays_small(tmp_path: Path, out: Path) -> None:
+    """20,126 clips, 527 classes, in two runs."""
+    for i in range(2):
+        run = write_run(tmp_path / f"{i}", seed=None)
+        rng = np.random.default_rng(i)
+        target = rng.random((20_126, 527)) < rng.uniform(0.001, 0.2, 527)
+        score = (rng.random(target.shape) + 0.3 * target).astype(np.float32)
+        write_predictions(run / "predictions.h5", score, target)
+    report(out, tmp_path / "0", tmp_path / "1")
+    assert out.stat().st_size - len(get_plotlyjs()) < 8_000_000
