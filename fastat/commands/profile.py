@@ -54,7 +54,10 @@ def profile(
     data: Annotated[
         Path | None, typer.Option(help="Packed set to take steps from; default: noise.")
     ] = None,
-    clips: Annotated[int, typer.Option(help="Of an epoch; default: AudioSet's.")] = TRAIN_CLIPS,
+    clips: Annotated[
+        int | None,
+        typer.Option(help="Of an epoch; default: AudioSet's, with --plan --data the set's."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this CSV.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="PNG: cost against stride, mAP against cost.")
@@ -116,7 +119,7 @@ def profile(
     size = parse_batch(batch)
     if precision not in PRECISIONS:
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if clips < 1:
+    if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:
         raise UserError(f"--seconds must be a positive number, got {seconds}")
@@ -137,12 +140,15 @@ def profile(
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastat.atomic import atomic_write_text
+    from fastat.data.shards import sizes_of
     from fastat.environment import default_device
     from fastat.profile.rows import as_csv
     from fastat.profile.run import Settings, look_inside
     from fastat.profile.run import profile as measure_all
     from fastat.profile.table import print_tables
 
+    if clips is None:  # the plan's command trains on --data: its hours are those of that set
+        clips = sizes_of(data)[0] if plan and data is not None else TRAIN_CLIPS
     settings = Settings(
         batch=size,
         precision=precision,
