@@ -70,13 +70,13 @@ def test_marks_are_in_order(noise: PackedSet, monkeypatch: pytest.MonkeyPatch) -
 
     def slow(self: Training, *args: Any) -> None:
         plain(self, *args)
-        self.raw_model.register_forward_hook(lambda *_: time.sleep(0.06))
+        self.raw_model.register_forward_hook(lambda *_: time.sleep(0.12))
         self.optimizer.register_step_post_hook(lambda *_: time.sleep(0.03))
 
     monkeypatch.setattr(Training, "__init__", slow)
     ms = measure(TINY, CPU, noise, seconds=0.01).ms
-    assert ms["forward"].median > 60 and 30 < ms["optimizer"].median < 60
-    assert ms["step"].median > 90
+    assert ms["forward"].median > 120 and 30 < ms["optimizer"].median < 120
+    assert ms["step"].median > 150
 
 
 def test_a_step_beyond_the_memory_is_not_taken(
@@ -222,7 +222,7 @@ def test_watts_of_rapl(tmp_path: Path) -> None:
         time.sleep(0.2)
         (zones[0] / "energy_uj").write_text("910000000")  # 10 J
         (zones[1] / "energy_uj").write_text("20000000")  # 120 J: the counter began anew
-    assert power.watts is not None and 130 / 0.4 < power.watts <= 130 / 0.2
+    assert power.watts is not None and 130 / 2 < power.watts <= 130 / 0.2
 
 
 def test_no_watts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps 
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import quantiles
 from typing import Any, cast
@@ -203,15 +203,16 @@ def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float
     training = Training(case, device, packed)
     clock = Clock(device)
     ms = {"data": _data_ms(training, clock)}
+    power = PowerMeter(device)
     if device.type == "cuda":
-        _, parts, _ = _timed_steps(training, clock, seconds / 3, marked=True)
+        _, parts = _timed_steps(training, clock, seconds / 3, marked=True)
         torch.cuda.reset_peak_memory_stats(device)
-        steps, _, watts = _timed_steps(training, clock, seconds, marked=False)
+        steps, _ = _timed_steps(training, clock, seconds, marked=False, power=power)
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        steps, parts, watts = _timed_steps(training, clock, seconds, marked=True)
+        steps, parts = _timed_steps(training, clock, seconds, marked=True, power=power)
     ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(steps)}
-    return Measured(ms, len(steps), peak, watts)
+    return Measured(ms, len(steps), peak, power.watts)
 
 
 class Clock:
@@ -372,16 +373,24 @@ def _data_ms(training: Training, clock: Clock) -> Spread:
 
 
 def _timed_steps(
-    training: Training, clock: Clock, seconds: float, *, marked: bool
-) -> tuple[list[float], dict[str, list[float]], float | None]:
-    """Durations in ms, of steps from end to end and of their parts; watts drawn meanwhile."""
+    training: Training,
+    clock: Clock,
+    seconds: float,
+    *,
+    marked: bool,
+    power: PowerMeter | None = None,
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Durations in ms: of steps from end to end, and of their parts.
+
+    ``power`` is read while steps are timed, not while the warm-up compiles and captures.
+    """
     marks: list[list[Any]] = []
     with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
         for _ in range(WARM_UP[training.device.type]):
             next(steps)
         clock.wait()
         low, high = ROUNDS
-        with PowerMeter(training.device) as power:  # not while the warm-up compiles and captures
+        with power or nullcontext():
             start = time.perf_counter()
             ends = [clock.now()]
             while len(ends) <= low or (len(ends) <= high and time.perf_counter() - start < seconds):
@@ -399,4 +408,4 @@ def _timed_steps(
     for moments in marks:
         for name, a, b in zip(PARTS, moments[:-1], moments[1:], strict=True):
             parts[name].append(clock.ms(a, b))
-    return durations, parts, power.watts
+    return durations, parts
