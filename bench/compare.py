@@ -56,6 +56,8 @@ def measured(folder: Path) -> dict[str, list[Row]]:
             devices.setdefault(row["device"], []).append(row)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SystemExit(f"bench.compare: {file}, line {number}: no result ({error})") from None
+    if not devices:
+        raise SystemExit(f"bench.compare: {file} is empty: pytest bench writes it")
     return devices
 
 

@@ -196,6 +196,10 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_no_results(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").touch()
+    with pytest.raises(SystemExit, match="results.jsonl is empty"):
+        report(tmp_path)
+    (tmp_path / "results.jsonl").unlink()
     done = compare(tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("bench.compare: no ")
     assert len(done.stderr.splitlines()) == 1

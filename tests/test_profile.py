@@ -288,6 +288,15 @@ def test_batch_auto_is_the_largest_that_fits(
     assert batches == [77] and found["rows"][0]["largest_batch"] == 77
 
 
+@pytest.mark.parametrize("most, want", [(448, 448), (447, 224), (0, 224)])
+def test_the_default_batch_of_a_gpu(most: int, want: int) -> None:
+    [choice] = choices(["A4"], ["crnn"], None, [])
+    settings = run.Settings(clips=1000)
+    case = run.make_case(choice, torch.device("cuda"), settings)
+    assert run.fitting(case, most).batch == want
+    assert run.fitting(run.make_case(choice, torch.device("cpu"), settings), 0).batch == 4
+
+
 def test_checkpointing_by_a_setting() -> None:
     [choice] = choices(["A4"], ["crnn"], None, ["model.activation_checkpointing=true"])
     case = run.make_case(choice, torch.device("cpu"), run.Settings(clips=1000))
@@ -315,12 +324,12 @@ def test_tables(strides: str | None, capsys: pytest.CaptureFixture[str]) -> None
     "device, changed, want",
     [
         ("cpu", {"batch": 4, "compiled": False}, ""),
-        ("cuda", {"batch": 224, "compiled": True}, ""),
+        ("cuda", {"batch": 448, "compiled": True}, ""),
         ("cuda", {"batch": 448, "compiled": False}, " --no-compile"),
         ("cpu", {"batch": 77, "compiled": True}, " --batch 77 --compile"),
         (
             "cuda",
-            {"batch": 224, "compiled": True, "precision": "fp32", "activation_checkpointing": True},
+            {"batch": 448, "compiled": True, "precision": "fp32", "activation_checkpointing": True},
             " --precision fp32 --set model.activation_checkpointing=true",
         ),
     ],

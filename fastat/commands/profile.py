@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +29,9 @@ def profile(
     batch: Annotated[
         str | None,
         typer.Option(
-            help="Clips a step, or auto: as many as fit. Default: on a GPU the procedure's batch "
-            "over the paper's GPUs; on a CPU 4 of 64 x 400, 1 of 128 x 1024."
+            help="Clips a step, or auto: as many as fit. Default: on a GPU the procedure's batch, "
+            "or where it does not fit, that over the paper's GPUs; on a CPU 4 of 64 x 400, 1 of "
+            "128 x 1024."
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
@@ -169,6 +171,7 @@ def profile(
         return
     document = measure_all(found, device, settings)
     if trace is not None or memory:
+        settings = replace(settings, batch=document["rows"][0]["batch"])
         document |= look_inside(found[0], device, settings, trace, memory)
     if csv is not None:
         atomic_write_text(csv, as_csv(document))

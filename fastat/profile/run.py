@@ -103,6 +103,14 @@ def largest_batches(
     return found
 
 
+def fitting(case: Case, most: int) -> Case:
+    """A step at a default batch: of more clips than fit, what each of the paper's GPUs had."""
+    if case.batch <= most:
+        return case
+    share = case.procedure.batch // case.procedure.paper_gpus
+    return replace(case, batch=min(case.batch, share))
+
+
 def profile(choices: Sequence[Choice], device: torch.device, settings: Settings) -> Document:
     """Measures ``choices``; a step that several procedures share is measured once.
 
@@ -121,6 +129,8 @@ def profile(choices: Sequence[Choice], device: torch.device, settings: Settings)
             fits = largest_batches(cases, size, device, settings)
         if settings.batch == "auto":
             cases = [replace(case, batch=fits[of_memory(case)] or 1) for case in cases]
+        elif settings.batch is None and fits:
+            cases = [fitting(case, fits[of_memory(case)] or 0) for case in cases]
         ceiling = matmul_flop_per_s(device, settings.precision)
         measured: dict[tuple[Any, ...], Measured | None] = {}
         steps = {case.step: case for case in reversed(cases)}  # the first of equal ones
@@ -151,7 +161,7 @@ def profile(choices: Sequence[Choice], device: torch.device, settings: Settings)
 def look_inside(
     choice: Choice, device: torch.device, settings: Settings, trace_file: Path | None, memory: bool
 ) -> dict[str, Any]:
-    """What ``--trace`` and ``--memory`` add to the document.
+    """What ``--trace`` and ``--memory`` add to the document; ``settings.batch``: a number.
 
     Raises:
         UserError: the model's options are impossible.
@@ -166,9 +176,6 @@ def look_inside(
         count(case, *size)
         if case.compile:
             keep_compiled(cache_folder() / "compiled")
-        if settings.batch == "auto":
-            fits = largest_batches([case], size, device, settings)
-            case = replace(case, batch=fits[of_memory(case)] or 1)
         if memory:
             modules = memory_by_module(case, device, packed)
             found["memory"] = {
