@@ -30,6 +30,7 @@ OURS = ("ours", "kernels")
 words behind it ("ours split") it is a variant that is only timed, and not in the table."""
 SLOWER = 0.9
 TARGETS_ARE_FOR = "H200"
+KEY = ("op", "shape", "passes", "impl")
 AREAS = ("steps", "models", "kernels", "data")
 
 Key = tuple[str, ...]
@@ -39,7 +40,7 @@ ByKey = dict[Key, Row]
 # ------------------------------------------------------------------------------ reading
 def key(row: Row) -> Key:
     """What a result is a result of."""
-    return row["op"], row["shape"], row["passes"], row["impl"]
+    return tuple(row[name] for name in KEY)
 
 
 def measured(folder: Path) -> dict[str, list[Row]]:
@@ -51,18 +52,27 @@ def measured(folder: Path) -> dict[str, list[Row]]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            key(row)
+            _ = [row[name] for name in ("run", "commit", "area", "ms", *KEY)]
             devices.setdefault(row["device"], []).append(row)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SystemExit(f"bench.compare: {file}, line {number}: no result ({error})") from None
+    if not devices:
+        raise SystemExit(f"bench.compare: {file} is empty: pytest bench writes it")
     return devices
 
 
 def kept(folder: Path, device: str) -> list[Row]:
     """The rows of <device>.json; none where there is no such file."""
-    file = result_file(folder, device)
-    rows: list[Row] = json.loads(file.read_text())["results"] if file.exists() else []
+    rows: list[Row] = _saved(result_file(folder, device)).get("results", [])
     return rows
+
+
+def _saved(file: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"bench.compare: {file} is damaged: {error}") from None
+    return document
 
 
 def result_file(folder: Path, device: str) -> Path:
@@ -201,11 +211,9 @@ def save(folder: Path) -> str:
     lines = []
     for device, rows in measured(folder).items():
         results = list(newest(kept(folder, device) + rows).values())
-        document: dict[str, Any] = {"device": device, "ceilings": {}, "results": results}
         file = result_file(folder, device)
-        if file.exists():
-            document["ceilings"] = json.loads(file.read_text())["ceilings"]
-        document["ceilings"] = ceilings(folder, device) or document["ceilings"]
+        known = ceilings(folder, device) or _saved(file).get("ceilings", {})
+        document = {"device": device, "ceilings": known, "results": results}
         file.write_text(json.dumps(document, indent=1) + "\n")
         lines.append(f"{device} -> {file}")
     return "\n".join(lines)

@@ -178,7 +178,17 @@ def test_saved_results_are_what_the_next_run_is_compared_with(tmp_path: Path) ->
     assert [(r["impl"], r["ms"]) for r in kept["results"]] == [("ours", 4.0), ("eager", 5.0)]
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"device": "Chip 9"}'])
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    write(tmp_path, [row("ours", 1.0)])
+    (tmp_path / "chip-9.json").write_text('{"results": [')
+    with pytest.raises(SystemExit, match="chip-9.json is damaged"):
+        report(tmp_path)
+
+
+NO_TIME = json.dumps({k: v for k, v in row("ours", 1.0).items() if k != "ms"})
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"device": "Chip 9"}', NO_TIME])
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "results.jsonl").write_text(json.dumps(row("ours", 1.0)) + f"\n{line}\n")
     with pytest.raises(SystemExit, match=r"results.jsonl, line 2: no result"):
@@ -186,6 +196,10 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_no_results(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").touch()
+    with pytest.raises(SystemExit, match="results.jsonl is empty"):
+        report(tmp_path)
+    (tmp_path / "results.jsonl").unlink()
     done = compare(tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("bench.compare: no ")
     assert len(done.stderr.splitlines()) == 1

@@ -376,12 +376,13 @@ def test_the_command(tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(QUIET, "FASTAT_CACHE", str(tmp_path))
     asked = (
         "profile", "--plan", "--proc", "A4", "--model", "cnn_trans", "--model", "crnn",
-        "--data", tiny_sets.train, "--clips", 36, "--seconds", 0.2, "--memory-gib", 4,
+        "--data", tiny_sets.train, "--seconds", 0.2, "--memory-gib", 4,
     )  # fmt: skip
     done = fastat(*asked, "--json")
     assert "measuring 4 steps of 2 models" in done.stderr
     found = json.loads(done.stdout)
     assert found["schema"] == "fastat.plan/1" and found["budget_hours"] is None
+    assert found["clips"] == 36, "the set's, which the command trains on"
     assert found["points"]["measured_now"] == found["prediction_error"]["points"] == 4
     assert [c["model"] for c in found["candidates"]] == ["cnn_trans", "crnn"]
     best = found["best"]

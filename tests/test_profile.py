@@ -20,7 +20,7 @@ from fastat.profile.measure import Case, Measured, OutOfMemory, Spread
 from fastat.profile.parts import PARTS
 from fastat.profile.plot import draw
 from fastat.profile.rows import MS, Counted, Document, best_value, count, document, make_row
-from fastat.profile.table import print_tables
+from fastat.profile.table import in_words, print_tables
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 
 SIZE = (160_000, 527)
@@ -51,7 +51,7 @@ def counted(case: Case) -> Counted:
 
 
 def row(case: Case, found: Measured | None, **given: Any) -> dict[str, Any]:
-    known = {"num_frames": 400, "stride_row": False, "ceiling": 600e12} | given
+    known = {"num_frames": 400, "ceiling": 600e12} | given
     return make_row(case, counted(case), found, **known)
 
 
@@ -64,7 +64,7 @@ def made(procs: list[str], models: list[str], strides: str | None, ms: float) ->
     rows = []
     for case in cases:
         found = measured(40 * ms * counted(case).gflop)
-        rows.append(row(case, None if case is cases[-1] else found, stride_row=bool(strides)))
+        rows.append(row(case, None if case is cases[-1] else found))
     return document(rows, torch.device("cpu"), clips=TRAIN_CLIPS, ceiling=600e12)
 
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_chosen(given: Any, words: str) -> None:
 def test_a_row_of_table_3() -> None:
     found = row(
         Case(model="ast", proc="A3", options={"fstride": 4, "tstride": 4}, batch=40),
-        measured(100.0), stride_row=True, largest_batch=99,
+        measured(100.0), largest_batch=99,
     )  # fmt: skip
     assert list(found) == KEYS
     assert (found["grid"], found["patches"], found["paper_patches"]) == ([13, 97], 1261, 1485)
@@ -193,7 +193,7 @@ def test_a_row_of_table_3() -> None:
 
 def test_other_rows() -> None:
     oblong = {"fstride": 8, "tstride": 10}
-    found = row(Case(model="ast", proc="A3", options=oblong, batch=4), None, stride_row=True)
+    found = row(Case(model="ast", proc="A3", options=oblong, batch=4), None)
     assert list(found) == KEYS and found["out_of_memory"]
     assert found["patches"] == 7 * 39 and found["paper_patches"] is None
     for key in ("ms", "hours", "kwh", "clips_per_s", "paper_map", "peak_memory_gib"):
@@ -206,6 +206,23 @@ def test_other_rows() -> None:
     tokens = {"transformer": 400, "conformer": 100, "cnn_trans": 100, "crnn": None}
     for model, want in tokens.items():
         assert counted(Case(model=model, proc="A4", batch=4)).tokens == want
+
+
+@pytest.mark.parametrize(
+    "proc, options, want",
+    [
+        ("A3", {}, (0.41, 2.1)),
+        ("A3", {"fstride": 16, "tstride": 16}, (0.24, 0.8)),
+        ("A3", {"fstride": 16, "tstride": 16, "size": "tiny224"}, (None, None)),
+        ("A4", {"fstride": 16, "tstride": 16}, (None, None)),
+        ("A4", {"num_layers": 2}, (None, None)),
+    ],
+)
+def test_the_papers_figures_are_of_the_papers_models(
+    proc: str, options: dict[str, Any], want: tuple[float | None, float | None]
+) -> None:
+    found = row(Case(model="ast", proc=proc, options=options, batch=4), measured(1.0))
+    assert (found["paper_map"], found["paper_hours_per_epoch"]) == want
 
 
 def test_every_stride_of_table_3_has_its_true_count() -> None:
@@ -244,7 +261,7 @@ def test_a_step_that_procedures_share_is_measured_once(
     monkeypatch.setattr(run, "matmul_flop_per_s", lambda *args: 1e12)
     settings = run.Settings(batch=2, largest=False, data=tiny_sets.train, clips=1000)
     wanted = choices(["A3", "A4"], ["resnet50", "cnn_trans", "crnn"], None, [])
-    found = run.profile(wanted, torch.device("cpu"), settings, strides=False)
+    found = run.profile(wanted, torch.device("cpu"), settings)
     assert taken == ["resnet50 A3", "cnn_trans A4", "crnn A4"]
     rows = {(r["model"], r["proc"]): r for r in found["rows"]}
     assert rows["resnet50", "A3"]["ms"] == rows["resnet50", "A4"]["ms"]
@@ -267,9 +284,23 @@ def test_batch_auto_is_the_largest_that_fits(
     monkeypatch.setattr(run, "memory_limit", lambda device: 1 << 30)
     monkeypatch.setattr(run, "largest_batch", lambda work, device, limit: 77)
     settings = run.Settings(batch="auto", data=tiny_sets.train, clips=1000)
-    found = run.profile(choices(["A4"], ["crnn"], None, []), torch.device("cpu"), settings,
-                        strides=False)  # fmt: skip
+    found = run.profile(choices(["A4"], ["crnn"], None, []), torch.device("cpu"), settings)
     assert batches == [77] and found["rows"][0]["largest_batch"] == 77
+
+
+@pytest.mark.parametrize("most, want", [(448, 448), (447, 224), (0, 224)])
+def test_the_default_batch_of_a_gpu(most: int, want: int) -> None:
+    [choice] = choices(["A4"], ["crnn"], None, [])
+    settings = run.Settings(clips=1000)
+    case = run.make_case(choice, torch.device("cuda"), settings)
+    assert run.fitting(case, most).batch == want
+    assert run.fitting(run.make_case(choice, torch.device("cpu"), settings), 0).batch == 4
+
+
+def test_checkpointing_by_a_setting() -> None:
+    [choice] = choices(["A4"], ["crnn"], None, ["model.activation_checkpointing=true"])
+    case = run.make_case(choice, torch.device("cpu"), run.Settings(clips=1000))
+    assert case.activation_checkpointing and case.model_options["activation_checkpointing"]
 
 
 # ---------------------------------------------------------------------------- how it is shown
@@ -287,6 +318,27 @@ def test_tables(strides: str | None, capsys: pytest.CaptureFixture[str]) -> None
     assert f"--proc {best[-1]['proc']} --model {best[-1]['model']}" in text
     if strides:
         assert "1,261" in text and "1,485" in text and "12.7" in text
+
+
+@pytest.mark.parametrize(
+    "device, changed, want",
+    [
+        ("cpu", {"batch": 4, "compiled": False}, ""),
+        ("cuda", {"batch": 448, "compiled": True}, ""),
+        ("cuda", {"batch": 448, "compiled": False}, " --no-compile"),
+        ("cpu", {"batch": 77, "compiled": True}, " --batch 77 --compile"),
+        (
+            "cuda",
+            {"batch": 448, "compiled": True, "precision": "fp32", "activation_checkpointing": True},
+            " --precision fp32 --set model.activation_checkpointing=true",
+        ),
+    ],
+)
+def test_the_command_trains_what_was_measured(
+    device: str, changed: dict[str, Any], want: str
+) -> None:
+    found = row(Case(model="crnn", proc="A4", batch=1), measured(1.0)) | changed
+    assert in_words(found, device).endswith(f"fastat train --proc A4 --model crnn{want}")
 
 
 def test_unsteady_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +29,9 @@ def profile(
     batch: Annotated[
         str | None,
         typer.Option(
-            help="Clips a step, or auto: as many as fit. Default: on a GPU the procedure's batch "
-            "over the paper's GPUs; on a CPU 4 of 64 x 400, 1 of 128 x 1024."
+            help="Clips a step, or auto: as many as fit. Default: on a GPU the procedure's batch, "
+            "or where it does not fit, that over the paper's GPUs; on a CPU 4 of 64 x 400, 1 of "
+            "128 x 1024."
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
@@ -54,7 +56,10 @@ def profile(
     data: Annotated[
         Path | None, typer.Option(help="Packed set to take steps from; default: noise.")
     ] = None,
-    clips: Annotated[int, typer.Option(help="Of an epoch; default: AudioSet's.")] = TRAIN_CLIPS,
+    clips: Annotated[
+        int | None,
+        typer.Option(help="Of an epoch; default: AudioSet's, with --plan --data the set's."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this CSV.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="PNG: cost against stride, mAP against cost.")
@@ -116,7 +121,7 @@ def profile(
     size = parse_batch(batch)
     if precision not in PRECISIONS:
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if clips < 1:
+    if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:
         raise UserError(f"--seconds must be a positive number, got {seconds}")
@@ -137,12 +142,15 @@ def profile(
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastat.atomic import atomic_write_text
+    from fastat.data.shards import sizes_of
     from fastat.environment import default_device
     from fastat.profile.rows import as_csv
     from fastat.profile.run import Settings, look_inside
     from fastat.profile.run import profile as measure_all
     from fastat.profile.table import print_tables
 
+    if clips is None:  # the plan's command trains on --data: its hours are those of that set
+        clips = sizes_of(data)[0] if plan and data is not None else TRAIN_CLIPS
     settings = Settings(
         batch=size,
         precision=precision,
@@ -161,8 +169,9 @@ def profile(
         document = make_plan(found, device, settings, budget, measure_again=measure_again)
         print(json.dumps(document)) if json_ else print_plan(document)
         return
-    document = measure_all(found, device, settings, strides=strides is not None)
+    document = measure_all(found, device, settings)
     if trace is not None or memory:
+        settings = replace(settings, batch=document["rows"][0]["batch"])
         document |= look_inside(found[0], device, settings, trace, memory)
     if csv is not None:
         atomic_write_text(csv, as_csv(document))

@@ -107,9 +107,9 @@ def parse_strides(text: str) -> list[dict[str, int]]:
 
 
 def default_batch(choice: Choice, device: str) -> int:
-    """Clips a step of one device: on a GPU the procedure's batch over the paper's GPUs."""
+    """Clips a step: on a GPU the procedure's batch, which ``fastat train`` takes on one."""
     p = choice.procedure
-    return p.batch // p.paper_gpus if device == "cuda" else CPU_BATCH[p.feature]
+    return p.batch if device == "cuda" else CPU_BATCH[p.feature]
 
 
 def parse_batch(text: str | None) -> int | str | None:

@@ -9,7 +9,7 @@ all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps 
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import quantiles
 from typing import Any, cast
@@ -21,6 +21,7 @@ from fastat.data.loader import Batch, PackedSource, with_features
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.distributed import ALONE
+from fastat.environment import memory_is_full
 from fastat.errors import Failure
 from fastat.features import FEATURES
 from fastat.finetune import parameter_groups, train_mode
@@ -76,6 +77,14 @@ class Case:
         """All keyword options of create_model."""
         given = model_options(self.model, self.procedure) | self.options
         return given | {"activation_checkpointing": self.activation_checkpointing}
+
+    @property
+    def strides(self) -> tuple[int, int] | tuple[None, None]:
+        """Distance of the AST's patches along the mel and the time axis."""
+        if self.model != "ast":
+            return None, None
+        options = self.model_options
+        return options["fstride"], options["tstride"]
 
     @property
     def step(self) -> tuple[Any, ...]:
@@ -163,10 +172,8 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
     full = None
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        full = str(error)
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+        if not memory_is_full(error):
             raise
         full = str(error)
     finally:
@@ -196,15 +203,14 @@ def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float
     training = Training(case, device, packed)
     clock = Clock(device)
     ms = {"data": _data_ms(training, clock)}
+    power = PowerMeter(device)
     if device.type == "cuda":
         _, parts = _timed_steps(training, clock, seconds / 3, marked=True)
         torch.cuda.reset_peak_memory_stats(device)
-        with PowerMeter(device) as power:
-            steps, _ = _timed_steps(training, clock, seconds, marked=False)
+        steps, _ = _timed_steps(training, clock, seconds, marked=False, power=power)
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        with PowerMeter(device) as power:
-            steps, parts = _timed_steps(training, clock, seconds, marked=True)
+        steps, parts = _timed_steps(training, clock, seconds, marked=True, power=power)
     ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(steps)}
     return Measured(ms, len(steps), peak, power.watts)
 
@@ -367,26 +373,35 @@ def _data_ms(training: Training, clock: Clock) -> Spread:
 
 
 def _timed_steps(
-    training: Training, clock: Clock, seconds: float, *, marked: bool
+    training: Training,
+    clock: Clock,
+    seconds: float,
+    *,
+    marked: bool,
+    power: PowerMeter | None = None,
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Durations in ms: of steps from end to end, and of their parts."""
+    """Durations in ms: of steps from end to end, and of their parts.
+
+    ``power`` is read while steps are timed, not while the warm-up compiles and captures.
+    """
     marks: list[list[Any]] = []
     with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
         for _ in range(WARM_UP[training.device.type]):
             next(steps)
         clock.wait()
-        started = time.perf_counter()
         low, high = ROUNDS
-        ends = [clock.now()]
-        while len(ends) <= low or (len(ends) <= high and time.perf_counter() - started < seconds):
-            if marked:
-                training.marks = []
-                marks.append(training.marks)
-            next(steps)
-            ends.append(clock.now())
-            if len(ends) > BEHIND:  # as the trainer: batches that the host has ready take memory
-                clock.wait_for(ends[-1 - BEHIND])
-        clock.wait()
+        with power or nullcontext():
+            start = time.perf_counter()
+            ends = [clock.now()]
+            while len(ends) <= low or (len(ends) <= high and time.perf_counter() - start < seconds):
+                if marked:
+                    training.marks = []
+                    marks.append(training.marks)
+                next(steps)
+                ends.append(clock.now())
+                if len(ends) > BEHIND:  # as the trainer: batches the host has ready take memory
+                    clock.wait_for(ends[-1 - BEHIND])
+            clock.wait()
         training.marks = None
     durations = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
     parts: dict[str, list[float]] = {name: [] for name in PARTS}

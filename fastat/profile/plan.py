@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastat.compiling import keep_compiled
 from fastat.config import TrainConfig, resolve
 from fastat.costs import NUM_CLASSES
 from fastat.data.shards import SAMPLE_RATE, PackedSet
@@ -243,6 +244,8 @@ def plan(
         with closing(PackedSet.open(settings.data)) as packed:
             sizes = packed.clip_samples, len(packed.classes)
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    if compiled:
+        keep_compiled(cache_folder() / "compiled")
     setup = Setup(device, settings.precision, compiled, *sizes)
     hours, memory = budget
     limits = Limits(

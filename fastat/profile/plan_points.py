@@ -17,7 +17,6 @@ from fastat.data.shards import PackedSet
 from fastat.environment import environment
 from fastat.errors import Failure
 from fastat.features import FEATURES
-from fastat.memory import Workload, step_bytes
 from fastat.profile.costmodel import BAR, Point, Work, count_work, left_out_errors
 from fastat.profile.measure import Case, OutOfMemory, measure
 from fastat.progress import progress
@@ -46,9 +45,6 @@ PROC_OF = {"logmel64": "A4", "fbank128": "A2"}
 
 MEASURED_AGAIN = 2
 """How often, at most, the points that the others find too slow are measured again."""
-
-MEMORY_BATCHES = (8, 32)
-"""What a CPU's memory is estimated at, of every model and stride above; no step is computed."""
 
 
 @dataclass(frozen=True)
@@ -245,11 +241,11 @@ class _Kept:
         self.seconds[i] = replace(known, value=min(known.value, seconds))
         self._write()
 
-    def add(self, case: Case, batch: int, seconds: float, memory: list[tuple[int, int]]) -> None:
-        """A step measured at ``batch``, and (batch, bytes) pairs."""
-        what = case.model, case.proc, case.options, case.batch
-        self.bytes += [Known(*what, b, y) for b, y in memory]
-        self.seconds.append(Known(*what, batch, seconds))
+    def add(self, case: Case, batch: int, seconds: float, peak_bytes: int) -> None:
+        """A step measured at ``batch``."""
+        what = case.model, case.proc, case.options, case.batch, batch
+        self.bytes.append(Known(*what, peak_bytes))
+        self.seconds.append(Known(*what, seconds))
         self._write()
 
     def _write(self) -> None:
@@ -277,11 +273,7 @@ def _measure(
             if batch == 1:
                 raise
             batch //= 2
-    if found.peak_bytes is not None:
-        memory = [(batch, found.peak_bytes)]
-    else:
-        memory = _estimated(case, setup, kept)
-    kept.add(case, batch, found.ms["step"].low / 1e3, memory)
+    kept.add(case, batch, found.ms["step"].low / 1e3, found.peak_bytes)
 
 
 def _too_slow(kept: _Kept, setup: Setup, works: Works) -> list[Known]:
@@ -300,21 +292,3 @@ def _measure_again(
     seconds = SECONDS[setup.device.type] if seconds is None else seconds
     found = measure(case, setup.device, packed, seconds=seconds)
     kept.quicker(known, found.ms["step"].low / 1e3)
-
-
-def _estimated(case: Case, setup: Setup, kept: _Kept) -> list[tuple[int, int]]:
-    """A CPU's memory at MEMORY_BATCHES, unless another batch of the same model had it estimated."""
-    what = case.model, case.proc, case.options
-    if any((k.model, k.proc, k.options) == what for k in kept.bytes):
-        return []
-    feature = FEATURES[case.procedure.feature]
-    work = Workload(
-        model=case.model,
-        num_mels=feature.num_mels,
-        num_frames=feature.num_frames(setup.clip_samples),
-        num_classes=setup.num_classes,
-        options=case.model_options,
-        precision=case.precision,
-        clip_samples=setup.clip_samples,
-    )
-    return [(b, step_bytes(work, b, setup.device)) for b in MEMORY_BATCHES]

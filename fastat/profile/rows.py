@@ -17,6 +17,7 @@ from fastat.features import FEATURES
 from fastat.models.conformer import STACKED_FRAMES
 from fastat.models.layers import TalNet
 from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS, PaperStride
+from fastat.procedures import AST_STRIDE
 from fastat.profile.measure import Case, Measured
 from fastat.profile.parts import PARTS, gflop_parts
 
@@ -74,7 +75,6 @@ def make_row(
     measured: Measured | None,
     *,
     num_frames: int,
-    stride_row: bool,
     clips: int = TRAIN_CLIPS,
     ceiling: float | None = None,
     largest_batch: int | None = None,
@@ -83,25 +83,19 @@ def make_row(
 
     Args:
         measured: None: out of memory.
-        stride_row: of Table 3, whose mAP then stands beside it; else Table 2's.
         clips: of an epoch.
         ceiling: FLOP/s of a matrix product in the row's precision.
     """
     procedure = case.procedure
-    options = case.model_options
-    strides = (options["fstride"], options["tstride"]) if case.model == "ast" else (None, None)
-    paper = paper_stride(case) if case.model == "ast" else None
-    paper_map = TABLE_2[case.model].mAP.get(case.proc)
-    if stride_row:
-        paper_map = paper.mAP if paper else None
+    paper = paper_stride(case)
     row: Row = {
         "model": case.model,
         "proc": case.proc,
         "feature": procedure.feature,
         "num_mels": FEATURES[procedure.feature].num_mels,
         "num_frames": num_frames,
-        "fstride": strides[0],
-        "tstride": strides[1],
+        "fstride": case.strides[0],
+        "tstride": case.strides[1],
         "grid": counted.grid and list(counted.grid),
         "patches": counted.grid and counted.grid[0] * counted.grid[1],
         "paper_patches": paper and paper.patches,
@@ -124,10 +118,10 @@ def make_row(
         "hours": None,
         "watts": None,
         "kwh": None,
-        "paper_hours_per_epoch": paper and paper.hours_per_epoch,
+        "paper_hours_per_epoch": paper.hours_per_epoch if paper and is_the_papers(case) else None,
         "paper_hours": procedure.paper_hours,
         "paper_gpus": procedure.paper_gpus,
-        "paper_map": paper_map,
+        "paper_map": paper_map(case),
     }
     if measured is None:
         return row
@@ -147,11 +141,28 @@ def make_row(
     }
 
 
+def is_the_papers(case: Case) -> bool:
+    """Whether the model is the paper's, strides aside: no option of the user's changed it."""
+    return case.options.keys() <= {"fstride", "tstride"}
+
+
+def paper_map(case: Case) -> float | None:
+    """Table 2's mAP; of an AST at another stride than there Table 3's. None: the paper has none."""
+    if not is_the_papers(case):
+        return None
+    stride = AST_STRIDE[case.proc]
+    if case.model == "ast" and case.strides != (stride, stride):
+        column = paper_stride(case)
+        return None if column is None else column.mAP
+    return TABLE_2[case.model].mAP.get(case.proc)
+
+
 def paper_stride(case: Case) -> PaperStride | None:
     """The column of Table 3 that an AST is, if any."""
-    options = case.model_options
-    known = TABLE_3.get(case.proc, {})
-    return known.get(options["fstride"]) if options["fstride"] == options["tstride"] else None
+    fstride, tstride = case.strides
+    if fstride is None or fstride != tstride:
+        return None
+    return TABLE_3.get(case.proc, {}).get(fstride)
 
 
 def document(

@@ -63,14 +63,16 @@ def make_case(choice: Choice, device: torch.device, settings: Settings) -> Case:
     """A choice as a step; where the batch is "auto", of one clip for now."""
     compiled = settings.compile
     batch = settings.batch or default_batch(choice, device.type)
+    options = dict(choice.options)
+    less_memory = options.pop("activation_checkpointing", False)  # by --set, as for fastat train
     return Case(
         model=choice.model,
         proc=choice.proc,
-        options=choice.options,
+        options=options,
         batch=batch if isinstance(batch, int) else 1,
         precision=settings.precision,
         compile=device.type == "cuda" if compiled is None else compiled,
-        activation_checkpointing=settings.activation_checkpointing,
+        activation_checkpointing=settings.activation_checkpointing or less_memory,
     )
 
 
@@ -101,9 +103,15 @@ def largest_batches(
     return found
 
 
-def profile(
-    choices: Sequence[Choice], device: torch.device, settings: Settings, *, strides: bool
-) -> Document:
+def fitting(case: Case, most: int) -> Case:
+    """A step at a default batch: of more clips than fit, what each of the paper's GPUs had."""
+    if case.batch <= most:
+        return case
+    share = case.procedure.batch // case.procedure.paper_gpus
+    return replace(case, batch=min(case.batch, share))
+
+
+def profile(choices: Sequence[Choice], device: torch.device, settings: Settings) -> Document:
     """Measures ``choices``; a step that several procedures share is measured once.
 
     Raises:
@@ -121,6 +129,8 @@ def profile(
             fits = largest_batches(cases, size, device, settings)
         if settings.batch == "auto":
             cases = [replace(case, batch=fits[of_memory(case)] or 1) for case in cases]
+        elif settings.batch is None and fits:
+            cases = [fitting(case, fits[of_memory(case)] or 0) for case in cases]
         ceiling = matmul_flop_per_s(device, settings.precision)
         measured: dict[tuple[Any, ...], Measured | None] = {}
         steps = {case.step: case for case in reversed(cases)}  # the first of equal ones
@@ -139,7 +149,6 @@ def profile(
                 found,
                 measured[case.step],
                 num_frames=FEATURES[case.procedure.feature].num_frames(packed.clip_samples),
-                stride_row=strides,
                 clips=settings.clips,
                 ceiling=ceiling,
                 largest_batch=fits.get(of_memory(case)),
@@ -152,7 +161,7 @@ def profile(
 def look_inside(
     choice: Choice, device: torch.device, settings: Settings, trace_file: Path | None, memory: bool
 ) -> dict[str, Any]:
-    """What ``--trace`` and ``--memory`` add to the document.
+    """What ``--trace`` and ``--memory`` add to the document; ``settings.batch``: a number.
 
     Raises:
         UserError: the model's options are impossible.
@@ -167,9 +176,6 @@ def look_inside(
         count(case, *size)
         if case.compile:
             keep_compiled(cache_folder() / "compiled")
-        if settings.batch == "auto":
-            fits = largest_batches([case], size, device, settings)
-            case = replace(case, batch=fits[of_memory(case)] or 1)
         if memory:
             modules = memory_by_module(case, device, packed)
             found["memory"] = {

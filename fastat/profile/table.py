@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastat.procedures import PROCEDURES, Procedure
+from fastat.profile.cases import Choice, default_batch
 from fastat.profile.parts import PARTS
 from fastat.profile.rows import MS, Document, Row, best_value
 
@@ -255,27 +256,33 @@ def advice(document: Document, best: list[Row]) -> list[str]:
     if not best:
         return []
     lines = ["* no other row reaches as high an mAP (in the paper, on AudioSet) in as few hours"]
+    device = document["device_type"]
     tonight = [row for row in best if row["hours"] <= TONIGHT_HOURS]
     if tonight:
-        lines.append(f"{f'in {TONIGHT_HOURS:g} h':12} {choice(tonight[-1])}")
+        lines.append(f"{f'in {TONIGHT_HOURS:g} h':12} {in_words(tonight[-1], device)}")
     else:
         clips = document["clips"] * TONIGHT_HOURS / best[0]["hours"]
         lines.append(
             f"None trains on {document['clips']:,} clips in {TONIGHT_HOURS:g} h. In that time the "
             f"quickest would take its {PROCEDURES[best[0]['proc']].epochs} epochs of {clips:,.0f}."
         )
-        lines.append(f"{'quickest':12} {choice(best[0])}")
+        lines.append(f"{'quickest':12} {in_words(best[0], device)}")
     if best[-1] not in [*tonight[-1:], best[0]]:
-        lines.append(f"{'highest mAP':12} {choice(best[-1])}")
+        lines.append(f"{'highest mAP':12} {in_words(best[-1], device)}")
     return lines
 
 
-def choice(row: Row) -> str:
-    """A row as the command that trains it."""
-    stride = ""
+def in_words(row: Row, device: str) -> str:
+    """A row as the command that trains it; ``device``: cpu or cuda."""
+    words = ["fastat train --proc", row["proc"], "--model", row["model"]]
     if row["model"] == "ast":
-        stride = f" --stride {stride_of(row)}"
-    return (
-        f"mAP {row['paper_map']:.3f} in {number(row['hours']):>6} h   "
-        f"fastat train --proc {row['proc']} --model {row['model']}{stride}"
-    )
+        words += ["--stride", stride_of(row)]
+    if row["batch"] != default_batch(Choice(row["model"], row["proc"]), device):
+        words += ["--batch", str(row["batch"])]
+    if row["precision"] != "bf16":
+        words += ["--precision", row["precision"]]
+    if row["compiled"] != (device == "cuda"):
+        words.append("--compile" if row["compiled"] else "--no-compile")
+    if row["activation_checkpointing"]:
+        words.append("--set model.activation_checkpointing=true")
+    return f"mAP {row['paper_map']:.3f} in {number(row['hours']):>6} h   {' '.join(words)}"
