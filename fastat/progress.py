@@ -34,7 +34,14 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s", style="cyan")
+        return Text("" if speed is None else _rate(speed, self.unit), style="cyan")
+
+
+def _rate(per_second: float, unit: str) -> str:
+    """By the second; what is slower than one a second, by the minute."""
+    if per_second < 1:
+        return f"{60 * per_second:,.1f} {unit}/min"
+    return f"{per_second:,.0f} {unit}/s"
 
 
 @contextmanager
@@ -60,7 +67,7 @@ def progress(title: str, total: int, unit: str = "clips", done: int = 0) -> Iter
         rate = (count - done) / max(now - started, 1e-9)
         left = (total - count) / rate if rate else 0.0
         print(
-            f"{title}: {count:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left",
+            f"{title}: {count:,}/{total:,} {unit}, {_rate(rate, unit)}, {left:,.0f} s left",
             file=sys.stderr,
             flush=True,
         )
