@@ -11,6 +11,7 @@ from fastat.commands.data import demo, extract, pack
 from fastat.commands.paper import models, procs
 from fastat.commands.profile import profile
 from fastat.commands.report import report
+from fastat.commands.study import ablate, compare, landscape
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
@@ -29,14 +30,19 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "eval": evaluate,
     "predict": predict,
     "extract": extract,
+    "ablate": ablate,
+    "compare": compare,
+    "landscape": landscape,
     "convert": convert,
     "models": models,
     "procs": procs,
     "report": report,
     "profile": profile,
 }
+PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""A command that hands to ``fastat train`` what it does not know."""
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, context_settings=PASSES_ON if command is ablate else None)(command)
 
 # What typer raises for a wrong command line; it exports only this subclass of it.
 USAGE_ERROR: Any = next(c for c in typer.BadParameter.mro() if c.__name__ == "ClickException")

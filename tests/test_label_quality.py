@@ -1,16 +1,17 @@
 """Label quality: the table as AudioSet has it, mAP over the classes that reach a quality."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fastat.commands import trained
 from fastat.data.shards import PackedSet
 from fastat.errors import UserError
+from fastat.evaluate import evaluate_checkpoint
 from fastat.label_quality import map_above, quantile_thresholds, read_quality
-from tests.conftest import TinySets, fastat, one_line
+from tests.conftest import TinySets
 from tests.test_cli import save
 
 
@@ -75,18 +76,27 @@ def test_thresholds_are_qualities_of_scored_classes() -> None:
     assert quantile_thresholds(ap, list("wxyz"), quality) == []
 
 
-def test_eval_prints_them(tiny_sets: TinySets, tmp_path: Path) -> None:
+def test_eval_prints_them(
+    tiny_sets: TinySets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     packed = PackedSet.open(tiny_sets.train)
     save(tmp_path / "run", packed.classes, -30.0, 20.0)
     table, per_class = tmp_path / "q.csv", tmp_path / "ap.csv"
     table.write_text("label_id,num_rated,num_true\nbuzz,10,10\nclick,10,5\n")
-    args = ("eval", tmp_path / "run", "--data", tiny_sets.eval, "--label-quality", table)
-    done = json.loads(fastat(*args, "--json", "--per-class", per_class).stdout)["label_quality"]
+    done = evaluate_checkpoint(
+        tmp_path / "run", tiny_sets.eval, batch=64, precision="bf16", predictions=None,
+        per_class=per_class, label_quality=table,
+    )["label_quality"]  # fmt: skip
     ap = [float(x.split(",")[3]) for x in per_class.read_text().splitlines()[1:]]
     assert done["classes_without_quality"] == 1  # hiss
     assert [(p["threshold"], p["classes"]) for p in done["points"]] == [(0.5, 2), (1.0, 1)]
     assert [p["mAP"] for p in done["points"]] == pytest.approx([sum(ap[:2]) / 2, ap[0]], abs=1e-5)
-    shown = fastat(*args).stdout
+    trained.evaluate(tmp_path / "run", tiny_sets.eval, label_quality=table)
+    shown = capsys.readouterr().out
     assert "50%" in shown and "100%" in shown and "1 scored classes have no label" in shown
     table.write_text("label_id,num_rated,num_true\nother,10,10\n")
-    assert "has none of the scored classes" in one_line(fastat(*args, code=2))
+    with pytest.raises(UserError, match="has none of the scored classes"):
+        evaluate_checkpoint(
+            tmp_path / "run", tiny_sets.eval, batch=64, precision="bf16", predictions=None,
+            per_class=None, label_quality=table,
+        )  # fmt: skip

@@ -1,0 +1,354 @@
+"""The commands that ask what a choice costs: compare, ablate, landscape."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastat.commands import Json
+from fastat.errors import UserError
+
+if TYPE_CHECKING:
+    from fastat.ablate import Ablation
+    from fastat.landscape import Landscape
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Run folder, or predictions.h5.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Run folder, or predictions.h5.")],
+    resamples: Annotated[
+        int, typer.Option(min=100, max=100_000, help="Of the evaluation clips.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    top: Annotated[int, typer.Option(min=0, help="Classes to show that moved most.")] = 10,
+    json_: Json = False,
+) -> None:
+    """Compare two models on the same clips: difference in mAP with its 95 % interval.
+
+    A paired bootstrap over the evaluation clips. A run is compared by the scores of its best epoch;
+    `fastat eval RUN --data SET --predictions OUT.h5` writes those of any other set.
+
+    Example: `fastat compare runs/with-mixup runs/without --top 20`
+    """
+    from fastat.compare import compare as compare_predictions
+    from fastat.compare import passes, read_predictions
+    from fastat.progress import progress
+
+    first, second = read_predictions(a), read_predictions(b)
+    total = len(set(first.ids) & set(second.ids)) * passes(resamples)
+    with progress("resampling", total, unit="classes") as advance:
+        c = compare_predictions(first, second, resamples=resamples, seed=seed, advance=advance)
+    document = asdict(c)
+    document["changes"] = document["changes"][:top]
+    if json_:
+        print(json.dumps({"a": str(a), "b": str(b), **as_json(document)}))
+        return
+    console = Console(highlight=False)
+    console.print(_comparison_table(str(a), str(b), document))
+    left_out = [
+        f"{n:,} {what} of {name}"
+        for what, counts in (("clips", c.clips_left_out), ("classes", c.classes_left_out))
+        for name, n in (("A", counts[0]), ("B", counts[1]))
+        if n
+    ]
+    notes = [
+        f"p = {c.p:.3g}, twice the share of the {c.resamples:,} resamples whose difference is on "
+        f"the other side of 0; {c.clips:,} clips, {c.classes_scored} classes with a positive. "
+        "What another seed would change is not in it."
+    ]
+    if left_out:
+        notes.append(f"Not shared, and left out: {', '.join(left_out)}.")
+    for note in notes:
+        console.print(Text(note))
+    if c.changes and top:
+        console.print(_changes_table(document["changes"]))
+
+
+def ablate(
+    context: typer.Context,
+    proc: Annotated[str, typer.Option(help="A1, A2, A3 or A4.")],
+    model: Annotated[str, typer.Option(help="As `fastat models` lists them.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Packed training set; without it, the practice set.")
+    ] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="Packed evaluation set.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default: runs/ablate-PROC-MODEL-TIME.")
+    ] = None,
+    resamples: Annotated[
+        int, typer.Option(min=100, max=100_000, help="Of the evaluation clips.")
+    ] = 1000,
+    json_: Json = False,
+) -> None:
+    """Train one model with and without each part of a procedure: the paper's Table 4.
+
+    The baseline, then a run without balancing, mixup, SpecAugment and normalisation, all with the
+    same seed. Every other option is passed on to `fastat train`. The same command with the same
+    --out goes on where it was stopped.
+
+    Examples:
+
+    `fastat ablate --proc A4 --model cnn_trans --data packed/train --eval packed/eval --out runs/t4`
+
+    `fastat ablate --proc A4 --model crnn --out runs/t4 --epochs 4 --set model.embedding=256`
+    """
+    from fastat.ablate import Stopped, run_folders, table_4, train_all
+    from fastat.launch import launched
+
+    if launched():
+        raise UserError("ablate starts its trainings itself, and this runs under torchrun: --gpus")
+    if data is not None and eval_ is None:
+        raise UserError("the runs are compared by their scores: --data needs --eval")
+    out = out or Path("runs") / f"ablate-{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (out / "config.json").exists():
+        raise UserError(f"{out} is a run: --out takes a folder for the runs of the ablation")
+    arguments = ["--proc", proc, "--model", model]
+    for option, path in (("--data", data), ("--eval", eval_)):
+        arguments += [] if path is None else [option, str(path)]
+    arguments += context.args
+    _check_passed_on(context, arguments)
+    try:
+        train_all(arguments, out)
+    except Stopped as stop:
+        if stop.exit_code in (130, 143) and out.is_dir():
+            print(f"fastat: go on with the same command and --out {out}", file=sys.stderr)
+        raise typer.Exit(stop.exit_code) from None
+    result = table_4(out, resamples=resamples)
+    if json_:
+        print(json.dumps(as_json(asdict(result))))
+        return
+    console = Console(highlight=False)
+    console.print(_ablation_table(result))
+    note = (
+        f"{result.clips:,} clips, {result.classes_scored} classes; intervals: 95 %, from "
+        f"{resamples:,} resamples of the clips. What another seed would change is not in them."
+    )
+    console.print(Text(note))
+    console.print(Text(f"runs: {run_folders(out)['baseline'].parent}"))
+
+
+def _check_passed_on(context: typer.Context, arguments: list[str]) -> None:
+    """Raises what ``fastat train`` would of its options, and UserError for what ablate decides."""
+    from fastat.ablate import OFF
+    from fastat.config import parse_settings
+
+    assert context.parent is not None
+    group: Any = context.parent.command
+    train = group.commands["train"]
+    # As the command would parse them; nothing is run.
+    given = train.make_context("train", list(arguments), parent=context.parent).params
+    for name, option in (
+        ("no_balance", "--no-balance"),
+        ("no_mixup", "--no-mixup"),
+        ("no_specaug", "--no-specaug"),
+        ("no_normalize", "--no-normalize"),
+        ("resume", "--resume"),
+    ):
+        if given[name]:
+            raise UserError(f"ablate takes no {option}: it switches off and goes on by itself")
+    settings = parse_settings(given["set_"] or [])
+    for part, (_, off) in OFF.items():
+        if all(settings.get(key) == value for key, value in off.items()):
+            raise UserError(f"--set leaves the baseline without {part}, which ablate takes away")
+
+
+def _ablation_table(result: "Ablation") -> Table:
+    table = Table(
+        title=f"Table 4: {result.model}, {result.proc}, {Path(result.eval).name}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    heads = ("mAP", "lost %", "95 % interval", "p", "paper: lost %\nmean +- spread")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_row("baseline", f"{result.baseline_mAP.value:.4f}", "", "", "", "")
+    for row in result.rows:
+        mean, spread = row.paper_lost_percent
+        lost = row.lost_percent
+        table.add_row(
+            f"no {row.part}",
+            f"{row.mAP:.4f}",
+            f"{lost.value:.1f}",
+            f"{lost.low:.1f} to {lost.high:.1f}",
+            f"{row.p:.2g}",
+            f"{mean:g} +- {spread:g}",
+        )
+    return table
+
+
+def landscape(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders or checkpoints.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Packed set; default: what each run was scored on.")
+    ] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Random ones, the same for every run.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Clips at a time: memory.")] = 16,
+    tolerance: Annotated[
+        float, typer.Option(min=1e-5, max=1.0, help="Relative, of the eigenvalue.")
+    ] = 0.02,
+    max_iterations: Annotated[int, typer.Option(min=1, help="Products with the Hessian.")] = 100,
+    trace: Annotated[
+        int, typer.Option(min=0, help="Also the Hessian's trace, from so many random vectors.")
+    ] = 0,
+    points: Annotated[int, typer.Option(min=3, max=1001, help="Of the slice.")] = 41,
+    seed: Annotated[int, typer.Option(min=0, help="Of clips and directions.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG of slices and sharpness.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show how sharp the minimum is that each run ended in.
+
+    Sharpness is the largest eigenvalue of the Hessian of the loss; the slice is the loss along a
+    random direction scaled to the weights filter by filter, so that models can be compared.
+
+    Example: `fastat landscape runs/cnn_trans runs/crnn --plot landscape.png`
+    """
+    from fastat.checkpoint import find_checkpoint
+    from fastat.data.shards import read_index
+    from fastat.landscape import evaluation_set_of, slice_points
+    from fastat.landscape import landscape as landscape_of
+
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UserError(f"--plot takes a file in an existing folder, got {plot}")
+    if points % 2 == 0:
+        raise UserError(f"--points must be odd, so that the weights are one, got {points}")
+    sets = []
+    for run in runs:  # before any work is done
+        find_checkpoint(run)
+        sets.append(data if data is not None else evaluation_set_of(run))
+        read_index(sets[-1])
+    found = []
+    for run, packed in zip(runs, sets, strict=True):
+
+        def show(iteration: int, eigenvalue: float, residual: float, run: Path = run) -> None:
+            print(
+                f"{run}: iteration {iteration}, eigenvalue {eigenvalue:.4g}, "
+                f"residual {residual:.2g}",
+                file=sys.stderr,
+            )
+
+        result = landscape_of(
+            run,
+            packed,
+            clips=clips,
+            batch=batch,
+            seed=seed,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            trace_samples=trace,
+            alphas=slice_points(points),
+            on_iteration=show,
+        )
+        found.append(result)
+    if plot is not None:
+        from fastat.landscape_plot import plot_landscapes
+
+        plot_landscapes(plot, found)
+    if json_:
+        print(json.dumps(as_json([asdict(result) for result in found])))
+        return
+    console = Console(highlight=False)
+    console.print(_landscape_table(found))
+    if len({result.data for result in found}) > 1:
+        console.print(Text("The runs have different evaluation sets: --data takes one for all."))
+    for result in found:
+        if not result.sharpness.converged:
+            console.print(
+                Text(
+                    f"{result.run}: not converged after {len(result.sharpness.estimates)} "
+                    f"iterations (residual {result.sharpness.residual:.2g}): --max-iterations"
+                )
+            )
+
+
+def _landscape_table(found: "list[Landscape]") -> Table:
+    r = found[0]
+    table = Table(
+        caption=f"{r.clips:,} clips; residual: an eigenvalue is at most so far off, relatively; "
+        "iterations: products with the Hessian",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("run", overflow="fold", min_width=16)
+    heads = ["sharpness", "residual", "iterations"]
+    if traced := any(result.trace for result in found):
+        heads.append("trace")
+    for head in (*heads, "loss", "at -1", "at +1"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for r in found:
+        cells = [
+            f"{r.sharpness.eigenvalue:.4g}",
+            f"{r.sharpness.residual:.2g}",
+            str(len(r.sharpness.estimates)),
+        ]
+        if traced:
+            assert r.trace is not None
+            cells.append(f"{r.trace.value:.4g} +- {r.trace.standard_error:.2g}")
+        losses = (r.loss, r.slice.losses[0], r.slice.losses[-1])
+        table.add_row(Text(r.run), *cells, *(f"{loss:.4f}" for loss in losses))
+    return table
+
+
+def as_json(value: Any) -> Any:
+    """``value`` with None for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _interval(estimate: dict[str, float], form: str) -> str:
+    return f"{estimate['low']:{form}} to {estimate['high']:{form}}"
+
+
+def _comparison_table(a: str, b: str, c: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("mAP", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, estimate in ((f"A  {a}", c["map_a"]), (f"B  {b}", c["map_b"])):
+        table.add_row(Text(name), f"{estimate['value']:.4f}", _interval(estimate, ".4f"))
+    table.add_row(
+        "B - A",
+        f"{c['difference']['value']:+.4f}",
+        _interval(c["difference"], "+.4f"),
+        style="bold",
+    )
+    percent = c["percent"]
+    table.add_row("in percent of A", f"{percent['value']:+.2f}", _interval(percent, "+.2f"))
+    return table
+
+
+def _changes_table(changes: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="Classes that moved most",
+        caption="each interval is its class's own: of 20 alike, one excludes 0",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("class", overflow="ellipsis", no_wrap=True, max_width=40)
+    for head in ("positives", "AP of A", "AP of B", "B - A", "95 % interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for change in changes:
+        difference = change["difference"]
+        table.add_row(
+            Text(change["name"]),
+            f"{change['positives']:,}",
+            f"{change['ap_a']:.3f}",
+            f"{change['ap_b']:.3f}",
+            f"{difference['value']:+.3f}",
+            _interval(difference, "+.3f"),
+        )
+    return table

@@ -1,0 +1,146 @@
+"""fastat ablate: the real trainings, stopped and gone on with; signals; what is passed on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from fastat import ablate
+from fastat.ablate import OFF, Stopped, _Trainings, run_folders, table_4
+from fastat.compare import compare, read_predictions
+from fastat.config import TrainConfig
+from fastat.errors import Failure
+from fastat.paper import TABLE_4
+from tests.conftest import QUIET, TINY_MODEL, TinySets, fastat, one_line
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if there():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited a minute")
+
+
+def test_stopped_and_gone_on_with(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """SIGTERM while the second run trains; the same command then trains the rest."""
+    out = tmp_path / "t4"
+    args = (
+        "ablate", "--proc", "A4", "--model", "cnn_trans", "--data", tiny_sets.train, "--eval",
+        tiny_sets.eval, "--out", out, "--resamples", "100", "--seed", "5", *TINY_MODEL,
+        "--set", "mixup=0.4", "--epochs", "1", "--batch", "12",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "fastat.cli", *map(str, args)]
+    env = os.environ | QUIET
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        wait_until((out / "no-balancing").exists)
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert f"go on with the same command and --out {out}" in said.splitlines()[-1]
+    assert not (out / "no-mixup").exists()
+    trained = (out / "baseline" / "metrics.jsonl").read_bytes()
+
+    done = fastat(*args)
+    assert done.stderr.count("nothing left to train") == 1
+    assert (out / "baseline" / "metrics.jsonl").read_bytes() == trained
+    assert "5 of 5, without normalisation" in done.stderr
+    document = json.loads((out / "ablate.json").read_text())
+    assert document == json.loads(json.dumps(asdict(table_4(out, resamples=100))))
+    runs = run_folders(out)
+    configs = {part: TrainConfig.load(run / "config.json") for part, run in runs.items()}
+    baseline = configs["baseline"]
+    assert (baseline.seed, baseline.mixup, baseline.epochs) == (5, 0.4, 1)
+    for part, (_, off) in OFF.items():
+        for name in baseline.__dataclass_fields__:
+            want = off.get(name, getattr(baseline, name))
+            assert getattr(configs[part], name) == want, (part, name)
+    scores = {part: read_predictions(run) for part, run in runs.items()}
+    for row in document["rows"]:
+        want = compare(scores["baseline"], scores[row["part"]], resamples=100)
+        assert row["mAP"] == want.map_b.value
+        assert row["difference"]["low"] == want.difference.low
+        lost = 100 * (1 - want.map_b.value / want.map_a.value)
+        assert row["lost_percent"]["value"] == pytest.approx(lost)
+        assert row["lost_percent"]["low"] == pytest.approx(-want.percent.high)
+        assert tuple(row["paper_lost_percent"]) == TABLE_4[row["part"]]
+    assert [row["part"] for row in document["rows"]] == list(TABLE_4)
+    for row in document["rows"]:
+        assert f"{row['mAP']:.4f}" in done.stdout and f"no {row['part']}" in done.stdout
+
+
+PROGRAM = """
+import os, signal, sys, time
+got = []
+for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda n, _: got.append(n))
+open(sys.argv[1], "w").close()
+while not got: time.sleep(0.01)
+time.sleep(0.2)
+sys.exit(len(got))
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_gets_a_signal_once_and_nothing_follows(
+    tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    """To the whole process group, as a terminal sends it; the training still hears of one only."""
+    program = (
+        "import sys, fastat.ablate as a\n"
+        f"a.TRAIN = [sys.executable, '-c', {PROGRAM!r}]\n"
+        "with a._Trainings() as t:\n"
+        "    try: t.run(sys.argv[1:])\n"
+        "    except a.Stopped as stop: print(stop.exit_code, t._received)\n"
+        "    try: t.run(sys.argv[1:])\n"
+        "    except a.Stopped: print('no other')\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "started")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, process_group=0, env=os.environ | QUIET
+    ) as process:
+        wait_until((tmp_path / "started").exists)
+        os.killpg(process.pid, signum)
+        said, _ = process.communicate(timeout=60)
+    assert said.splitlines() == [f"{code} {signum.value}", "no other"]
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "message"),
+    [
+        ("import sys; sys.exit(2)", Stopped, "2"),
+        ("import os; os.kill(os.getpid(), 9)", Failure, r"runs/x was killed \(SIGKILL\)"),
+    ],
+)
+def test_a_training_that_ends_badly(
+    monkeypatch: pytest.MonkeyPatch, program: str, error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(ablate, "TRAIN", [sys.executable, "-c", program])
+    before = [signal.getsignal(s) for s in ablate.FORWARDED]
+    with pytest.raises(error, match=message), _Trainings() as trainings:
+        trainings.run(["--out", "runs/x"])
+    assert [signal.getsignal(s) for s in ablate.FORWARDED] == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--epoch", 3), "--epochs"),
+        (("--set", "mixup=0"), "leaves the baseline without mixup"),
+        (("--resume",), "ablate takes no --resume"),
+        (("--data", "x", "--eval", "x"), "x"),
+    ],
+)
+def test_mistakes_are_one_line(
+    args: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = fastat("ablate", "--proc", "A4", "--model", "crnn", *args, code=2)
+    assert message in one_line(done)
+    assert not list(tmp_path.iterdir())

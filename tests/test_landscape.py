@@ -1,0 +1,331 @@
+"""fastat landscape: curvature against differences and dense Hessians, the slice, the plot."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastat.commands import study
+from fastat.config import TrainConfig
+from fastat.errors import Failure, UserError
+from fastat.landscape import (
+    Landscape,
+    LossSurface,
+    Sharpness,
+    Slice,
+    dot,
+    evaluation_set_of,
+    filter_normalised,
+    loss_slice,
+    sharpness,
+    slice_points,
+    surface_of,
+    trace,
+    twice_differentiable,
+)
+from fastat.landscape_plot import draw
+from fastat.models import create_model
+from fastat.models.crnn import Crnn
+from tests.conftest import SMALL_MODELS, TINY_MODEL, TinySets, fastat
+
+CLIPS, FRAMES, MELS, CLASSES = 3, 32, 64, 3
+
+
+def small_model(name: str) -> nn.Module:
+    model = create_model(
+        name, num_mels=MELS, num_frames=FRAMES, num_classes=CLASSES, **SMALL_MODELS[name]
+    )
+    for module in model.modules():  # as if trained: norms that are more than the identity
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = 0.1 * torch.randn(module.num_features)
+            module.running_var = 0.5 + torch.rand(module.num_features)
+    return model
+
+
+def small_batches(dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    """Two batches of unequal size."""
+    x = torch.randn(CLIPS, FRAMES, MELS, dtype=dtype)
+    y = (torch.rand(CLIPS, CLASSES) < 0.4).to(dtype)
+    return [(x[:2], y[:2]), (x[2:], y[2:])]
+
+
+def gradient(surface: LossSurface) -> list[Tensor]:
+    """Of the loss on all clips, in one piece."""
+    x, y = (torch.cat(parts) for parts in zip(*surface.batches, strict=True))
+    with torch.enable_grad():
+        loss = F.binary_cross_entropy_with_logits(surface.model(x), y)
+        return list(torch.autograd.grad(loss, surface.parameters, materialize_grads=True))
+
+
+@contextmanager
+def moved(surface: LossSurface, v: list[Tensor], step: float) -> Iterator[None]:
+    before = [p.detach().clone() for p in surface.parameters]
+    with torch.no_grad():
+        for p, d in zip(surface.parameters, v, strict=True):
+            p.add_(d, alpha=step)
+    yield
+    with torch.no_grad():
+        for p, start in zip(surface.parameters, before, strict=True):
+            p.copy_(start)
+
+
+def product_by_differences(surface: LossSurface, v: list[Tensor], step: float) -> list[Tensor]:
+    with moved(surface, v, step):
+        ahead = gradient(surface)
+    with moved(surface, v, -step):
+        behind = gradient(surface)
+    return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+
+
+SIX = [
+    pytest.param(name, marks=pytest.mark.full if name == "resnet34" else ())
+    for name in SMALL_MODELS
+]
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_products_are_the_gradient_s_differences(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where a step is so small that no ReLU and no maximum changes its mind."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # the models' float32 heads
+    surface = LossSurface(small_model(name).double(), small_batches(torch.float64))
+    with twice_differentiable(surface.model):
+        v = filter_normalised(surface.parameters, seed=1)
+        got = surface.hessian_product(v)
+        want = product_by_differences(surface, v, 1e-7)
+    error = [g - w for g, w in zip(got, want, strict=True)]
+    assert dot(error, error).sqrt() < 1e-4 * dot(want, want).sqrt()
+    assert dot(want, want) > 0
+
+
+@pytest.mark.parametrize("name", ["transformer", "crnn"])
+def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a few vectors, before attention or in the GRU: a column for each of their numbers."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    model = small_model(name).double()
+    ends = ("proj_norm.bias", "bias_ih_l0_reverse", "fc_att.bias", "fc_prob.bias")
+    chosen = [p for n, p in model.named_parameters() if n.endswith(ends)]
+    surface = LossSurface(model, small_batches(torch.float64), parameters=chosen)
+    with twice_differentiable(model):
+        columns = []
+        for i, p in enumerate(chosen):
+            for j in range(len(p)):
+                unit = [torch.zeros_like(q) for q in chosen]
+                unit[i][j] = 1
+                columns.append(torch.cat(product_by_differences(surface, unit, 1e-6)).numpy())
+        want = np.linalg.eigvalsh(np.array(columns))
+        got = sharpness(surface, tolerance=1e-3, max_iterations=1000)
+    assert len(chosen) == 3 and want[0] < -1e-3 * want[-1]
+    assert got.converged and got.eigenvalue == pytest.approx(want[-1], rel=2e-3)
+
+
+class Quadratic(nn.Module):
+    """A stand-in for a model: the loss's Hessian in ``w`` is known."""
+
+    def __init__(self, eigenvalues: list[float]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(len(eigenvalues)))
+        torch.manual_seed(3)
+        basis = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues)))[0]
+        self.hessian = basis @ torch.diag(torch.tensor(eigenvalues)) @ basis.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The cross-entropy with target 0 is log 2 + z / 2 around z = 0.
+        z: Tensor = self.w @ self.hessian @ self.w
+        return z.expand(len(x), 1)
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        [5.0, 1.0, 0.0, -1.0],
+        [5.0, 4.5, 0.0, -5.0],  # two of the same magnitude: plain power iteration never settles
+        [2.0, 0.1, 0.0, -9.0],  # it would find -9
+        [0.0, 0.0, 0.0, 0.0],
+    ],
+)
+def test_the_largest_eigenvalue_not_the_largest_magnitude(eigenvalues: list[float]) -> None:
+    surface = LossSurface(Quadratic(eigenvalues), [(torch.zeros(2, 1), torch.zeros(2, 1))])
+    got = sharpness(surface, tolerance=1e-3, max_iterations=300)
+    assert got.converged
+    assert got.eigenvalue == pytest.approx(eigenvalues[0], rel=1e-3, abs=1e-6)
+    assert got.estimates[-1] == got.eigenvalue
+    assert trace(surface, 200).value == pytest.approx(sum(eigenvalues), abs=1.5)
+
+
+def test_what_does_not_converge_says_so() -> None:
+    surface = LossSurface(Quadratic([5.0, 4.99, 1.0]), [(torch.zeros(2, 1), torch.zeros(2, 1))])
+    got = sharpness(surface, tolerance=1e-6, max_iterations=3)
+    assert not got.converged and len(got.estimates) == 3 and got.residual > 1e-6
+
+
+def test_a_flat_loss() -> None:
+    surface = LossSurface(Quadratic([0.0, 0.0]), [(torch.zeros(2, 1), torch.zeros(2, 1))])
+    assert sharpness(surface) == Sharpness(0.0, 0.0, True, (0.0,))
+
+
+def test_diverged_weights() -> None:
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    surface = LossSurface(model, [(torch.ones(2, 2), torch.ones(2, 1))])
+    with pytest.raises(Failure, match="not finite"):
+        sharpness(surface)
+
+
+def test_a_direction_is_as_long_as_the_weights_filter_by_filter() -> None:
+    model = small_model("cnn_trans")
+    parameters = list(model.parameters())
+    direction = filter_normalised(parameters, seed=2)
+    for d, p in zip(direction, parameters, strict=True):
+        if p.ndim == 1:
+            assert not d.any()
+        else:
+            torch.testing.assert_close(d.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1))
+            assert not torch.equal(d, p)
+    again = filter_normalised(parameters, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(direction, again, strict=True))
+    other = filter_normalised(parameters, seed=3)
+    assert not torch.equal(direction[0], other[0])
+
+
+def test_the_slice_and_that_weights_are_put_back() -> None:
+    surface = LossSurface(small_model("conformer"), small_batches())
+    before = {name: x.clone() for name, x in surface.model.state_dict().items()}
+    direction = filter_normalised(surface.parameters)
+    alphas = slice_points(5)
+    got = loss_slice(surface, direction, alphas)
+    assert got.alphas == (-1.0, -0.5, 0.0, 0.5, 1.0)
+    assert got.losses[2] == surface.loss()
+    with moved(surface, direction, 0.5):
+        assert got.losses[3] == pytest.approx(surface.loss(), rel=1e-6)
+    for name, x in surface.model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+
+    def interrupted(points: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loss_slice(surface, direction, alphas, interrupted)
+    for name, x in surface.model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+
+
+def test_what_was_switched_off_is_on_again() -> None:
+    model = create_model(
+        "crnn", num_mels=64, num_frames=16, num_classes=2, embedding=64,
+        activation_checkpointing=True,
+    )  # fmt: skip
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.cudnn.enabled, matmul.fp32_precision
+    seen = []
+    assert isinstance(model, Crnn)
+    model.gru.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    with twice_differentiable(model):
+        model(torch.randn(1, 16, 64))
+        assert not model.checkpointing
+        assert torch.backends.cudnn.enabled  # for the convolutions
+    assert model.checkpointing
+    assert (torch.backends.cudnn.enabled, matmul.fp32_precision) == before
+    model(torch.randn(1, 16, 64))
+    assert seen == [True, True]  # this hook comes before the others
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", list(SMALL_MODELS))
+def test_on_a_gpu_as_on_a_processor(name: str) -> None:
+    model, batches = small_model(name), small_batches()
+    v = filter_normalised(list(model.parameters()), seed=1)
+    with twice_differentiable(model):
+        want = LossSurface(model, batches).hessian_product(v)
+    model.cuda()
+    on_gpu = [(x.cuda(), y.cuda()) for x, y in batches]
+    with twice_differentiable(model):
+        got = LossSurface(model, on_gpu).hessian_product([x.cuda() for x in v])
+    error = [g.cpu() - w for g, w in zip(got, want, strict=True)]
+    assert dot(error, error).sqrt() < 1e-2 * dot(want, want).sqrt()
+
+
+# ---------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def run(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("landscape") / "run"
+    fastat(
+        "train", "--proc", "A4", "--model", "cnn_trans", "--data", tiny_sets.train, "--eval",
+        tiny_sets.eval, "--out", folder, "--steps", 3, *TINY_MODEL,
+    )  # fmt: skip
+    return folder
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "l.png"
+    options = ("--clips", 6, "--batch", 4, "--points", 5, "--trace", 2, "--max-iterations", 4)
+    done = fastat("landscape", run, *options, "--plot", plot, "--json")
+    (found,) = json.loads(done.stdout)
+    assert (found["clips"], found["classes"], found["model"]) == (6, 3, "cnn_trans")
+    assert found["slice"]["alphas"] == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert found["slice"]["losses"][2] == pytest.approx(found["loss"], rel=1e-6)
+    assert found["sharpness"]["estimates"][-1] == found["sharpness"]["eigenvalue"]
+    assert found["trace"]["samples"] == 2
+    assert "iteration 1, eigenvalue" in done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
+    config = TrainConfig.load(run / "config.json")
+    assert config.eval is not None
+    surface, _ = surface_of(run, Path(config.eval), clips=6, batch=6, seed=0)
+    assert found["loss"] == pytest.approx(surface.loss(), rel=1e-5)  # the same clips
+    study.landscape([run, run], clips=6, batch=4, points=5, tolerance=1e-5, max_iterations=2)
+    shown = capsys.readouterr().out
+    assert shown.count(f"{found['loss']:.4f}") == 2 and shown.count("not converged") == 2
+
+
+def test_mistakes_are_found_before_the_work(run: Path, tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"runs": [run, tmp_path / "nowhere"]}, "nowhere does not exist"),
+        ({"runs": [run / "checkpoints" / "best"]}, "--data says on which set"),
+        ({"plot": tmp_path}, "--plot takes a file"),
+        ({"plot": tmp_path / "nowhere" / "x.png"}, "--plot takes a file"),
+        ({"points": 4}, "--points must be odd"),
+        ({"data": tmp_path}, "no dataset.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study.landscape(**({"runs": [run]} | wrong))
+
+
+def test_a_run_without_an_evaluation_set(run: Path, tmp_path: Path) -> None:
+    document = json.loads((run / "config.json").read_text()) | {"eval": None}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="trained without an evaluation set"):
+        evaluation_set_of(tmp_path)
+
+
+def test_the_picture_shows_what_was_found() -> None:
+    def found(name: str, scale: float, converged: bool) -> Landscape:
+        losses = (scale, 0.1, 2 * scale)
+        return Landscape(
+            run=f"runs/{name}", model="crnn", parameters=1, data="set", clips=1, classes=1,
+            loss=0.1, sharpness=Sharpness(scale, 0.1, converged, (scale,)), trace=None,
+            slice=Slice((-1.0, 0.0, 1.0), losses),
+        )  # fmt: skip
+
+    slices, bars = draw([found("a$b$", 0.3, True), found("crnn-b", 40.0, False)]).axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in slices.lines] == [
+        [0.3, 0.1, 0.6],
+        [40.0, 0.1, 80.0],
+    ]
+    assert slices.get_yscale() == "log"
+    widths = [patch.get_window_extent().width for patch in bars.patches]
+    assert widths[1] == pytest.approx(widths[0] * 40.0 / 0.3)
+    assert [t.get_text() for t in bars.get_yticklabels()] == ["a$b$ (crnn)", "crnn-b"]
+    assert any(t.get_text() == "40 *" for t in bars.texts)
+    assert draw([found("a", 0.3, True)]).axes[0].get_yscale() == "linear"
