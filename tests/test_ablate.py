@@ -83,7 +83,7 @@ for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda n, _: got.appe
 open(sys.argv[1], "w").close()
 while not got: time.sleep(0.01)
 time.sleep(0.2)
-sys.exit(len(got))
+sys.exit(128 + got[0] if len(got) == 1 else 3)
 """
 
 

@@ -101,7 +101,7 @@ def ablate(
 
     `fastat ablate --proc A4 --model crnn --out runs/t4 --epochs 4 --set model.embedding=256`
     """
-    from fastat.ablate import Stopped, run_folders, table_4, train_all
+    from fastat.ablate import STOPPED, Stopped, run_folders, table_4, train_all
     from fastat.launch import launched
 
     if launched():
@@ -119,7 +119,7 @@ def ablate(
     try:
         train_all(arguments, out)
     except Stopped as stop:
-        if stop.exit_code in (130, 143) and out.is_dir():
+        if stop.exit_code in STOPPED and out.is_dir():
             print(f"fastat: go on with the same command and --out {out}", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None
     result = table_4(out, resamples=resamples)
