@@ -163,6 +163,14 @@ def test_the_largest_eigenvalue_not_the_largest_magnitude(eigenvalues: list[floa
     assert trace(surface, 200).value == pytest.approx(sum(eigenvalues), abs=1.5)
 
 
+def test_a_negative_eigenvalue_is_not_the_largest() -> None:
+    """A coarse tolerance is met at it first, before the shift is as large as it must be."""
+    small = np.random.default_rng(0).normal(0.0, 0.2, 998).tolist()
+    surface = LossSurface(Quadratic([5.0, -100.0, *small]), [(torch.zeros(2, 1),) * 2])
+    got = sharpness(surface, tolerance=0.3, max_iterations=300)
+    assert got.converged and got.eigenvalue == pytest.approx(5.0, rel=0.3)
+
+
 def test_what_does_not_converge_says_so() -> None:
     surface = LossSurface(Quadratic([5.0, 4.99, 1.0]), [(torch.zeros(2, 1), torch.zeros(2, 1))])
     got = sharpness(surface, tolerance=1e-6, max_iterations=3)
