@@ -4,8 +4,13 @@ A paired bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 19
 the evaluation set are drawn anew with replacement, as many as there are, and both models are scored
 on each draw. The spread of the difference over the draws is what another evaluation set of the same
 kind would change about it. What another training seed would change is not in it.
+
+Resamples score higher than sets of their size do: a positive that is drawn twice ranks above
+itself. With AudioSet's rare classes that is as much as the spread, so that only the spread about
+the resamples' mean is taken of them, and laid about the score of the set itself.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,7 +202,7 @@ def _sums_by(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval: the percentiles 2.5 and 97.5 over the resamples.
+    """A number with its 95 % interval: the percentiles 2.5 and 97.5 over the centred resamples.
 
     NaN where there is nothing to take them of.
     """
@@ -225,9 +230,6 @@ class Comparison:
     """Model b against model a on the clips and classes that both scored."""
 
     map_a: Estimate
-    """Its interval is moved by the resamples' bias: a positive that is drawn twice ranks above
-    itself, so that a resample's mAP is higher on average, by about half the interval's width for
-    AudioSet's rare classes. In differences it cancels."""
     map_b: Estimate
     difference: Estimate
     """mAP of b minus that of a."""
@@ -291,10 +293,11 @@ def compare(
             ClassChange(both.ids[k], both.class_names[k], positives, before, after, change)
         )
     before, after = point.mean(1).tolist()
-    other_side = min(int((difference <= 0).sum()), int((difference >= 0).sum()))
+    centred = _centred(after - before, difference)
+    other_side = min(int((centred <= 0).sum()), int((centred >= 0).sum()))
     return Comparison(
-        map_a=_estimate(before, map_a - (map_a.mean() - before)),
-        map_b=_estimate(after, map_b - (map_b.mean() - after)),
+        map_a=_estimate(before, map_a),
+        map_b=_estimate(after, map_b),
         difference=_estimate(after - before, difference),
         percent=_estimate(100 * (after - before) / before, 100 * difference / map_a),
         p=min(1.0, 2 * (other_side + 1) / (len(difference) + 1)),
@@ -330,5 +333,12 @@ def passes(resamples: int) -> int:
 
 
 def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
-    low, high = np.percentile(resampled, (2.5, 97.5)) if len(resampled) else (np.nan, np.nan)
+    if not len(resampled):
+        return Estimate(value, math.nan, math.nan)
+    low, high = np.percentile(_centred(value, resampled), (2.5, 97.5))
     return Estimate(value, float(low), float(high))
+
+
+def _centred(value: float, resampled: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``resampled`` without its bias: about ``value``."""
+    return value + (resampled - resampled.mean())
