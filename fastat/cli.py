@@ -30,14 +30,14 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "eval": evaluate,
     "predict": predict,
     "extract": extract,
-    "ablate": ablate,
-    "compare": compare,
-    "landscape": landscape,
     "convert": convert,
     "models": models,
     "procs": procs,
-    "report": report,
     "profile": profile,
+    "ablate": ablate,
+    "compare": compare,
+    "landscape": landscape,
+    "report": report,
 }
 PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """A command that hands to ``fastat train`` what it does not know."""

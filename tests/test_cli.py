@@ -11,12 +11,11 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from fastat.checkpoint import ModelMeta, save_checkpoint
+from fastat.cli import COMMANDS
 from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.procedures import PROCEDURES
 from tests.conftest import TinySets, fastat, one_line, write_tiny_audio
-
-COMMANDS = ("demo", "pack", "train", "eval", "predict", "extract", "procs")
 
 
 @pytest.fixture(scope="module")
