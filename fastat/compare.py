@@ -236,7 +236,7 @@ class Comparison:
     percent: Estimate
     """The same in percent of a's mAP."""
     p: float
-    """Two-sided: how often a resample has the difference on the other side of 0, doubled."""
+    """Two-sided: how often a centred resample has the difference on the other side of 0, doubled."""
     clips: int
     classes: int
     classes_scored: int
@@ -341,4 +341,5 @@ def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
 
 def _centred(value: float, resampled: NDArray[np.float64]) -> NDArray[np.float64]:
     """``resampled`` without its bias: about ``value``."""
-    return value + (resampled - resampled.mean())
+    centred: NDArray[np.float64] = resampled - resampled.mean() + value
+    return centred

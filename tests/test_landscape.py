@@ -292,8 +292,9 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert config.eval is not None
     surface, _ = surface_of(run, Path(config.eval), clips=6, batch=6, seed=0)
     assert found["loss"] == pytest.approx(surface.loss(), rel=1e-5)  # the same clips
-    few = {"clips": 6, "batch": 4, "points": 5, "tolerance": 1e-5, "max_iterations": 2}
-    study.landscape([run, run], **few, trace=2)
+    study.landscape(
+        [run, run], clips=6, batch=4, points=5, tolerance=1e-5, max_iterations=2, trace=2
+    )
     shown = capsys.readouterr().out
     assert shown.count(f"{found['slice']['losses'][-1]:.4f}") == 2  # the last column is there
     assert shown.count(f"trace {found['trace']['value']:.4g} +- ") == 2
