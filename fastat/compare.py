@@ -236,7 +236,7 @@ class Comparison:
     percent: Estimate
     """The same in percent of a's mAP."""
     p: float
-    """Two-sided: how often a centred resample has the difference on the other side of 0, doubled."""
+    """Two-sided: twice the share of centred resamples with the difference across 0."""
     clips: int
     classes: int
     classes_scored: int
