@@ -31,6 +31,9 @@ OFF: dict[str, tuple[str, dict[str, Any]]] = {
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """To the training under way; SIGHUP only where nohup does not have it ignored."""
+STOPPED = (130, 143)
+"""Exit codes of a training that a signal ended, and that saved."""
+
 RESULT_FILE = "ablate.json"
 TRAIN = [sys.executable, "-m", "fastat.cli", "train"]
 
@@ -143,6 +146,8 @@ class _Trainings:
             code = process.wait()
         finally:
             self._process = None
+        if code > 0 and code not in STOPPED:  # it failed, also if it was while it stopped
+            raise Stopped(code)
         self._leave_if_stopped()
         if code < 0:
             name = signal.Signals(-code).name

@@ -48,7 +48,7 @@ class Sharpness:
     """|Hv - lambda v| / |lambda| for the unit vector v found: an eigenvalue is at most so far off,
     relatively."""
     converged: bool
-    """Whether the residual came below the tolerance."""
+    """Whether the residual came below the tolerance, at an eigenvalue that is not negative."""
     estimates: tuple[float, ...]
     """The eigenvalue after each iteration."""
 
@@ -230,8 +230,11 @@ def sharpness(
             residual = 0.0
         estimates.append(eigenvalue)
         on_iteration(len(estimates), eigenvalue, residual)
-        if residual <= tolerance or len(estimates) >= max_iterations:
-            return Sharpness(eigenvalue, residual, residual <= tolerance, tuple(estimates))
+        # A classifier's largest is positive, as its biases' own curvature is: a negative one met on
+        # the way is another.
+        converged = residual <= tolerance and eigenvalue >= 0
+        if converged or len(estimates) >= max_iterations:
+            return Sharpness(eigenvalue, residual, converged, tuple(estimates))
         if length > 1.1 * magnitude:
             magnitude = length
         v = [h + 0.55 * magnitude * x for h, x in zip(product, v, strict=True)]

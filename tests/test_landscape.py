@@ -163,6 +163,14 @@ def test_the_largest_eigenvalue_not_the_largest_magnitude(eigenvalues: list[floa
     assert trace(surface, 200).value == pytest.approx(sum(eigenvalues), abs=1.5)
 
 
+def test_a_negative_eigenvalue_is_not_the_largest() -> None:
+    """A coarse tolerance is met at it first, before the shift is as large as it must be."""
+    small = np.random.default_rng(0).normal(0.0, 0.2, 998).tolist()
+    surface = LossSurface(Quadratic([5.0, -100.0, *small]), [(torch.zeros(2, 1),) * 2])
+    got = sharpness(surface, tolerance=0.3, max_iterations=300)
+    assert got.converged and got.eigenvalue == pytest.approx(5.0, rel=0.3)
+
+
 def test_what_does_not_converge_says_so() -> None:
     surface = LossSurface(Quadratic([5.0, 4.99, 1.0]), [(torch.zeros(2, 1), torch.zeros(2, 1))])
     got = sharpness(surface, tolerance=1e-6, max_iterations=3)
@@ -284,8 +292,12 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert config.eval is not None
     surface, _ = surface_of(run, Path(config.eval), clips=6, batch=6, seed=0)
     assert found["loss"] == pytest.approx(surface.loss(), rel=1e-5)  # the same clips
-    study.landscape([run, run], clips=6, batch=4, points=5, tolerance=1e-5, max_iterations=2)
+    study.landscape(
+        [run, run], clips=6, batch=4, points=5, tolerance=1e-5, max_iterations=2, trace=2
+    )
     shown = capsys.readouterr().out
+    assert shown.count(f"{found['slice']['losses'][-1]:.4f}") == 2  # the last column is there
+    assert shown.count(f"trace {found['trace']['value']:.4g} +- ") == 2
     assert shown.count(f"{found['loss']:.4f}") == 2 and shown.count("not converged") == 2
 
 

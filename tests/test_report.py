@@ -156,7 +156,7 @@ def test_a_trained_run(tiny_sets: TinySets, tmp_path: Path, out: Path) -> None:
     fastat("train", "--proc", "A4", "--model", "cnn_trans", *sets, *TINY_MODEL,
            "--epochs", 2, "--out", run)  # fmt: skip
     done = fastat("report", tmp_path / "runs", "--out", out)
-    assert "1 runs" in done.stdout and done.stderr == ""
+    assert done.stdout.startswith(f"{out}: 1 run, ") and done.stderr == ""
     page = Page(out)
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda x: x["mAP"])
@@ -284,6 +284,14 @@ def test_figure_2(tmp_path: Path, out: Path) -> None:
         )
     assert trace["x"][0] == 0.25 and trace["x"][-1] == 1.0
     assert trace["text"][0] == "4 classes"
+
+
+def test_a_quality_table_of_other_classes_is_said_to_be_one(tmp_path: Path, out: Path) -> None:
+    write_run(tmp_path / "a")
+    table = tmp_path / "qa.csv"
+    table.write_text("id,quality\n/m/other,1.0\n")
+    page = report(out, tmp_path / "a", quality=table)
+    assert any(n.startswith("a is not in Figure 2") and "'/m/other'" in n for n in page.notes)
 
 
 def test_noise_scale(tmp_path: Path, out: Path) -> None:

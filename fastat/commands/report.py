@@ -35,7 +35,4 @@ def report(
     inputs, size = write_report(paths, out, label_quality)
     for note in inputs.notes:
         print(f"fastat: {note}", file=sys.stderr)
-    print(
-        f"{out}: {len(inputs.runs)} runs, {len(inputs.profiles)} profiles, "
-        f"{len(inputs.benches)} benchmark results, {size / 1e6:.1f} MB"
-    )
+    print(f"{out}: {inputs.counts}, {size / 1e6:.1f} MB")

@@ -101,7 +101,7 @@ def ablate(
 
     `fastat ablate --proc A4 --model crnn --out runs/t4 --epochs 4 --set model.embedding=256`
     """
-    from fastat.ablate import Stopped, run_folders, table_4, train_all
+    from fastat.ablate import STOPPED, Stopped, run_folders, table_4, train_all
     from fastat.launch import launched
 
     if launched():
@@ -119,7 +119,7 @@ def ablate(
     try:
         train_all(arguments, out)
     except Stopped as stop:
-        if stop.exit_code in (130, 143) and out.is_dir():
+        if stop.exit_code in STOPPED and out.is_dir():
             print(f"fastat: go on with the same command and --out {out}", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None
     result = table_4(out, resamples=resamples)
@@ -263,6 +263,10 @@ def landscape(
     if len({result.data for result in found}) > 1:
         console.print(Text("The runs have different evaluation sets: --data takes one for all."))
     for result in found:
+        if (sums := result.trace) is not None:  # in the table, 80 columns would not hold the rest
+            error = f" +- {sums.standard_error:.2g}" if sums.samples > 1 else ""
+            vectors = f"from {sums.samples} random vector{'s' * (sums.samples > 1)}"
+            console.print(Text(f"{result.run}: trace {sums.value:.4g}{error}, {vectors}"))
         if not result.sharpness.converged:
             console.print(
                 Text(
@@ -281,10 +285,7 @@ def _landscape_table(found: "list[Landscape]") -> Table:
         pad_edge=False,
     )
     table.add_column("run", overflow="fold", min_width=16)
-    heads = ["sharpness", "residual", "iterations"]
-    if traced := any(result.trace for result in found):
-        heads.append("trace")
-    for head in (*heads, "loss", "at -1", "at +1"):
+    for head in ("sharpness", "residual", "iterations", "loss", "at -1", "at +1"):
         table.add_column(head, justify="right", no_wrap=True)
     for r in found:
         cells = [
@@ -292,9 +293,6 @@ def _landscape_table(found: "list[Landscape]") -> Table:
             f"{r.sharpness.residual:.2g}",
             str(len(r.sharpness.estimates)),
         ]
-        if traced:
-            assert r.trace is not None
-            cells.append(f"{r.trace.value:.4g} +- {r.trace.standard_error:.2g}")
         losses = (r.loss, r.slice.losses[0], r.slice.losses[-1])
         table.add_row(Text(r.run), *cells, *(f"{loss:.4f}" for loss in losses))
     return table

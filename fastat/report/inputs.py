@@ -49,6 +49,16 @@ class Inputs:
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
+    @property
+    def counts(self) -> str:
+        """How many there are of each kind, in words."""
+        numbers = {
+            ("run", "runs"): len(self.runs),
+            ("profile", "profiles"): len(self.profiles),
+            ("set of benchmark results", "sets of benchmark results"): len(self.benches),
+        }
+        return ", ".join(f"{n} {words[n > 1]}" for words, n in numbers.items() if n)
+
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Reads what ``paths`` name; what a folder of runs holds that is no run is left out, and noted.

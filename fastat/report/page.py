@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from fastat.atomic import atomic_path
 from fastat.errors import Failure, UserError
-from fastat.label_quality import read_quality
+from fastat.label_quality import quantile_thresholds, read_quality
 from fastat.report.ablations import table_4
 from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
 from fastat.report.inputs import Inputs, read_inputs
@@ -66,6 +66,8 @@ def write_report(
         raise UserError(f"--out takes a file in an existing folder, got {out}")
     quality = read_quality(label_quality) if label_quality is not None else None
     inputs = read_inputs(paths)
+    if quality is not None:
+        inputs.notes += quality_gaps(inputs.runs, quality)
     page = render(inputs, quality).encode("utf-8", "replace")  # a file's name may be no UTF-8
     try:
         with atomic_path(out) as temporary:
@@ -73,6 +75,17 @@ def write_report(
     except OSError as error:
         raise Failure(f"cannot write {out}: {error.strerror}") from error
     return inputs, len(page)
+
+
+def quality_gaps(runs: Sequence[Run], quality: Mapping[str, float]) -> list[str]:
+    """Runs that Figure 2 leaves out though there is a quality table, in words."""
+    return [
+        f"{run.name} is not in Figure 2: the quality table has none of its scored classes, as "
+        f"{run.predictions.ids[0]!r}, but {next(iter(quality))!r}, ... ({len(quality)})"
+        for run in runs
+        if run.predictions is not None
+        and not quantile_thresholds(run.predictions.average_precision, run.predictions.ids, quality)
+    ]
 
 
 def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Section]:
@@ -192,13 +205,8 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
     sources = resources.files("fastat.report") / "template"
     chart_data = [asdict(chart) for section in shown for chart in section.charts]
     with_classes = [(i, r) for i, r in enumerate(inputs.runs) if r.predictions is not None]
-    counts = (
-        (len(inputs.runs), "run"),
-        (len(inputs.profiles), "profile"),
-        (len(inputs.benches), "set of benchmark results"),
-    )
     return environment.get_template("page.html").render(
-        counts=", ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counts if n),
+        counts=inputs.counts,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         headline=headline(inputs.runs),
         notes=inputs.notes,

@@ -154,7 +154,10 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
                 ]
             )
         caption = f"What training costs on {profile.name}"
-        notes = [f"{_how(profile)}; medians; GiB: peak memory."]
+        notes = [
+            f"{_how(profile)}; medians; GiB: peak memory. The paper's hours are Table 1's, of the "
+            "best model under the procedure: AST under A1 and A3, CNN+Transformer under A2 and A4."
+        ]
         tables.append(Table(f"cost-{n}", caption, columns, rows, notes, sortable=True))
     return tables
 
