@@ -14,10 +14,11 @@ from types import FrameType
 from typing import Any
 
 from fastat.atomic import atomic_write_text
-from fastat.compare import Comparison, Estimate, compare, passes, read_predictions
+from fastat.compare import Comparison, Estimate, compare, passes
 from fastat.config import TrainConfig
 from fastat.errors import Failure
 from fastat.paper import TABLE_4
+from fastat.predictions import read_predictions
 from fastat.progress import progress
 
 BASELINE = "baseline"

@@ -14,73 +14,17 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from fastat.data.shards import H5PY_ERRORS
-from fastat.errors import Failure, UserError, first_line
+from fastat.errors import UserError
+from fastat.predictions import Predictions
 
 BLOCK = 500
 """Resamples computed at a time: their weights of AudioSet's evaluation clips are 40 MB."""
-
-PREDICTIONS_FILE = "predictions.h5"
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Scores of a model on an evaluation set, beside the labels."""
-
-    path: Path
-    probability: NDArray[np.float32]  # [N, K]
-    target: NDArray[np.bool_]  # [N, K]
-    names: list[str]
-    """Of the clips; those cut from one file share its name."""
-    ids: list[str]
-    """Of the classes."""
-    class_names: list[str]
-
-
-def read_predictions(path: Path) -> Predictions:
-    """``predictions.h5``: a run's, of its best epoch, or the file that ``path`` is.
-
-    Raises:
-        UserError: there is none.
-        Failure: it is damaged, or no such file.
-    """
-    file_path = path / PREDICTIONS_FILE if path.is_dir() else path
-    if not file_path.is_file():
-        raise UserError(
-            f"{file_path} does not exist: expected a run that was scored while it was trained "
-            "(--eval), or what fastat eval --predictions wrote"
-        )
-    try:
-        with h5py.File(file_path) as file:
-            found = Predictions(
-                path=path,
-                probability=np.asarray(file["probability"][:], np.float32),
-                target=np.asarray(file["target"][:], np.bool_),
-                names=file["audio_name"].asstr()[:].tolist(),
-                ids=file["class_id"].asstr()[:].tolist(),
-                class_names=file["class_name"].asstr()[:].tolist(),
-            )
-    except (*H5PY_ERRORS, MemoryError) as error:
-        raise Failure(f"{file_path} is damaged, or no predictions: {first_line(error)}") from error
-    shape = (len(found.names), len(found.ids))
-    if found.probability.shape != shape or found.target.shape != shape:
-        raise Failure(
-            f"{file_path} is damaged: expected [clips, classes] = {list(shape)}, "
-            f"got probability {list(found.probability.shape)}, target {list(found.target.shape)}"
-        )
-    if len(set(found.ids)) < len(found.ids) or len(found.class_names) != len(found.ids):
-        raise Failure(f"{file_path} is damaged: expected every class once, with a name")
-    if not np.isfinite(found.probability).all():
-        raise Failure(f"{file_path} is damaged: a probability is not finite")
-    return found
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Scores of a model on a packed set, matched to its classes by id; ``fastat eval``."""
 
 import csv
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +24,7 @@ from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.label_quality import map_above, quality_of, quantile_thresholds, read_quality
 from fastat.metrics import TaggingMetrics, finite, tagging_metrics
+from fastat.predictions import save_predictions
 from fastat.progress import progress
 
 
@@ -123,23 +122,6 @@ def evaluate(
     return Evaluation(loss, tagging_metrics(probabilities, found), probabilities, found, rows)
 
 
-def save_predictions(
-    path: Path, result: Evaluation, packed: PackedSet, classes: list[ClassInfo]
-) -> None:
-    """HDF5: ``probability`` [N, M] float32, ``target`` [N, M] bool, ``audio_name`` [N], classes."""
-    text = h5py.string_dtype()
-    # In memory first: on a full disk HDF5 cannot close its file, and crashes when Python exits.
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        file["probability"] = result.probabilities
-        file["target"] = result.targets
-        file.create_dataset("audio_name", data=packed.names(result.rows), dtype=text)
-        file.create_dataset("class_id", data=[c.id for c in classes], dtype=text)
-        file.create_dataset("class_name", data=[c.name for c in classes], dtype=text)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
 def evaluate_checkpoint(
     run: Path,
     data: Path,
@@ -199,7 +181,8 @@ def evaluate_checkpoint(
         )
         assert result is not None, "nobody gives up"
     if predictions is not None:
-        save_predictions(predictions, result, packed, classes)
+        names = packed.names(result.rows)
+        save_predictions(predictions, result.probabilities, result.targets, names, classes)
     if per_class is not None:
         _write_per_class(per_class, result, classes)
     m = result.metrics

@@ -8,8 +8,9 @@ from typing import Any, Self
 from fastat.checkpoint_writer import CheckpointWriter
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.errors import Failure
-from fastat.evaluate import Evaluation, save_predictions
+from fastat.evaluate import Evaluation
 from fastat.event_file import EventFile
+from fastat.predictions import PREDICTIONS_FILE, save_predictions
 from fastat.run_folder import BAD_CLIPS_FILE, append_bad_clips, append_metrics
 
 
@@ -47,8 +48,9 @@ class RunRecords:
         self, evaluation: Evaluation, packed: PackedSet, classes: list[ClassInfo]
     ) -> None:
         """The scores of the best epoch so far."""
-        path = self.run / "predictions.h5"
-        self.waiting.write(path.name, partial(save_predictions, path, evaluation, packed, classes))
+        path, names = self.run / PREDICTIONS_FILE, packed.names(evaluation.rows)
+        scores = evaluation.probabilities, evaluation.targets
+        self.waiting.write(path.name, partial(save_predictions, path, *scores, names, classes))
 
     def bad_clips(self, packed: PackedSet, bad: dict[int, str]) -> None:
         """Says how many clips were found damaged since the last time, and lists them."""

@@ -14,10 +14,11 @@ import pytest
 
 from fastat import ablate
 from fastat.ablate import OFF, Stopped, _Trainings, run_folders, table_4
-from fastat.compare import compare, read_predictions
+from fastat.compare import compare
 from fastat.config import TrainConfig
 from fastat.errors import Failure
 from fastat.paper import TABLE_4
+from fastat.predictions import read_predictions
 from tests.conftest import QUIET, TINY_MODEL, TinySets, fastat, one_line
 
 

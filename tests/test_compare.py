@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
 from fastat.compare import (
-    Predictions,
     compare,
     pair,
     passes,
-    read_predictions,
     weighted_average_precision,
 )
 from fastat.errors import Failure, UserError
+from fastat.predictions import Predictions, read_predictions
 from tests.conftest import fastat, one_line
 
 

@@ -40,7 +40,8 @@ def compare(
     Example: `fastat compare runs/with-mixup runs/without --top 20`
     """
     from fastat.compare import compare as compare_predictions
-    from fastat.compare import passes, read_predictions
+    from fastat.compare import passes
+    from fastat.predictions import read_predictions
     from fastat.progress import progress
 
     first, second = read_predictions(a), read_predictions(b)

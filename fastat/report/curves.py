@@ -1,14 +1,11 @@
 """Average precision, AUC and the precision-recall curve of every class, from a sort each."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.shards import H5PY_ERRORS
-from fastat.errors import Failure, first_line
+from fastat.predictions import Predictions
 
 MAX_POINTS = 200
 """Of a class's curve on the page; they are spread evenly over its recall."""
@@ -33,8 +30,8 @@ class ClassCurve:
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What ``predictions.h5`` says. N clips, K classes."""
+class Curves:
+    """What ``predictions.h5`` says of K classes."""
 
     ids: list[str]
     names: list[str]
@@ -73,29 +70,11 @@ def class_curve(
     return ClassCurve(positives, ap, auc, hits[kept], chosen[kept], score[ends][kept])
 
 
-def read_predictions(path: Path) -> Predictions:
-    """The curves of ``predictions.h5``, as training and ``fastat eval --predictions`` write it.
-
-    Raises:
-        Failure: it cannot be read, or does not hold together.
-    """
-    try:
-        with h5py.File(path) as file:
-            shapes = {name: file[name].shape for name in ("probability", "target")}
-            counts = (len(file["audio_name"]), len(file["class_id"]))
-            if set(shapes.values()) != {counts} or len(file["class_name"]) != counts[1]:
-                raise ValueError(f"its parts are of different sizes: {shapes}, {counts} names")
-            if not all(counts):
-                raise ValueError("it holds no clip or no class")
-            probability = np.ascontiguousarray(file["probability"][:].T.astype(np.float32))
-            target = np.ascontiguousarray(file["target"][:].T > 0)
-            clips, ids, names = (
-                file[name].asstr(errors="replace")[:].tolist()
-                for name in ("audio_name", "class_id", "class_name")
-            )
-    except H5PY_ERRORS as error:
-        raise Failure(f"{path} is damaged: {first_line(error)}") from error
-    if not np.isfinite(probability).all():
-        raise Failure(f"{path} is damaged: a score is not finite")
-    curves = [class_curve(p, t) for p, t in zip(probability, target, strict=True)]
-    return Predictions(ids, names, clips, curves)
+def class_curves(predictions: Predictions) -> Curves:
+    """The curves of every class that ``predictions.h5`` has."""
+    p = predictions
+    curves = [
+        class_curve(np.ascontiguousarray(score), target)
+        for score, target in zip(p.probability.T, p.target.T, strict=True)
+    ]
+    return Curves(p.ids, p.class_names, p.names, curves)

@@ -11,8 +11,9 @@ from typing import Any
 from fastat.config import TrainConfig
 from fastat.data.shards import read_index, sizes_of
 from fastat.errors import Failure, UserError
+from fastat.predictions import PREDICTIONS_FILE, read_predictions
 from fastat.procedures import PROCEDURES, Procedure, model_options, procedure_of
-from fastat.report.curves import Predictions, read_predictions
+from fastat.report.curves import Curves, class_curves
 
 EPOCH_NUMBERS = (
     "lr", "train_loss", "clips_per_s", "epoch_s", "peak_memory_gib", "eval_loss", "mAP", "AUC",
@@ -67,7 +68,7 @@ class Run:
     device: str | None
     commit: str | None
     epochs: list[Epoch]
-    predictions: Predictions | None
+    predictions: Curves | None
     train_clips: int | None
     clips_source: str
     """Where ``train_clips`` is from."""
@@ -125,11 +126,11 @@ def read_run(path: Path) -> Run:
     predictions = None
     if config.eval is None:
         gaps.append("trained without an evaluation set: no scores")
-    elif not (path / "predictions.h5").is_file():
+    elif not (path / PREDICTIONS_FILE).is_file():
         gaps.append("no predictions.h5: nothing by class")
     else:
         try:
-            predictions = read_predictions(path / "predictions.h5")
+            predictions = class_curves(read_predictions(path / PREDICTIONS_FILE))
         except Failure as error:
             gaps.append(str(error))
     train_clips, source = _train_clips(config, epochs)
@@ -216,7 +217,7 @@ def _train_clips(config: TrainConfig, epochs: list[Epoch]) -> tuple[int | None, 
     return steps * config.batch, "steps × batch"
 
 
-def _eval_set(config: TrainConfig, predictions: Predictions | None) -> EvalSet | None:
+def _eval_set(config: TrainConfig, predictions: Curves | None) -> EvalSet | None:
     if config.eval is None:
         return None
     if predictions is not None:
