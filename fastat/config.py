@@ -155,11 +155,6 @@ class TrainConfig:
                 f"cache {self.cache} reads no clips while it trains: expected window 0, "
                 f"got {self.window}"
             )
-        if self.batch % self.accumulate:
-            raise UserError(
-                f"batch must be a multiple of accumulate: got batch {self.batch}, "
-                f"accumulate {self.accumulate}"
-            )
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.model not in ATTENTION_MODELS:

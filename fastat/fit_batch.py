@@ -1,5 +1,6 @@
 """``--batch auto``: the largest batch that fits in the memory, section 4.3 of the paper."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,18 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> Fitted:
 
     def fitting(work: Workload, at_most: int) -> int:
         """The largest global batch on any rank; 0: none."""
-        own = at_most // parts
-        multiple = EVEN if own >= EVEN else 1
-        found = largest_batch(work, device, limit, multiple=multiple, at_most=own)
-        if found is None and multiple > 1:
-            found = largest_batch(work, device, limit, at_most=multiple - 1)
-        return min(ranks.gather(found or 0)) * parts
+        own, accumulate = at_most // ranks.size, config.accumulate
+        even = EVEN * accumulate
+        found = None
+        if own >= even:
+            found = largest_batch(work, device, limit, multiple=even, at_most=own)
+            own = even - 1
+        if found is None:
+            found = largest_batch(work, device, limit, multiple=accumulate, at_most=own)
+        return min(ranks.gather(found or 0)) * ranks.size
 
+    if device.type == "cuda" and ranks.first:
+        print("fastat: batch auto: trying steps, which takes minutes", file=sys.stderr, flush=True)
     wanted = config.batch
     batch = fitting(work, most)
     overrides: dict[str, Any] = {"batch": batch}
@@ -108,6 +114,8 @@ def workload(config: TrainConfig, clip_samples: int, num_classes: int) -> Worklo
         cuda_graphs=config.cuda_graphs,
         kernels=config.kernels,
         clip_samples=0 if config.cache == "device" else clip_samples,
+        accumulate=config.accumulate,
+        eval_batch=0 if config.eval is None else config.eval_batch,
     )
 
 

@@ -104,7 +104,6 @@ def configure_ranks(
 
     if overrides.get("batch") != AUTO:
         return make(overrides, out)
-    overrides = {k: v for k, v in overrides.items() if k != "batch"}
     config, folder, notes = make(overrides, out)
     goes_on = (folder / "config.json").exists
     if goes_on() if ranks is None else ranks.from_first(goes_on):
@@ -113,12 +112,9 @@ def configure_ranks(
     from fastat.fit_batch import fit_batch
 
     fitted = fit_batch(config, ranks or ALONE)
-    overrides |= {"data": config.data} | ({} if config.eval is None else {"eval": config.eval})
-    overrides["model_options"] = overrides.get("model_options", {}) | fitted.overrides.get(
-        "model_options", {}
-    )
-    overrides["batch"] = fitted.overrides["batch"]
-    config, folder, notes = make(overrides, folder)
+    options = overrides.get("model_options", {}) | fitted.overrides.get("model_options", {})
+    found = {"data": config.data, "eval": config.eval} | fitted.overrides
+    config, folder, notes = make(overrides | found | {"model_options": options}, folder)
     return config, folder, [fitted.note, *notes]
 
 
@@ -132,9 +128,14 @@ def configure(
 ) -> tuple[TrainConfig, Path, list[str]]:
     """The configuration of a run to start or to go on with, its folder, and notes on it.
 
+    Args:
+        overrides: with the batch AUTO as without a batch, which is still to be found.
+
     Raises:
         UserError: options that are impossible, or that do not fit the run in ``out``.
     """
+    auto = overrides.get("batch") == AUTO
+    overrides = {k: v for k, v in overrides.items() if not (auto and k == "batch")}
     paths = {k: overrides[k] for k in PATHS if overrides.get(k) is not None}
     # A link stays one: "best" of a run that goes on is another folder tomorrow.
     overrides = overrides | {k: os.path.abspath(path) for k, path in paths.items()}
@@ -175,6 +176,8 @@ def configure(
         clip_seconds=clip_samples / SAMPLE_RATE,
         initial_options=initial,
     )
+    if not auto:  # the batch that is found will be a multiple
+        _check_parts(config)
     _check_model(config, clip_samples)
     return config, out, notes
 
@@ -188,9 +191,9 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}{nearest(model, MODELS)}")
     given = {"data": ""} | overrides
-    # The size of the set may decide the batch: whether --accumulate divides it, is seen later.
-    given.setdefault("batch", max(1, given.get("accumulate", 1)))
     config, _ = resolve(proc, model, given, num_clips=1_000_000, clip_seconds=10.0)
+    if "batch" in overrides:
+        _check_parts(config)
     if config.pretrained and model not in IMAGENET_MODELS:
         raise UserError(
             f"{'--pretrained' if 'pretrained' in overrides else proc} starts from ImageNet "
@@ -199,6 +202,14 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
         )
     if "data" not in overrides:  # the practice set, whose sizes are known before it is made
         _check_model(config, CLIP_SAMPLES)
+
+
+def _check_parts(config: TrainConfig) -> None:
+    if config.batch % config.accumulate:
+        raise UserError(
+            f"batch must be a multiple of accumulate: got batch {config.batch}, "
+            f"accumulate {config.accumulate}"
+        )
 
 
 def _check_model(config: TrainConfig, clip_samples: int) -> None:

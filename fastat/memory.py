@@ -68,6 +68,11 @@ class Workload:
     kernels: str = "auto"
     clip_samples: int = 0
     """Samples of the waveforms that the front end reads; 0: the step has features to start from."""
+    accumulate: int = 1
+    """Parts that a batch is computed in; waveforms and features are those of all of them."""
+    eval_batch: int = 0
+    """Clips that are scored at a time between steps; on CUDA, where the memory of a captured step
+    is not given back in between."""
 
     def create(self) -> TaggingModel:
         """The model, on the current default device."""
@@ -94,6 +99,9 @@ def memory_limit(device: torch.device) -> int:
 
 def step_bytes(work: Workload, batch: int, device: torch.device) -> int:
     """Peak bytes of training at ``batch``: weights, gradients, Adam, activations, the input.
+
+    Args:
+        batch: clips of a step, a multiple of ``work.accumulate``.
 
     Raises:
         UserError: an impossible model.
@@ -220,7 +228,15 @@ def estimated_bytes(work: Workload, batch: int) -> int:
         fixed = live.peak = live.bytes
         features = torch.empty(batch, work.num_frames, work.num_mels)
         target = torch.empty(batch, work.num_classes)
-        train_step(model, params, optimizer, features, target, autocast(cpu, work.precision))
+        train_step(
+            model,
+            params,
+            optimizer,
+            features,
+            target,
+            autocast(cpu, work.precision),
+            work.accumulate,
+        )
     samples = round(batch * ROWS_A_CLIP) * work.clip_samples
     fullest: int = max(live.peak, fixed + samples * FRONTEND_BYTES)
     return fullest + samples * WAVEFORM_BYTES + LIBRARIES_BYTES
@@ -272,13 +288,18 @@ class LiveStorages(TorchDispatchMode):
 def _trial(work: Workload, device: torch.device, **question: int | None) -> int | None:
     """Asks a process of its own; ``fastat.memory_trial`` says what."""
     asked = {"work": asdict(work), "device": str(device), **question}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastat.memory_trial"],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        timeout=TRIAL_SECONDS,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastat.memory_trial"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failure(
+            f"the trial of the memory that a step takes was not over after {TRIAL_SECONDS} s"
+        ) from error
     if done.returncode != 0:
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise Failure(f"the trial of the memory that a step takes failed: {why}")

@@ -8,12 +8,18 @@ than the limit, so that a batch that fits does so with what lies torn between it
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastat.data.loader import Batch, with_features
 from fastat.distributed import ALONE
+from fastat.environment import autocast
+from fastat.features import FEATURES
+from fastat.frontend import Augment, Frontend
 from fastat.memory import ROWS_A_CLIP, Workload, search
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
@@ -42,14 +48,6 @@ def measure(work: Workload, batch: int, device: torch.device) -> int | None:
 def _steps(work: Workload, batch: int, device: torch.device) -> None:
     with device:
         model = work.create()
-        features = torch.randn(batch, work.num_frames, work.num_mels)
-        target = torch.zeros(batch, work.num_classes)
-        # What the loader and the front end keep beside the step: the next batch.
-        rows = round(batch * ROWS_A_CLIP)
-        beside = (
-            torch.zeros((2, rows, work.clip_samples), dtype=torch.int16),
-            torch.zeros_like(features),
-        )
     params = list(model.parameters())
     optimizer, _ = create_adam(
         [{"params": params, "lr_scale": 1.0}],
@@ -67,11 +65,69 @@ def _steps(work: Workload, batch: int, device: torch.device) -> None:
         precision=work.precision,
         device=device,
         guard=BufferGuard(model),
+        accumulate=work.accumulate,
         graph=work.cuda_graphs and why is None,
     )
-    for _ in range(STEPS):
+    frontend = _frontend(work, device)
+    for features, target in _inputs(work, frontend, batch, device):
         step(features, target, 0.0)
-    del beside
+    if work.eval_batch:
+        _score(work, model, frontend, device)
+
+
+def _frontend(work: Workload, device: torch.device) -> Frontend | None:
+    """Of the feature that has these mel bins; None: the step has features to start from."""
+    if not work.clip_samples:
+        return None
+    feature = next(name for name, f in FEATURES.items() if f.num_mels == work.num_mels)
+    return Frontend(feature, clip_samples=work.clip_samples).to(device)
+
+
+def _inputs(
+    work: Workload, frontend: Frontend | None, batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and targets of STEPS steps: as in training the next ones are computed beside each,
+    which may take gigabytes."""
+    if frontend is None:
+        features = torch.randn(batch, work.num_frames, work.num_mels, device=device)
+        target = torch.zeros(batch, work.num_classes, device=device)
+        yield from [(features, target)] * STEPS
+        return
+    batches = (_batch(work, batch, device) for _ in range(STEPS))
+    for given, features, _ in with_features(batches, frontend, device):
+        yield features, given.target
+
+
+def _batch(work: Workload, batch: int, device: torch.device) -> Batch:
+    rows = round(batch * ROWS_A_CLIP)
+    with device:
+        return Batch(
+            rows=np.arange(batch),
+            target=torch.zeros(batch, work.num_classes),
+            num_samples=torch.full((rows,), work.clip_samples),
+            augment=Augment(
+                torch.arange(rows - batch),
+                torch.full((rows - batch,), 0.5),
+                torch.zeros(batch, 2, dtype=torch.int64),
+                torch.zeros(batch, 2, dtype=torch.int64),
+            ),
+            waveform=torch.zeros(rows, work.clip_samples, dtype=torch.int16),
+        )
+
+
+@torch.inference_mode()
+def _score(
+    work: Workload, model: nn.Module, frontend: Frontend | None, device: torch.device
+) -> None:
+    """A batch of the evaluation, not compiled, which takes no less."""
+    model.eval()
+    if frontend is None:
+        features = torch.zeros(work.eval_batch, work.num_frames, work.num_mels, device=device)
+    else:
+        shape = (work.eval_batch, work.clip_samples)
+        features = frontend(torch.zeros(shape, dtype=torch.int16, device=device))
+    with autocast(device, work.precision):
+        model(features)
 
 
 def answer(asked: dict[str, Any]) -> int | None:

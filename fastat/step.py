@@ -36,7 +36,7 @@ def why_not_captured(device: torch.device, ranks: Ranks, *, checkpointing: bool)
     """What keeps a step out of a CUDA graph; None: nothing does."""
     if device.type != "cuda":
         return "there is no CUDA device"
-    if ranks.size > 1:
+    if ranks.size > 1 or ranks.device_group is not None:  # a torchrun of one has DDP too
         return "the ranks exchange gradients inside a step"
     if checkpointing:
         # The state that dropout is to find again is read on the host.
@@ -161,11 +161,13 @@ class TrainingStep:
         assert self._stream is not None
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            taken = self._take(features, target)
-        current.wait_stream(self._stream)
-        for x in (features, target):
-            x.record_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                taken = self._take(features, target)
+        finally:  # what attempt() takes back comes after what was started here
+            current.wait_stream(self._stream)
+            for x in (features, target):
+                x.record_stream(self._stream)
         for x in taken:
             x.record_stream(current)
         return taken

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ class Trainer:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
         self.readings = Readings(self.device)
-        self.step = self._training_step()
+        self.step = self._training_step(self.notes.append)
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
@@ -314,7 +315,8 @@ class Trainer:
     def _take(self, features: Tensor, target: Tensor, lr: float) -> Taken:
         """One step. Where the memory does not even hold the first of a run, activations are
         computed again from then on."""
-        if self.progress.step or self.raw_model.checkpointing or self.ranks.size > 1:
+        under_ddp = self.ranks.device_group is not None  # which a step cut short leaves unfit
+        if self.progress.step or self.raw_model.checkpointing or under_ddp:
             return self.step(features, target, lr)
         taken = self.step.attempt(features, target, lr)
         if taken is None:
@@ -329,18 +331,18 @@ class Trainer:
         self.meta = replace(self.meta, options=options)
         self.recorder = replace(self.recorder, meta=self.meta)
         self.raw_model.checkpointing = True
-        self.step = self._training_step()
+        self.step = self._training_step(self.display.note)
         self.display.note(
             f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
             f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
         )
 
-    def _training_step(self) -> TrainingStep:
+    def _training_step(self, note: Callable[[str], object]) -> TrainingStep:
         """The step as the device can take it; notes why it is not captured, if not."""
         c = self.config
         why = why_not_captured(self.device, self.ranks, checkpointing=self.raw_model.checkpointing)
         if why is not None and c.cuda_graphs and self.device.type == "cuda":
-            self.notes.append(f"no CUDA graph of the step: {why}")
+            note(f"no CUDA graph of the step: {why}")
         return TrainingStep(
             self.network.model,
             self.network.params,

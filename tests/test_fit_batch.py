@@ -50,8 +50,11 @@ def test_a_large_set_fills_the_memory(tiny_sets: TinySets, machine: Any) -> None
     assert 580 <= batch <= 600 and batch % 8 == 0
     assert set(fitted.overrides) == {"batch"}
     assert f"{batch:,} clips fit in" in fitted.note
-    # in parts: the micro-batch is what has to fit
-    assert fit_batch(replace(config, accumulate=4)).overrides["batch"] >= 4 * 580
+    # in parts: activations of one at a time, waveforms and features of all of them
+    parts = fit_batch(replace(config, accumulate=4)).overrides["batch"]
+    in_parts = replace(work, accumulate=4)
+    assert parts % (4 * 8) == 0
+    assert estimated_bytes(in_parts, parts) <= limit < estimated_bytes(in_parts, parts + 2 * 32)
 
 
 def test_no_batch_is_larger_than_the_set_or_its_rule(tiny_sets: TinySets, machine: Any) -> None:
@@ -128,6 +131,15 @@ def test_the_rate_goes_with_the_batch_and_a_resume_keeps_both(
     monkeypatch.setattr(fitting, "fit_batch", lambda *_: pytest.fail("measured again"))
     again, _, _ = configure_ranks(None, None, {"batch": "auto"}, out, resume=True)
     assert again == config
+
+
+def test_the_procedures_batch_need_not_be_a_multiple_of_accumulate(
+    tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    """4 clips a step, for a set of 36; in 3 parts, 3 of them."""
+    given = {"data": tiny_sets.train, "batch": "auto", "accumulate": 3}
+    config, _, notes = configure_ranks("A4", "cnn_trans", given, tmp_path / "run", resume=False)
+    assert config.batch == 3 and notes[0].startswith("batch auto: 3 clips fit in")
 
 
 def test_auto_on_the_command_line(tiny_sets: TinySets, tmp_path: Path) -> None:

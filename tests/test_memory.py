@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastat import memory_trial
 from fastat.errors import Failure
 from fastat.memory import (
     LIBRARIES_BYTES,
@@ -17,6 +18,7 @@ from fastat.memory import (
     search,
     step_bytes,
 )
+from fastat.models.cnn_trans import CnnTransformer
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -97,6 +99,7 @@ def test_checkpointing_precision_and_waveforms_count() -> None:
     assert kept_less < 0.8 * plain
     assert estimated_bytes(work(precision="fp32"), 16) > 1.2 * plain
     assert estimated_bytes(work(clip_samples=160_000), 16) > plain + 16 * 160_000 * 6
+    assert estimated_bytes(work(accumulate=4), 16) < estimated_bytes(work(), 8)
 
 
 def test_modules_that_are_called_twice_are_counted() -> None:
@@ -165,6 +168,25 @@ def test_a_trial_that_fails_is_one_line() -> None:
         Failure, match="^the trial of the memory that a step takes failed: .*NVIDIA"
     ):
         step_bytes(work(), 4, torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("clip_samples", [0, 16_000])
+def test_a_trial_trains_and_scores(clip_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, what it does on CUDA: the front end, steps in parts, a batch to score."""
+    seen: list[tuple[bool, int]] = []
+    forward = CnnTransformer.forward
+
+    def look(self: CnnTransformer, x: torch.Tensor) -> torch.Tensor:
+        seen.append((self.training, len(x)))
+        return forward(self, x)
+
+    monkeypatch.setattr(CnnTransformer, "forward", look)
+    options = {"embedding": 32, "num_heads": 2}
+    asked = work(
+        num_frames=40, options=options, clip_samples=clip_samples, accumulate=2, eval_batch=3
+    )
+    memory_trial._steps(asked, 6, CPU)
+    assert seen == [(True, 3)] * 2 * memory_trial.STEPS + [(False, 3)]
 
 
 @pytest.mark.cuda

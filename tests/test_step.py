@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,8 @@ def test_what_is_not_captured_has_a_reason() -> None:
     two = Ranks(rank=0, size=2)
     assert why_not_captured(CUDA, ALONE, checkpointing=False) is None
     assert "ranks" in str(why_not_captured(CUDA, two, checkpointing=False))
+    under_torchrun: Any = SimpleNamespace(size=1, device_group=object())
+    assert "ranks" in str(why_not_captured(CUDA, under_torchrun, checkpointing=False))
     assert "random state" in str(why_not_captured(CUDA, ALONE, checkpointing=True))
     assert "CUDA" in str(why_not_captured(CPU, ALONE, checkpointing=False))
 

@@ -6,6 +6,7 @@ in pinned memory and is copied on a stream of its own. Order and content depend 
 which rows of the set can be read.
 """
 
+import functools
 import queue
 import threading
 import time
@@ -339,7 +340,7 @@ def with_features(
     features waits for them; they wait for nothing, and are computed while the device is still at
     the step before.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _frontend_stream(device) if device.type == "cuda" else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))  # which made the tables they read
     while True:
@@ -357,3 +358,9 @@ def with_features(
             for x in (features, batch.target):
                 x.record_stream(current)
         yield batch, features, waited
+
+
+@functools.cache
+def _frontend_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: what a stream frees, the allocator gives to that stream alone."""
+    return torch.cuda.Stream(device)
