@@ -424,7 +424,7 @@ GAPS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no predictions": (lambda r: (r / "predictions.h5").unlink(), "no predictions.h5"),
     "damaged predictions": (_damage, "predictions.h5 is damaged"),
-    "predictions of two sizes": (_other_sizes, "different sizes"),
+    "predictions of two sizes": (_other_sizes, "expected [clips, classes]"),
     "predictions not finite": (_not_finite, "not finite"),
     "no env.json": (lambda r: (r / "env.json").unlink(), "no env.json"),
     "damaged env.json": (lambda r: (r / "env.json").write_text("[1]"), "env.json is damaged"),
