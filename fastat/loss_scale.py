@@ -55,8 +55,8 @@ class LossScale:
         self.good.add_(found_inf == 0).mul_(~bad)
         grown = self.good >= GROWTH_INTERVAL
         self.good.mul_(~grown)
-        # Not torch.where, which copies a number to the device: a graph cannot hold that.
-        self.scale.mul_(1 + bad * (BACKOFF - 1) + grown * (GROWTH - 1)).clamp_(1.0, LARGEST)
+        factor = torch.where(bad, BACKOFF, torch.where(grown, GROWTH, 1.0))
+        self.scale.mul_(factor).clamp_(1.0, LARGEST)
         return overflow
 
     def state(self) -> dict[str, Tensor]:

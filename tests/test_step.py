@@ -88,8 +88,7 @@ class NoHostSync(TorchDispatchMode):
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         made = {x.device.type for x in tree_leaves(out) if isinstance(x, Tensor)}
-        # where() copies a number to the device first.
-        if name in ("_to_copy", "copy_", "where") and len(devices | made) > 1:
+        if name in ("_to_copy", "copy_") and len(devices | made) > 1:
             raise WaitsForTheDevice(f"{name}: {devices} -> {made}")
         return out
 
