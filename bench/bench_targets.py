@@ -153,7 +153,8 @@ class Training:
             self.waited += waited
             self.in_frontend += perf_counter() - started - waited
             loss = self.step(features, batch.target)
-            self.readings.put(step, LR, Taken(loss, loss, self.nothing), self.nothing)
+            taken = Taken(loss, loss, self.nothing, self.nothing)
+            self.readings.put(step, LR, taken, self.nothing)
             losses += [seen.loss for seen in self.readings.due()]
         losses += [seen.loss for seen in self.readings.due(wait=True)]
         return sum(losses) / num_steps

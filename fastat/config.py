@@ -26,7 +26,7 @@ from fastat.procedures import (
 from fastat.schedule import SCHEDULES, warmup_length
 from fastat_kernels.choice import parse_kernels
 
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32")
 SOURCES = ("packed", "dali")
 STATISTICS = ("set", "authors")
 CACHES = ("none", "host", "device")

@@ -24,6 +24,8 @@ RECORDED = (
     "nvidia-dali-cuda130",
 )
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def default_device() -> torch.device:
     """The GPU where there is one."""
@@ -46,8 +48,10 @@ def _cpu_model() -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The model's arithmetic: bfloat16 where that is safe ("bf16"), or float32 ("fp32")."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """The model's arithmetic: bfloat16 ("bf16") or float16 ("fp16") where that is safe, or float32
+    ("fp32")."""
+    dtype = HALF.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def numerics(device: torch.device) -> str:

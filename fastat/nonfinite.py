@@ -9,6 +9,9 @@ statistics too. ``TrainConfig.on_nan`` decides what follows:
   and comes by again, leaving the step out: not even its random numbers are drawn, so that the run
   is the one that never had the step. More than ``MAX_ROLLBACKS`` in an epoch end it.
 
+Under fp16 a gradient that overflows is no such step as long as a smaller loss scale may mend it
+(``fastat.loss_scale``): it is not taken either, but ``on_nan`` does not hear of it.
+
 A step left out counts as a step for the schedule and the length of the run, and not in the mean
 loss. ``python -m fastat.nonfinite FOLDER`` reproduces a step from what a ``Recorder`` kept of it.
 """

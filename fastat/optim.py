@@ -97,35 +97,41 @@ def finite_flag(loss: Tensor, params: Iterable[nn.Parameter]) -> tuple[Tensor, T
 
 
 class _FoundInf:
-    """What apex's FusedAdam asks a gradient scaler: the flag, and a scale of 1.
+    """What apex's FusedAdam asks a gradient scaler: the flag, and the scale of the gradients.
 
     The two methods are all that it calls (``apex/optimizers/fused_adam.py``, capturable).
     """
 
-    def __init__(self, found_inf: Tensor) -> None:
-        self.found_inf = found_inf
+    def __init__(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:
+        self.found_inf, self.grad_scale = found_inf, grad_scale
 
     def _check_inf_per_device(self, optimizer: object) -> dict[torch.device, Tensor]:
         return {self.found_inf.device: self.found_inf}
 
     def _get_scale_async(self) -> Tensor:
-        return torch.ones(1, device=self.found_inf.device)
+        if self.grad_scale is None:
+            return torch.ones(1, device=self.found_inf.device)
+        return self.grad_scale
 
 
-def guarded_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+def guarded_step(
+    optimizer: torch.optim.Optimizer, found_inf: Tensor, grad_scale: Tensor | None = None
+) -> None:
     """One optimizer step that leaves weights and state alone where ``found_inf`` is 1.
 
-    Both Adams read the flag on the device; the host does not wait.
+    Both Adams read the flag on the device, and what the gradients were multiplied by and are to be
+    divided by, if anything; the host does not wait.
     """
     if isinstance(optimizer, torch.optim.Adam):
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.step()
         return
     apex: Any = optimizer
     # By this one apex counts a step, before it asks for the flag: at the next step the count would
     # be right all the same, but not in a checkpoint between them.
     apex._dummy_overflow_buf.copy_(found_inf)
-    apex.step(grad_scaler=_FoundInf(found_inf))
+    apex.step(grad_scaler=_FoundInf(found_inf, grad_scale))
 
 
 def train_step(
@@ -137,6 +143,7 @@ def train_step(
     precision: AbstractContextManager[object],
     accumulate: int = 1,
     ranks: Ranks = ALONE,
+    grad_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward, backward and Adam, without waiting for the device.
 
@@ -147,10 +154,12 @@ def train_step(
         accumulate: micro-batches, of equal size, that the batch is computed in; the gradient is
             that of the whole batch, but BatchNorm sees one micro-batch at a time.
         ranks: the features are the part of one of them; gradients and loss are means over all.
+        grad_scale: scalar float32 on the device, which multiplies the loss for the backward pass
+            alone; None: 1.
 
     Returns:
-        loss, gradient norm, and 1 where either is not finite and the step was not taken: scalars
-        on the device, the same on every rank.
+        loss, gradient norm, neither scaled, and 1 where either is not finite and the step was not
+        taken: scalars on the device, the same on every rank.
     """
     size = len(features) // accumulate
     loss = torch.zeros((), device=features.device)
@@ -161,10 +170,12 @@ def train_step(
             with precision:
                 logits = model(x)
             part = F.binary_cross_entropy_with_logits(logits.float(), y) / accumulate
-            part.backward()
+            (part if grad_scale is None else part * grad_scale).backward()
         loss += part.detach()
     loss = ranks.mean(loss)
     found_inf, norm = finite_flag(loss, params)
-    guarded_step(optimizer, found_inf)
+    if grad_scale is not None:
+        norm = norm / grad_scale
+    guarded_step(optimizer, found_inf, grad_scale)
     optimizer.zero_grad()  # to None; apex's takes no argument that says so
     return loss, norm, found_inf

@@ -23,6 +23,9 @@ class Reading:
     loss: float
     norm: float
     found_inf: bool
+    """Loss or gradient is not finite: a fault, unless it is an overflow."""
+    overflow: bool
+    """fp16's loss scale was too large; the step was not taken."""
     loss_sum: float
     """Of the epoch, up to this step."""
 
@@ -38,10 +41,10 @@ class Readings:
 
     def put(self, step: int, lr: float, taken: Taken, loss_sum: Tensor) -> None:
         """After a step. loss_sum: scalar float64 on the device, which may change later."""
-        values = torch.stack([x.detach().double() for x in (*taken, loss_sum)])  # [4]
+        values = torch.stack([x.detach().double() for x in (*taken, loss_sum)])  # [5]
         event = None
         if self.device.type == "cuda":
-            host = torch.empty(4, dtype=torch.float64, pin_memory=True)
+            host = torch.empty(5, dtype=torch.float64, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
@@ -57,8 +60,8 @@ class Readings:
             step, lr, values, event = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, found_inf, loss_sum = values.tolist()
-            yield Reading(step, lr, loss, norm, bool(found_inf), loss_sum)
+            loss, norm, found_inf, overflow, loss_sum = values.tolist()
+            yield Reading(step, lr, loss, norm, bool(found_inf), bool(overflow), loss_sum)
 
     def clear(self) -> None:
         """Forgets the steps that were not read."""

@@ -21,6 +21,7 @@ from fastat.data.shards import PackedSet
 from fastat.distributed import Ranks, seed_rank
 from fastat.environment import environment, numerics, restore_random_state
 from fastat.errors import Failure, UserError
+from fastat.loss_scale import FIRST_SCALE, LossScale
 from fastat.metrics import finite
 
 BAD_CLIPS_FILE = "bad_clips.csv"
@@ -45,9 +46,13 @@ class Progress:
     """A signal cut the evaluation off: the steps of the epoch are done, its score is not."""
     left_out: list[int] = field(default_factory=list)
     """Steps, from 0, that were not or will not be taken, because they are not finite."""
+    overflows: int = 0
+    """Steps of the current epoch that were not taken because fp16 overflowed; none is in
+    ``left_out``."""
 
     def taken(self, first: int, end: int | None = None) -> int:
-        """How many steps were taken from step ``first`` on, before ``end`` (None: so far)."""
+        """How many steps were taken from step ``first`` on, before ``end`` (None: so far), and how
+        many of fp16 overflowed."""
         end = self.step if end is None else end
         return end - first - sum(first <= s < end for s in self.left_out)
 
@@ -177,6 +182,7 @@ def trainer_state(
     data: str,
     device: torch.device,
     random_states: list[dict[str, Tensor | None]],
+    loss_scale: LossScale | None,
 ) -> dict[str, Any]:
     """``trainer.pt``: what a run needs to go on, bit for bit.
 
@@ -188,13 +194,18 @@ def trainer_state(
         "optimizer": saved_state(optimizer),
         "progress": asdict(progress),
         "random": random_states,
+        "loss_scale": None if loss_scale is None else loss_scale.state(),
         "data": data,
         "numerics": numerics(device),
     }
 
 
 def restore_trainer_state(
-    state: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device, ranks: Ranks
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    ranks: Ranks,
+    loss_scale: LossScale | None,
 ) -> tuple[Progress, list[str]]:
     """Puts ``trainer_state`` back; returns where the run stands, and what there is to say.
 
@@ -209,6 +220,11 @@ def restore_trainer_state(
     else:
         seed_rank(progress.step, ranks)
     notes = []
+    if loss_scale is not None:
+        if state.get("loss_scale"):
+            loss_scale.restore(state["loss_scale"])
+        else:
+            notes.append(f"the checkpoint has no loss scale: it starts at {FIRST_SCALE:,.0f}")
     if len(random_states) != ranks.size:
         notes.append(
             f"the run had {len(random_states)} ranks and has {ranks.size} now: the same clips a "

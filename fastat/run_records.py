@@ -73,6 +73,8 @@ def epoch_text(line: dict[str, Any], epochs: int, num_classes: int) -> str:
         text += f"  AUC {line['AUC']:.4f}  d' {line['d_prime']:.3f}"
         if line["classes_scored"] < num_classes:
             text += f"  ({line['classes_scored']} of {num_classes} classes scored)"
+    if line.get("overflows"):
+        text += f"  {line['overflows']} overflows"
     text += f"  {line['clips_per_s']:.1f} clips/s"
     return f"{text}  data wait {line['data_wait_fraction']:.1%}"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastat.distributed import ALONE, Ranks
 from fastat.environment import autocast, memory_is_full, random_state, restore_random_state
 from fastat.errors import Failure
+from fastat.loss_scale import LossScale
 from fastat.nonfinite import BufferGuard
 from fastat.optim import set_lr, train_step
 
@@ -30,6 +31,8 @@ class Taken(NamedTuple):
     """2-norm of the gradient."""
     found_inf: Tensor
     """1 where loss or gradient is not finite, and the step was not taken; else 0."""
+    overflow: Tensor
+    """1 where that is no fault, but fp16's loss scale being too large; else 0."""
 
 
 def why_not_captured(device: torch.device, ranks: Ranks, *, checkpointing: bool) -> str | None:
@@ -54,7 +57,7 @@ class TrainingStep:
         model: compiled or not, under DDP or not; in training mode when called.
         params: those that are trained.
         optimizer: ``create_adam``'s, with ``lr_scale`` in its groups.
-        precision: "bf16" or "fp32".
+        precision: "bf16", "fp16", whose loss is scaled, or "fp32".
         guard: takes a step that is not taken back out of BatchNorm's statistics.
         accumulate, ranks: as in ``train_step``.
         graph: capture; only where ``why_not_captured`` has nothing to say.
@@ -76,6 +79,7 @@ class TrainingStep:
         self.model, self.params, self.optimizer = model, params, optimizer
         self.precision, self.device, self.guard = precision, device, guard
         self.accumulate, self.ranks = accumulate, ranks
+        self.loss_scale = LossScale(device) if precision == "fp16" else None
         self.graph = graph
         self.forget()
 
@@ -140,21 +144,22 @@ class TrainingStep:
     def _take(self, features: Tensor, target: Tensor) -> Taken:
         if self.guard is not None:
             self.guard.remember()
-        taken = Taken(
-            *train_step(
-                self.model,
-                self.params,
-                self.optimizer,
-                features,
-                target,
-                autocast(self.device, self.precision),
-                self.accumulate,
-                self.ranks,
-            )
+        scale = self.loss_scale
+        loss, norm, found_inf = train_step(
+            self.model,
+            self.params,
+            self.optimizer,
+            features,
+            target,
+            autocast(self.device, self.precision),
+            self.accumulate,
+            self.ranks,
+            None if scale is None else scale.scale,
         )
         if self.guard is not None:
-            self.guard.undo_if(taken.found_inf)
-        return taken
+            self.guard.undo_if(found_inf)
+        overflow = torch.zeros_like(loss) if scale is None else scale.update(loss, found_inf)
+        return Taken(loss, norm, found_inf, overflow)
 
     def _aside(self, features: Tensor, target: Tensor) -> Taken:
         """A step on the stream of the capture."""

@@ -373,7 +373,9 @@ class Trainer:
         """
         seen = None
         for seen in self.readings.due(wait=wait):
-            if seen.found_inf:
+            if seen.overflow:
+                self.progress.overflows += 1
+            elif seen.found_inf:
                 self._leave_out(seen.step)
         return seen
 
@@ -382,8 +384,9 @@ class Trainer:
         p, on_nan = self.progress, self.config.on_nan
         kept = self.recorder.keep(step) if self.ranks.first else ""
         train_mode(self.network.model)
+        half = " of float16, which ends at 65,504" if self.config.precision == "fp16" else ""
         text = (
-            f"the loss or a gradient is not finite at step {step + 1}; "
+            f"the loss or a gradient is not finite at step {step + 1}{half}; "
             f"that step was not taken{kept}; "
         )
         reason = nonfinite.why_stop(on_nan, step, p.left_out, self.sampler.steps_per_epoch)
@@ -415,6 +418,7 @@ class Trainer:
         p, c = self.progress, self.config
         first = epoch * self.sampler.steps_per_epoch
         done = p.taken(first) or 1
+        summed = p.taken(first, seen.step + 1) - p.overflows
         rate = done * c.batch / p.train_seconds
         curves = self.records.curves
         curves.add_scalar("train/loss", seen.loss, seen.step + 1)
@@ -426,7 +430,7 @@ class Trainer:
                 epochs=c.epochs,
                 step=p.step,
                 total_steps=self.last_step,
-                loss=seen.loss_sum / (p.taken(first, seen.step + 1) or 1),
+                loss=seen.loss_sum / (summed or 1),
                 lr=seen.lr,
                 clips_per_s=rate,
                 data_wait=p.wait_seconds / p.train_seconds,
@@ -468,11 +472,12 @@ class Trainer:
         first = epoch * steps
         self._heed_writer(wait=True)  # it may say that the best so far was not written
         done = p.taken(first)
+        summed = done - p.overflows
         line: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": p.step,
             "lr": self._lr(p.step - 1),
-            "train_loss": p.loss_sum.item() / done if done else math.nan,
+            "train_loss": p.loss_sum.item() / summed if summed else math.nan,
             "clips_per_s": done * c.batch / p.train_seconds if done else 0.0,
             "data_wait_fraction": p.wait_seconds / p.train_seconds if done else 0.0,
             "epoch_s": p.train_seconds,
@@ -480,6 +485,8 @@ class Trainer:
         }
         if self.compiling is not None:
             line["compile_s"] = self.compiling.of_epoch()
+        if self.step.loss_scale is not None:
+            line["overflows"] = p.overflows
         best = False
         if evaluation is not None:
             m = evaluation.metrics
@@ -496,6 +503,7 @@ class Trainer:
         p.unscored = False
         if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
+            p.overflows = 0
         if self.ranks.first:
             self.records.epoch(line)
             if best and evaluation is not None:
@@ -548,7 +556,8 @@ class Trainer:
         }
         meta = replace(self.meta, trained=finite(trained))
         fingerprint = self.data.train_set.fingerprint
-        state = trainer_state(self.optimizer, p, fingerprint, self.device, random_states)
+        scale = self.step.loss_scale
+        state = trainer_state(self.optimizer, p, fingerprint, self.device, random_states, scale)
         weights = self.raw_model.state_dict()
         self.records.checkpoints.start(p.step, weights, meta, state, best=best)
         self.due.saved()
@@ -576,7 +585,7 @@ class Trainer:
         newest, lost = self.ranks.from_first(self._read_checkpoint)
         put_weights(self.raw_model, newest.state, self.run / "checkpoints" / step_name(newest.step))
         self.progress, notes = restore_trainer_state(
-            newest.trainer, self.optimizer, self.device, self.ranks
+            newest.trainer, self.optimizer, self.device, self.ranks, self.step.loss_scale
         )
         self.step.forget()  # the optimizer has other tensors now
         if lost is not None:

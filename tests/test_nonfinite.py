@@ -120,9 +120,9 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(
     assert metrics(tmp_path / "run")[1]["train_loss"] is None, "no step of this epoch was taken"
 
 
-def never_had(sets: TinySets, run: Path, steps: list[int]) -> Path:
+def never_had(sets: TinySets, run: Path, steps: list[int], **overrides: Any) -> Path:
     """The run without these steps."""
-    clean = trainer(sets, run)
+    clean = trainer(sets, run, **overrides)
     clean.progress.left_out = steps
     clean.run_epochs()
     return run

@@ -270,6 +270,22 @@ def test_apex_gets_the_flag_on_the_device(stub_apex: None, bad_steps: tuple[int,
         torch.testing.assert_close(p, q)
 
 
+def test_apex_gets_the_scale_of_the_gradients(stub_apex: None) -> None:
+    """Weights are those of gradients that were never scaled, bit for bit: it is a power of two."""
+    results = []
+    for scale in (None, torch.tensor(2.0**14)):
+        params = parameters()
+        optimizer, _ = adam(params, CUDA)
+        for step in range(3):
+            set_gradients(params, step)
+            for p in params:
+                assert p.grad is not None
+                p.grad *= 1 if scale is None else scale
+            guarded_step(optimizer, torch.zeros(()), scale)
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_the_learning_rate_on_cuda_is_a_tensor_of_each_group(stub_apex: None) -> None:
     """Which a captured step reads; on the CPU a number, as ever."""
     first, second = parameters()

@@ -19,6 +19,7 @@ from fastat import train as training
 from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure
 from fastat.frontend import Augment, Frontend
+from fastat.loss_scale import LossScale
 from fastat.memory import make_fake
 from fastat.models import create_model
 from fastat.nonfinite import BufferGuard
@@ -116,7 +117,7 @@ def test_no_model_waits_for_the_device(name: str) -> None:
                 torch.empty(CLIPS, 2, dtype=torch.int64),
             )
             num_samples = torch.empty(CLIPS + PARTNERS, dtype=torch.int64)
-        guard = BufferGuard(model)
+        guard, scale = BufferGuard(model), LossScale(CUDA)
         with NoHostSync():
             features = frontend(waveform, num_samples, augment)
             if name == "crnn":  # cuDNN's GRU asks the driver
@@ -127,6 +128,7 @@ def test_no_model_waits_for_the_device(name: str) -> None:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             found_inf, _ = finite_flag(loss, model.parameters())
+            scale.update(loss, found_inf)
             guard.undo_if(found_inf)
 
 
@@ -187,7 +189,7 @@ def test_the_step_is_train_step_between_the_guards(monkeypatch: pytest.MonkeyPat
         taken = step(features, target, 1e-3)
         precision = torch.autocast("cpu", torch.bfloat16)
         theirs = train_step(plain, params, adam, features, target, precision)
-        assert all(torch.equal(a, b) for a, b in zip(taken, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(taken[:3], theirs, strict=True))
     bad = inputs(2)[0].index_fill(0, torch.tensor([1]), float("nan"))
     assert step(bad, target, 1e-3).found_inf == 1
     for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
@@ -207,11 +209,12 @@ def test_what_is_not_captured_has_a_reason() -> None:
 def test_readings_come_at_once_on_the_cpu_and_in_order() -> None:
     readings, total = Readings(CPU), torch.zeros((), dtype=torch.float64)
     for i in range(3):
-        taken = Taken(torch.tensor(0.1 * i), torch.tensor(2.0), torch.tensor(float(i == 1)))
+        taken = Taken(*map(torch.tensor, (0.1 * i, 2.0, float(i > 0), float(i > 1))))
         total += taken.loss
         readings.put(i, 0.5, taken, total)
         (seen,) = readings.due()
-        assert (seen.step, seen.lr, seen.norm, seen.found_inf) == (i, 0.5, 2.0, i == 1)
+        assert (seen.step, seen.lr, seen.norm) == (i, 0.5, 2.0)
+        assert (seen.found_inf, seen.overflow) == (i > 0, i > 1)
         assert seen.loss == taken.loss.item() and seen.loss_sum == total.item()
     readings.put(3, 0.5, taken, total)
     readings.clear()
@@ -315,10 +318,11 @@ def no_sync() -> Iterator[None]:
 
 @pytest.mark.cuda
 @on_gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_step_waits_for_the_gpu(name: str) -> None:
+def test_no_step_waits_for_the_gpu(name: str, precision: str) -> None:
     """With the front end, the graph, and the numbers read back."""
-    step = step_of(small(name, CUDA), CUDA, graph=True)
+    step = step_of(small(name, CUDA), CUDA, graph=True, precision=precision)
     frontend = Frontend("logmel64", clip_samples=SAMPLES).to(CUDA)
     waveform = torch.zeros(CLIPS, SAMPLES, dtype=torch.int16, device=CUDA)
     num_samples = torch.full((CLIPS,), SAMPLES, device=CUDA)
@@ -371,6 +375,38 @@ def test_a_graph_takes_the_steps_that_are_not_captured(name: str) -> None:
     for a, b in zip(state_a, state_b, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert torch.equal(random_a, random_b)
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_moves_the_loss_scale(name: str) -> None:
+    """Down in the steps before the capture and in replays, up in a replay, and not where the loss
+    is not finite; as steps that are not captured do."""
+    torch.manual_seed(1)
+    start = small(name, CUDA).state_dict()
+    results = []
+    for graph in (False, True):
+        model = small(name, CUDA)
+        model.load_state_dict(start)
+        step = step_of(model, CUDA, graph=graph, precision="fp16")
+        scale = step.loss_scale
+        assert scale is not None
+        scale.scale.fill_(2.0**60)
+        seen = []
+        for i in range(WARM_UP + 7):
+            features, target = inputs(i, CUDA)
+            if i == WARM_UP + 2:  # what restore() does, between two replays
+                scale.restore({"scale": torch.tensor(64.0), "good": torch.tensor(1998)})
+            if i == WARM_UP + 5:
+                features[0] = float("nan")
+            taken = step(features, target, 0.0)
+            seen.append((taken.found_inf.item(), taken.overflow.item(), scale.scale.item()))
+        results.append(seen)
+    assert results[0] == results[1]
+    n = WARM_UP + 2
+    assert results[0][:n] == [(1, 1, 2.0 ** (59 - i)) for i in range(n)]
+    assert results[0][n:] == [(0, 0, 64), (0, 0, 128), (0, 0, 128), (1, 0, 128), (0, 0, 128)]
 
 
 @pytest.mark.cuda

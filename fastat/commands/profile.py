@@ -34,7 +34,7 @@ def profile(
             "128 x 1024."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),

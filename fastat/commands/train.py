@@ -34,7 +34,7 @@ def train(
         typer.Option(help="paper (Table 1) or authors (the runs behind its numbers)."),
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="step, step2, constant or cyclic.")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16 or fp32.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
     no_balance: Annotated[
         bool, typer.Option("--no-balance", help="Draw every clip alike.")
     ] = False,

@@ -16,7 +16,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
     data: Annotated[Path, typer.Option(help="Packed evaluation set.")],
     batch: Annotated[int, typer.Option(help="Clips a step.")] = 64,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     predictions: Annotated[
         Path | None, typer.Option(help="Write scores to this HDF5 file.")
     ] = None,
