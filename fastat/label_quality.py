@@ -4,7 +4,6 @@ AudioSet's quality table, ``qa_true_counts.csv``, says of each class how many of
 listened to again, and how many of them were right.
 """
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastat.data.classes import csv_rows
 from fastat.errors import UserError
 
 ID_COLUMNS = ("label_id", "id", "mid")
@@ -40,16 +40,7 @@ def read_quality(path: Path) -> dict[str, float]:
     Raises:
         UserError: no such file or not such a table; names the line.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"label quality {path}: {reason}") from None
-    try:
-        reader = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    except csv.Error as error:
-        raise UserError(f"label quality {path}: not CSV: {error}") from None
+    rows = csv_rows(path, f"label quality {path}")
     header = [cell.lower() for cell in rows[0][1]] if rows else []
     ids = next((header.index(c) for c in ID_COLUMNS if c in header), None)
     columns = [header.index(c) for c in ("num_rated", "num_true") if c in header]

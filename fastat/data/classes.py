@@ -60,16 +60,7 @@ class ClassList:
         Raises:
             UserError: no such file or not such a table; names the line.
         """
-        try:
-            text = path.read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
-            raise UserError(f"--labels {path}: {reason}") from None
-        try:
-            reader = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-        except csv.Error as error:
-            raise UserError(f"--labels {path}: not CSV: {error}") from None
+        rows = csv_rows(path, f"--labels {path}")
         expected = "expected columns index, mid, display_name"
         if not rows:
             raise UserError(f"--labels {path}: {expected}, got an empty file")
@@ -107,3 +98,24 @@ class ClassList:
                 f"got {sorted(found)[:3]}..."
             )
         return cls([found[number] for number in range(len(found))], str(path))
+
+
+def csv_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
+    """The rows of a small table that are not empty, each with its line's number; cells stripped.
+
+    Args:
+        what: the file, as an error is to name it.
+
+    Raises:
+        UserError: no such file, or not CSV.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(f"{what}: {reason}") from None
+    try:
+        reader = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
+        return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{what}: not CSV: {error}") from None
