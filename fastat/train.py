@@ -59,6 +59,7 @@ from fastat_kernels.backend import chosen_kernels, set_kernels
 from fastat_kernels.choice import parse_kernels
 
 LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
+FP16_IS_FOR_GPUS = "fp16 is for GPUs without bfloat16: a CPU is many times slower at it than at bf16"
 
 
 def train(
@@ -115,6 +116,8 @@ class Trainer:
             self.notes.append(f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}")
         elif config.kernels != "auto":
             self.notes.append(f"kernels={config.kernels}: Triton kernels run on CUDA only")
+        if self.device.type == "cpu" and config.precision == "fp16":
+            self.notes.append(FP16_IS_FOR_GPUS)
 
         # ---- data
         self.data = open_data(config, self.device, self.ranks, preparing, self.notes)

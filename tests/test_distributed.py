@@ -259,6 +259,26 @@ def test_two_ranks_leave_out_the_same_step(
     assert len((kept / "clips.csv").read_text().splitlines()) == 1 + config.batch
 
 
+def with_an_overflow(ranks: Ranks, config: TrainConfig, run: Path) -> tuple[list[int], Any]:
+    """A run in half precision whose sixth step overflows on the second rank alone."""
+    t = trainer(config, run, ranks)
+    scale = t.step.loss_scale
+    assert scale is not None
+    scale.scale.fill_(64)
+    if not ranks.first:
+        last = t.network.params[-1]
+        last.register_hook(lambda grad: grad * (torch.inf if t.progress.step == 5 else 1))
+    t.run_epochs()
+    return t.progress.left_out, (scale.scale.item(), scale.good.item())
+
+
+def test_an_overflow_on_one_rank_is_one_on_all(tiny_sets: TinySets, tmp_path: Path) -> None:
+    """No rank takes the step, and both scales are halved."""
+    config = config_of(tiny_sets, precision="fp16")
+    assert run_ranks(2, with_an_overflow, config, tmp_path) == [([], (32, 6))] * 2
+    assert [line["overflows"] for line in metrics(tmp_path)] == [0, 1, 0]
+
+
 @pytest.mark.parametrize("steps", [3, 8])
 def test_two_ranks_resume_bit_for_bit(
     two_ranks: Path, tiny_sets: TinySets, tmp_path: Path, steps: int
