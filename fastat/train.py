@@ -59,7 +59,7 @@ from fastat_kernels.backend import chosen_kernels, set_kernels
 from fastat_kernels.choice import parse_kernels
 
 LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
-FP16_IS_FOR_GPUS = "fp16 is for GPUs without bfloat16: a CPU is many times slower at it than at bf16"
+FP16_IS_FOR_GPUS = "fp16 is for GPUs without bfloat16; a CPU is many times slower at it than bf16"
 
 
 def train(
