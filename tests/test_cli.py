@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from fastat.checkpoint import ModelMeta, save_checkpoint
-from fastat.cli import COMMANDS
+from fastat.cli import COMMANDS, main
 from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.procedures import PROCEDURES
@@ -43,8 +43,14 @@ def save(folder: Path, classes: tuple[ClassInfo, ...], mean: float, std: float) 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str) -> None:
-    text = fastat(command, "--help").stdout
+def test_help_has_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fastat", command, "--help"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    text = capsys.readouterr().out
     assert "Usage:" in text
     assert f"fastat {command}" in text.split("Usage:")[1].split("\n", 1)[1]
 
