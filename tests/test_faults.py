@@ -57,6 +57,11 @@ def at_step(monkeypatch: pytest.MonkeyPatch, **actions: Callable[[], object]) ->
     monkeypatch.setattr(stepping, "train_step", counted)
 
 
+def skip_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that comes due waits for the write before it, instead of for a later step."""
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "busy", property(lambda self: False))
+
+
 def kill_myself(signum: int) -> Callable[[], object]:
     return lambda: os.kill(os.getpid(), signum)
 
@@ -123,7 +128,13 @@ def test_a_disk_that_stays_full_fails_the_run(
 ) -> None:
     out = disk.folder / "run"
     run = trainer(tiny_sets, out, checkpoint_every_steps=2)
-    at_step(monkeypatch, step_7=disk.fill)
+    skip_no_checkpoint(monkeypatch)
+
+    def fill_after_the_sixth() -> None:
+        run.records.checkpoints.finish()
+        disk.fill()
+
+    at_step(monkeypatch, step_7=fill_after_the_sixth)
     with pytest.raises(Failure, match="cannot write checkpoint .*step-00000008.*"):
         run.run_epochs()
     assert linked_step(out / "checkpoints", "last") == 6
@@ -375,7 +386,7 @@ def test_minutes_between_checkpoints(
     at_step(monkeypatch, **{f"step_{k}": lambda: now.append(now[-1] + 60) for k in range(1, 9)})
     monkeypatch.setattr(time, "monotonic", lambda: now[-1])
     run = trainer(tiny_sets, tmp_path / "run", checkpoint_every_minutes=1.5, eval=None)
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "busy", property(lambda self: False))
+    skip_no_checkpoint(monkeypatch)
     run.run_epochs()
     assert saved == [2, 4, 6, 8], "a minute a step: every second one; 4 and 8 end an epoch"
 
@@ -405,11 +416,13 @@ def test_resuming_from_the_one_before_a_damaged_checkpoint(
     whole: Path,
     tiny_sets: TinySets,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
     """The damaged one is also the best: it is the best again once it is made again."""
     out = tmp_path / "run"
+    skip_no_checkpoint(monkeypatch)
     trainer(tiny_sets, out, steps=8, checkpoint_every_steps=3).run_epochs()
     damage(out / "checkpoints" / "last" / name)
     again = trainer(tiny_sets, out, resume=True)
