@@ -133,6 +133,7 @@ def configure(
 
     Raises:
         UserError: options that are impossible, or that do not fit the run in ``out``.
+        Failure: ``out`` is read-only.
     """
     auto = overrides.get("batch") == AUTO
     overrides = {k: v for k, v in overrides.items() if not (auto and k == "batch")}
@@ -150,6 +151,10 @@ def configure(
     if proc is None or model is None:
         raise UserError("a new run needs --proc (A1, A2, A3, A4) and --model")
     _check_early(proc, model, overrides)
+    if out is not None:
+        from fastat.run_folder import check_writable
+
+        check_writable(out)
     initial: dict[str, Any] = {}
     if overrides.get("init") is not None:
         from fastat.weights.initial import initial_options
@@ -238,13 +243,18 @@ def cache_folder() -> Path:
 
 
 def practice_sets() -> tuple[Path, Path]:
-    """The practice set, made and packed in the cache folder unless it is there: (train, eval)."""
+    """The practice set, made and packed in the cache folder unless it is there: (train, eval).
+
+    A packed set is taken as it is: pack would miss its files where the cache folder was moved.
+    """
     from fastat.data.demo import DEMO_VERSION, make_demo
     from fastat.data.pack import pack as pack_set
+    from fastat.data.shards import INDEX_FILE
 
     folder = cache_folder() / f"practice-{DEMO_VERSION}"
     raw, train, evaluation = folder / "made", folder / "train", folder / "eval"
     make_demo(raw)
     for table, out in (("train_segments.csv", train), ("eval_segments.csv", evaluation)):
-        pack_set(raw / table, out, audio=raw / "audio", labels=raw / "class_labels_indices.csv")
+        if not (out / INDEX_FILE).exists():
+            pack_set(raw / table, out, audio=raw / "audio", labels=raw / "class_labels_indices.csv")
     return train, evaluation

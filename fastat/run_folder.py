@@ -97,11 +97,17 @@ class RunLock:
 
 
 def check_writable(run: Path) -> None:
-    """Raises Failure where ``run`` cannot be written or made, before anything else costs time."""
+    """Before anything else costs time: ``run`` can be written or made.
+
+    Raises:
+        UserError: a file has that name, or that of a folder it is to be in.
+        Failure: the folder is read-only.
+    """
     there = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "is read-only" if there.is_dir() else "is a file"
-        raise Failure(f"cannot write the run folder {run}: {there} {why}")
+    if not there.is_dir():
+        raise UserError(f"--out takes a folder for the run, and {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Failure(f"cannot write the run folder {run}: {there} is read-only")
 
 
 def open_run_folder(

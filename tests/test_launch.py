@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 
 import fastat.launch
 from fastat.config import TrainConfig
-from fastat.data import shards
+from fastat.data import demo, shards
 from fastat.errors import Failure, UserError
-from fastat.launch import configure
+from fastat.launch import configure, practice_sets
 from tests.conftest import TinySets
 
 
@@ -81,6 +82,29 @@ def test_a_model_that_cannot_be_is_told_before_the_practice_set_is_made(
 ) -> None:
     with pytest.raises(UserError, match=message):
         configure("A4", model, {"model_options": options}, None, resume=False)
+
+
+def test_a_file_where_the_run_is_to_be(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for out in (tmp_path / "notes", tmp_path / "notes" / "baseline"):
+        with pytest.raises(UserError, match=f"takes a folder for the run, and {tmp_path}/notes is"):
+            configure("A4", "crnn", {}, out, resume=False)
+
+
+def test_the_practice_set_of_a_moved_cache_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it lay is in what pack knows its command by."""
+    small = tuple(replace(split, num_clips=20, rarest=1) for split in demo.SPLITS)
+    monkeypatch.setattr(demo, "SPLITS", small)
+    monkeypatch.setenv("FASTAT_CACHE", str(tmp_path / "before"))
+    practice_sets()
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.setenv("FASTAT_CACHE", str(tmp_path / "after"))
+    train, evaluation = practice_sets()
+    assert train.is_relative_to(tmp_path / "after")
+    assert [shards.sizes_of(path)[0] for path in (train, evaluation)] == [20, 20]
+    assert not (tmp_path / "before").exists()
 
 
 def test_a_link_to_start_from_stays_a_link(
