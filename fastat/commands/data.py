@@ -133,6 +133,8 @@ def pack(
     if append:
         if holdout is not None or group_by is not None:
             raise UserError("--append adds to one set: expected no --holdout and no --group-by")
+        if "--seed" in _given(context):
+            raise UserError("--append draws nothing at random: expected no --seed")
         from fastat.data.pack_append import append as append_to_set
 
         appended = append_to_set(source, out, clip_seconds=clip_seconds, codec=codec, **common)

@@ -124,6 +124,7 @@ def test_mistakes_are_one_line(table: Path, tmp_path: Path, fastat_pack: Command
         ((tmp_path, "--verify"), "found no dataset.json"),
         ((table, *out, "--append"), "expected the folder of a packed set, found none"),
         ((table, *out, "--append", "--holdout", 0.2), "--append adds to one set"),
+        ((table, *out, "--append", "--seed", 3), "--append draws nothing at random"),
     ):
         done = fastat_pack(*args)
         assert done.code == 2 and message in done.err and done.out == ""
