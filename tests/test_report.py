@@ -313,6 +313,9 @@ def test_profiles_and_benchmarks(tmp_path: Path, out: Path) -> None:
     row = page.table("cost-0")[0]
     assert row["model"] == "cnn_trans A4" and row["clips/s"] == "10,000"
     assert row["parameters"] == "12.1 M" and row["paper's hours"] == "8.84 (2 × V100)"
+    hours = {row["model"]: row["paper's hours"] for row in page.table("cost-0")}
+    assert hours["ast A3 8×8"] == "8.84 (2 × V100)", "its own stride: Table 1's, as in the file"
+    assert hours["ast A3 4×4"] == f"{10 * TABLE_3['A3'][4].hours_per_epoch:g} (2 × V100)"
     cases = {row["case"]: row for row in page.table("bench-0")}
     assert cases.keys() == {"attention", "log_mel", "dropout"}
     assert (cases["attention"]["best peer"], cases["attention"]["ratio"]) == ("sdpa", "1.50")

@@ -117,9 +117,12 @@ def _read_json(path: Path, inputs: Inputs) -> None:
     try:
         document = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
+        more = ""
+        if path.suffix == ".jsonl":
+            more = "; python -m bench.compare --save makes it of results.jsonl"
         raise UserError(
             f"{path}: expected a run folder, or the JSON of fastat profile or of bench/, "
-            f"got no JSON ({error})"
+            f"got no JSON ({error}){more}"
         ) from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(document).__name__}")

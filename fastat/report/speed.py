@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
+from fastat.procedures import AST_STRIDE, PROCEDURES
 from fastat.report.chart import Chart, Trace
 from fastat.report.inputs import Bench, Profile, number_of
 from fastat.report.runs import Run
@@ -127,7 +128,7 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
     for n, profile in enumerate(profiles):
         rows = []
         for row in profile.rows:
-            hours, gpus = (_value(profile, row, k) for k in ("paper_hours", "paper_gpus"))
+            hours, gpus = _paper_hours(profile, row), _value(profile, row, "paper_gpus")
             paper = NONE if hours is None else Cell(f"{hours:g}", hours, "paper")
             if hours is not None and gpus is not None:
                 paper = Cell(f"{hours:g} ({gpus:g} × V100)", hours, "paper")
@@ -156,10 +157,21 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
         caption = f"What training costs on {profile.name}"
         notes = [
             f"{_how(profile)}; medians; GiB: peak memory. The paper's hours are Table 1's, of the "
-            "best model under the procedure: AST under A1 and A3, CNN+Transformer under A2 and A4."
+            "best model under the procedure: AST under A1 and A3, CNN+Transformer under A2 and A4; "
+            "of the AST at another stride they are the epochs of its Table 3."
         ]
         tables.append(Table(f"cost-{n}", caption, columns, rows, notes, sortable=True))
     return tables
+
+
+def _paper_hours(profile: Profile, row: dict[str, Any]) -> float | None:
+    """The paper's hours for the procedure; of the AST at another stride Table 3's, where known."""
+    procedure = PROCEDURES.get(row["proc"])
+    strides = [_value(profile, row, name) for name in ("fstride", "tstride")]
+    if procedure is None or strides in ([None, None], 2 * [AST_STRIDE[procedure.name]]):
+        return _value(profile, row, "paper_hours")
+    epoch = _value(profile, row, "paper_hours_per_epoch")
+    return None if epoch is None else epoch * procedure.epochs
 
 
 def cost_charts(profiles: Sequence[Profile]) -> list[Chart]:
