@@ -88,25 +88,37 @@ def run_folders(out: Path) -> dict[str, Path]:
     return {BASELINE: out / BASELINE} | {part: out / name for part, (name, _) in OFF.items()}
 
 
-def train_all(arguments: list[str], out: Path) -> None:
+def train_all(arguments: list[str], out: Path, *, auto_batch: bool) -> None:
     """Trains what is not trained yet.
 
     Args:
         arguments: of ``fastat train``, without --out and --resume.
+        auto_batch: they have --batch auto: the batch that the baseline finds serves all.
 
     Raises:
         Stopped: a training ended with an exit code, or a signal came.
         Failure: a training was killed.
     """
+    found: dict[str, Any] = {}
     with _Trainings() as trainings:
         for i, (part, run) in enumerate(run_folders(out).items(), start=1):
             off: list[str] = []
             if part != BASELINE:  # whose mistakes are to be one line
                 print(f"ablate: {i} of {len(OFF) + 1}, without {part}", file=sys.stderr)
                 # Settings come last: they win over all that is in the arguments.
-                for key, value in OFF[part][1].items():
+                for key, value in (OFF[part][1] | found).items():
                     off += ["--set", f"{key}={json.dumps(value)}"]
             trainings.run([*arguments, *off, "--resume", "--out", str(run)])
+            if part == BASELINE and auto_batch:
+                found = _fitted(TrainConfig.load(run / "config.json"))
+
+
+def _fitted(config: TrainConfig) -> dict[str, Any]:
+    """What --batch auto decided for a run, as settings for the others."""
+    found: dict[str, Any] = {"batch": config.batch}
+    if config.model_options.get("activation_checkpointing"):
+        found["model.activation_checkpointing"] = True
+    return found
 
 
 class _Trainings:

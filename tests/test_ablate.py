@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fastat import ablate
-from fastat.ablate import OFF, Stopped, _Trainings, run_folders, table_4
+from fastat.ablate import OFF, Stopped, _Trainings, run_folders, table_4, train_all
 from fastat.compare import compare
-from fastat.config import TrainConfig
+from fastat.config import TrainConfig, resolve
 from fastat.errors import Failure
 from fastat.paper import TABLE_4
 from fastat.predictions import read_predictions
@@ -129,6 +129,37 @@ def test_a_training_that_ends_badly(
     with pytest.raises(error, match=message), _Trainings() as trainings:
         trainings.run(["--out", "runs/x"])
     assert [signal.getsignal(s) for s in ablate.FORWARDED] == before
+
+
+RECORDING = """
+import pathlib, shutil, sys
+prepared, *arguments = sys.argv[1:]
+with open("arguments", "a") as file: print(*arguments, file=file)
+run = pathlib.Path(arguments[-1])
+run.mkdir(parents=True)
+shutil.copy(prepared, run / "config.json")
+"""
+
+
+@pytest.mark.parametrize("less_memory", [False, True])
+@pytest.mark.parametrize("auto", [False, True])
+def test_the_batch_that_the_baseline_finds_serves_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto: bool, less_memory: bool
+) -> None:
+    """Each run's own search may end elsewhere, and then more than the part differs."""
+    monkeypatch.chdir(tmp_path)
+    options = {"activation_checkpointing": True} if less_memory else {}
+    overrides = {"data": "x", "batch": 72, "model_options": options}
+    config, _ = resolve("A4", "cnn_trans", overrides, num_clips=1_000_000, clip_seconds=10.0)
+    config.save(Path("config.json"))
+    program = [sys.executable, "-c", RECORDING, "config.json"]
+    monkeypatch.setattr(ablate, "TRAIN", program)
+    train_all(["--batch", "auto" if auto else "72"], Path("t4"), auto_batch=auto)
+    first, *others = Path("arguments").read_text().splitlines()
+    assert "--set" not in first and len(others) == len(OFF)
+    for line in others:
+        assert ("--set batch=72" in line) == auto
+        assert ("--set model.activation_checkpointing=true" in line) == (auto and less_memory)
 
 
 @pytest.mark.parametrize(

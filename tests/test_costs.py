@@ -43,7 +43,7 @@ def test_models_as_json() -> None:
 
 
 def test_models_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(QUIET, "COLUMNS", "80")
+    monkeypatch.setitem(QUIET, "COLUMNS", "50")
     text = fastat("models").stdout
     for want in ("12,097,662", "12.1 M", "8.96", "0.411 A4", "transformer"):
         assert want in text

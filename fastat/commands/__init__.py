@@ -3,5 +3,16 @@
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+TABLE_WIDTH = 80
+"""Columns that the tables need."""
+
+
+def table_console() -> Console:
+    """Standard output for a table: a narrower terminal wraps its lines, which cuts no number."""
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
+    return console

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from fastat.commands import Json
+from fastat.commands import Json, table_console
 from fastat.errors import UserError
 
 
@@ -48,7 +47,7 @@ def models(json_: Json = False) -> None:
                     for proc in cost.procedures
                 ),
             )
-    Console().print(table)
+    table_console().print(table)
 
 
 def procs(
@@ -86,7 +85,7 @@ def procs(
                 {True: "yes", False: "no"}[c] if isinstance(c, bool) else str(c) for c in cells
             ]
             table.add_row(key.replace("_", " "), *shown)
-    Console().print(table)
+    table_console().print(table)
     if preset == "authors":
         changed = Table("model", "procedure", "changed", title="--preset authors")
         changed.add_row("all", "all", _values(AUTHORS))
@@ -95,7 +94,7 @@ def procs(
         for model, runs in AUTHORS_RUNS.items():
             for name, values in runs.items():
                 changed.add_row(model, name, _values(values))
-        Console().print(changed)
+        table_console().print(changed)
 
 
 def _values(values: dict[str, Any]) -> str:

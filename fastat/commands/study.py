@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastat.commands import Json
+from fastat.commands import Json, table_console
 from fastat.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def compare(
     if json_:
         print(json.dumps({"a": str(a), "b": str(b), **as_json(document)}))
         return
-    console = Console(highlight=False)
+    console = table_console()
     console.print(_comparison_table(str(a), str(b), document))
     left_out = [
         f"{n:,} {what} of {name}"
@@ -103,6 +102,7 @@ def ablate(
     `fastat ablate --proc A4 --model crnn --out runs/t4 --epochs 4 --set model.embedding=256`
     """
     from fastat.ablate import STOPPED, Stopped, run_folders, table_4, train_all
+    from fastat.config import AUTO
     from fastat.launch import launched
 
     if launched():
@@ -116,9 +116,9 @@ def ablate(
     for option, path in (("--data", data), ("--eval", eval_)):
         arguments += [] if path is None else [option, str(path)]
     arguments += context.args
-    _check_passed_on(context, arguments)
+    given = _check_passed_on(context, arguments)
     try:
-        train_all(arguments, out)
+        train_all(arguments, out, auto_batch=given["batch"] == AUTO)
     except Stopped as stop:
         if stop.exit_code in STOPPED and out.is_dir():
             print(f"fastat: go on with the same command and --out {out}", file=sys.stderr)
@@ -127,7 +127,7 @@ def ablate(
     if json_:
         print(json.dumps(as_json(asdict(result))))
         return
-    console = Console(highlight=False)
+    console = table_console()
     console.print(_ablation_table(result))
     note = (
         f"{result.clips:,} clips, {result.classes_scored} classes; intervals: 95 %, from "
@@ -137,8 +137,9 @@ def ablate(
     console.print(Text(f"runs: {run_folders(out)['baseline'].parent}"))
 
 
-def _check_passed_on(context: typer.Context, arguments: list[str]) -> None:
-    """Raises what ``fastat train`` would of its options, and UserError for what ablate decides."""
+def _check_passed_on(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
+    """The options of ``fastat train``. Raises what that would, and UserError for what ablate
+    decides."""
     from fastat.ablate import OFF
     from fastat.config import parse_settings
 
@@ -160,6 +161,7 @@ def _check_passed_on(context: typer.Context, arguments: list[str]) -> None:
     for part, (_, off) in OFF.items():
         if all(settings.get(key) == value for key, value in off.items()):
             raise UserError(f"--set leaves the baseline without {part}, which ablate takes away")
+    return given
 
 
 def _ablation_table(result: "Ablation") -> Table:
@@ -259,7 +261,7 @@ def landscape(
     if json_:
         print(json.dumps(as_json([asdict(result) for result in found])))
         return
-    console = Console(highlight=False)
+    console = table_console()
     console.print(_landscape_table(found))
     if len({result.data for result in found}) > 1:
         console.print(Text("The runs have different evaluation sets: --data takes one for all."))

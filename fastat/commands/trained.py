@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from fastat.commands import Json
+from fastat.commands import Json, table_console
 
 
 def evaluate(
@@ -63,7 +62,7 @@ def _print_quality(by_quality: dict[str, Any]) -> None:
         table.add_row(f"{point['threshold']:.0%}", str(point["classes"]), f"{point['mAP']:.4f}")
     if missing := by_quality["classes_without_quality"]:
         table.caption = f"{missing} scored classes have no label quality and are left out"
-    Console().print(table)
+    table_console().print(table)
 
 
 def predict(
