@@ -263,13 +263,13 @@ def advice(document: Document, best: list[Row]) -> list[str]:
     else:
         clips = document["clips"] * TONIGHT_HOURS / best[0]["hours"]
         lines.append(
-            f"None trains on {document['clips']:,} clips in {TONIGHT_HOURS:g} h. In that time the "
-            f"quickest would take its {PROCEDURES[best[0]['proc']].epochs} epochs of {clips:,.0f}."
+            f"None trains on {document['clips']:,} clips in {TONIGHT_HOURS:g} h: the quickest has "
+            f"time for its {PROCEDURES[best[0]['proc']].epochs} epochs of {clips:,.0f} clips."
         )
         lines.append(f"{'quickest':12} {in_words(best[0], device)}")
     if best[-1] not in [*tonight[-1:], best[0]]:
         lines.append(f"{'highest mAP':12} {in_words(best[-1], device)}")
-    return lines
+    return [*lines, "with --data SET --eval SET: without them train takes the practice set"]
 
 
 def in_words(row: Row, device: str) -> str:
