@@ -4,6 +4,7 @@ Mistakes are found in the order of what finding them costs; torch is imported af
 """
 
 import os
+import shlex
 import sys
 import time
 from functools import partial
@@ -66,7 +67,8 @@ def run_training(
                     config, out, notes = make(ranks)
                 train(config, out, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
-        saved = f"saved in {out}; go on with: fastat train --resume --out {out}"
+        again = f"fastat train --resume --out {shlex.quote(str(out))}"
+        saved = f"saved in {out}; go on with: {again}"
         why = saved if stop.saved else "there was nothing to save"
         if os.environ.get("RANK", "0") == "0":
             print(f"fastat: stopped; {why}", file=sys.stderr)

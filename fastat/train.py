@@ -1,6 +1,7 @@
 """The trainer: read it from top to bottom."""
 
 import math
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -252,7 +253,8 @@ class Trainer:
             self._finish_writing()
             if self.ranks.first:
                 self.records.waiting.close()
-        self.display.note(f"saved in {self.run}; tag a sound with: fastat predict {self.run} FILE")
+        command = f"fastat predict {shlex.quote(str(self.run))} FILE"
+        self.display.note(f"saved in {self.run}; tag a sound with: {command}")
         self.data.close()
         return metrics
 

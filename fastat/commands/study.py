@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -121,7 +122,8 @@ def ablate(
         train_all(arguments, out, auto_batch=given["batch"] == AUTO)
     except Stopped as stop:
         if stop.exit_code in STOPPED and out.is_dir():
-            print(f"fastat: go on with the same command and --out {out}", file=sys.stderr)
+            again = f"--out {shlex.quote(str(out))}"
+            print(f"fastat: go on with the same command and {again}", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None
     result = table_4(out, resamples=resamples)
     if json_:
@@ -147,7 +149,9 @@ def _check_passed_on(context: typer.Context, arguments: list[str]) -> dict[str, 
     group: Any = context.parent.command
     train = group.commands["train"]
     # As the command would parse them; nothing is run.
-    given = train.make_context("train", list(arguments), parent=context.parent).params
+    given: dict[str, Any] = train.make_context(
+        "train", list(arguments), parent=context.parent
+    ).params
     for name, option in (
         ("no_balance", "--no-balance"),
         ("no_mixup", "--no-mixup"),
@@ -282,8 +286,9 @@ def landscape(
 def _landscape_table(found: "list[Landscape]") -> Table:
     r = found[0]
     table = Table(
-        caption=f"{r.clips:,} clips; residual: an eigenvalue is at most so far off, relatively; "
-        "iterations: products with the Hessian",
+        caption=f"loss: of {r.clips:,} clips; at -1, at +1: every filter moved by its own norm; "
+        "residual: an eigenvalue is at most so far off, relatively; iterations: products with the "
+        "Hessian",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )

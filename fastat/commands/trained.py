@@ -47,8 +47,11 @@ def evaluate(
         print(json.dumps(result))
         return
     by_quality = result.pop("label_quality", None)
+    width = max(map(len, result))
     for key, value in result.items():
-        print(f"{key:16} {value:.4f}" if isinstance(value, float) else f"{key:16} {value}")
+        print(
+            f"{key:{width}} {value:.4f}" if isinstance(value, float) else f"{key:{width}} {value}"
+        )
     if by_quality is not None:
         _print_quality(by_quality)
 

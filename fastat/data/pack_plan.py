@@ -65,10 +65,11 @@ class BadCount:
         enough = math.ceil(100 * count / self.num_files) / 100
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
         detail = f" ({example.detail})" if example.detail else ""
+        others = f"--max-bad {enough:g} or more packs the others"
         return UserError(
             f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
             f"{reasons}, such as {example.path}{detail}; listed in {listed}; "
-            f"--max-bad {enough:g} or more packs the others"
+            + (others if count < self.num_files else "there are no others")
         )
 
 

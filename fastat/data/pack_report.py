@@ -25,7 +25,7 @@ def print_packed(summary: PackSummary, *, as_json: bool) -> None:
         _print_bad(summary.bad, summary.bad_reasons, None)
         return
     done = "already packed" if summary.already_packed else "packed"
-    print(f"{done}: {summary.clips:,} clips in {summary.shards} shards, {summary.directory}")
+    print(f"{done}: {summary.clips:,} clips in {_shards(summary.shards)}, {summary.directory}")
     if summary.eval_directory is not None:
         print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
     _print_bad(summary.bad, summary.bad_reasons, summary.directory)
@@ -35,6 +35,10 @@ def print_packed(summary: PackSummary, *, as_json: bool) -> None:
         names = ", ".join(summary.empty_classes[:5])
         more = ", ..." if len(summary.empty_classes) > 5 else ""
         print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'s' * (count > 1)}"
 
 
 def print_appended(summary: AppendSummary, *, as_json: bool) -> None:
@@ -47,7 +51,7 @@ def print_appended(summary: AppendSummary, *, as_json: bool) -> None:
     elif summary.appended_clips:
         print(
             f"appended: {summary.appended_clips:,} clips, {summary.directory} now has "
-            f"{summary.clips:,} in {summary.shards} shards; its statistics stay as they were"
+            f"{summary.clips:,} in {_shards(summary.shards)}; its statistics stay as they were"
         )
     else:
         print(f"nothing new: {summary.directory} still has {summary.clips:,} clips")

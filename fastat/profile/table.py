@@ -231,7 +231,9 @@ def print_memory(console: Console, found: dict[str, Any]) -> None:
     how = "estimated from a step on fake tensors" if found["estimated"] else "by the allocator"
     console.print(Text(f"What is taken in all while a module works, {how}", style="bold"))
     console.print(table)
-    console.print(Text(f"peak: {highest / 2**30:.2f} GiB, in bold"))
+    alone = ", of the step's tensors alone: waveforms and libraries come on top"
+    more = alone if found["estimated"] else ""
+    console.print(Text(f"peak: {highest / 2**30:.2f} GiB, in bold{more}"))
 
 
 def number(x: Any, decimals: int | None = None) -> str:
