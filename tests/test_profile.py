@@ -375,7 +375,9 @@ def test_plot_shows_what_was_measured() -> None:
     assert points(lines["A1, the paper on 4 V100s"]) == printed
     names = {text.get_text() for text in right.texts}
     assert {"8x8", "10x10"} <= names
-    assert len(draw(made(["A4"], [], None, 0.01)).axes) == 1
+    assert len(draw(made([], [], None, 0.01)).axes) == 1, "a stride for each procedure"
+    two = draw(made(["A3"], [], "8,10,16", 0.01))
+    assert len(two.axes) == 2 and {t.get_text() for t in two.axes[1].texts} == {"8x8", "10x10"}
 
 
 def test_csv_is_flat() -> None:

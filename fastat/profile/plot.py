@@ -38,7 +38,7 @@ def draw(document: Document) -> Figure:
     squares = [
         row for row in rows if row["fstride"] is not None and row["fstride"] == row["tstride"]
     ]
-    strides = squares if len({row["fstride"] for row in squares}) > 2 else []
+    strides = squares if _several_strides(squares) else []
     figure = Figure(figsize=(11.0 if strides else 7.0, 5.2), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if strides else 1, squeeze=False)[0]
@@ -67,20 +67,28 @@ def draw(document: Document) -> Figure:
     return figure
 
 
+def _several_strides(rows: Sequence[Row]) -> bool:
+    """Whether the AST is there at more than one stride under a procedure."""
+    found = {(row["proc"], row["fstride"], row["tstride"]) for row in rows if row["fstride"]}
+    return len(found) > len({proc for proc, *_ in found})
+
+
 def _cost_against_stride(axes: Axes, rows: Sequence[Row]) -> None:
+    strides = {row["fstride"] for row in rows}
     for proc in sorted({row["proc"] for row in rows}):
         own = sorted((row for row in rows if row["proc"] == proc), key=lambda row: row["fstride"])
         x, y = [row["fstride"] for row in own], [row["hours_per_epoch"] for row in own]
         axes.plot(x, y, "o-", color=COLOURS[proc], label=f"{proc}, measured")
         printed = [(s, p.hours_per_epoch) for s, p in TABLE_3.get(proc, {}).items()]
         known = [(s, hours) for s, hours in printed if hours is not None]
+        strides |= {stride for stride, _ in known}
         if known:
             axes.plot(
                 *zip(*known, strict=True), "o--", color=COLOURS[proc], markerfacecolor="white",
                 label=f"{proc}, the paper on {PROCEDURES[proc].paper_gpus} V100s",
             )  # fmt: skip
     axes.set_yscale("log")
-    axes.set_xticks(sorted({row["fstride"] for row in rows}))
+    axes.set_xticks(sorted(strides))
     _hours(axes, "y")
     axes.set_xlabel("distance of the AST's patches, both axes", color=INK)
     axes.set_ylabel("hours an epoch", color=INK)
@@ -100,7 +108,7 @@ def _map_against_cost(axes: Axes, rows: Sequence[Row]) -> None:
             [row["paper_map"] for row in theirs],
             "o", color=COLOURS[proc], markerfacecolor="white",
         )  # fmt: skip
-    several = len({(row["fstride"], row["tstride"]) for row in known if row["fstride"]}) > 2
+    several = _several_strides(known)
     for row in known:
         name = row["model"]
         if row["fstride"] is not None and several:
@@ -120,7 +128,8 @@ def _map_against_cost(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("hours an epoch", color=INK)
     axes.set_ylabel("mAP on AudioSet, the paper's", color=INK)
     if known:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+        # in a frame, or its dots look like the rows'
+        axes.legend(edgecolor="#bbbbbb", fontsize=9, labelcolor=INK, loc="lower right")
 
 
 def _hours(axes: Axes, which: str) -> None:
