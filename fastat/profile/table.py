@@ -29,8 +29,8 @@ STRIDE: tuple[Column, ...] = (
     ("paper's\nh", 8), ("mAP\npaper", 8),
 )  # fmt: skip
 TIMES: tuple[Column, ...] = (
-    ("batch", 5), ("data", 6), ("front\nend", 6), ("for-\nward", 6), ("back-\nward", 6),
-    ("Adam", 6), ("step", 6), ("spread\n%", 6),
+    ("tokens", 6), ("batch", 5), ("data", 6), ("front\nend", 6), ("for-\nward", 6),
+    ("back-\nward", 6), ("Adam", 6), ("step", 6), ("spread\n%", 6),
     ("embed-\nding", 6), ("atten-\ntion", 6), ("MLP", 5), ("convo-\nlution", 6),
     ("recur-\nrent", 6), ("head", 5),
 )  # fmt: skip
@@ -168,6 +168,7 @@ def time_cells(row: Row) -> list[str]:
     ms = row["ms"]
     shares = (100 * row["gflop_parts"][part] / row["gflop"] for part in PARTS)
     return [
+        number(row["tokens"]),
         str(row["batch"]),
         *(number(ms[name]["median"]) for name in MS),
         number(spread(row), 0),
