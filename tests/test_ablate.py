@@ -32,7 +32,7 @@ def wait_until(there: Callable[[], bool]) -> None:
 
 def test_stopped_and_gone_on_with(tiny_sets: TinySets, tmp_path: Path) -> None:
     """SIGTERM while the second run trains; the same command then trains the rest."""
-    out = tmp_path / "t4"
+    out = tmp_path / "t 4"
     args = (
         "ablate", "--proc", "A4", "--model", "cnn_trans", "--data", tiny_sets.train, "--eval",
         tiny_sets.eval, "--out", out, "--resamples", "100", "--seed", "5", *TINY_MODEL,
@@ -45,7 +45,7 @@ def test_stopped_and_gone_on_with(tiny_sets: TinySets, tmp_path: Path) -> None:
         process.terminate()
         _, said = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert f"go on with the same command and --out {out}" in said.splitlines()[-1]
+    assert f"go on with the same command and --out '{out}'" in said.splitlines()[-1]
     assert not (out / "no-mixup").exists()
     trained = (out / "baseline" / "metrics.jsonl").read_bytes()
 

@@ -536,6 +536,8 @@ def test_wrong_options(table: Path, tmp_path: Path) -> None:
 def test_nothing_left(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.wav").write_text("no audio")
+    with pytest.raises(UserError, match="1 of 1 files are bad.*; there are no others"):
+        pack(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="no clip is left, all 1 files are bad"):
         pack(tmp_path, tmp_path / "out", max_bad=1.0)
     sf.write(tmp_path / "x" / "a.wav", np.zeros(16_000), 16_000)
