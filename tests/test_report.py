@@ -288,10 +288,12 @@ def test_figure_2(tmp_path: Path, out: Path) -> None:
 
 def test_a_quality_table_of_other_classes_is_said_to_be_one(tmp_path: Path, out: Path) -> None:
     write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1)
     table = tmp_path / "qa.csv"
     table.write_text("id,quality\n/m/other,1.0\n")
-    page = report(out, tmp_path / "a", quality=table)
-    assert any(n.startswith("a is not in Figure 2") and "'/m/other'" in n for n in page.notes)
+    page = report(out, tmp_path / "a", tmp_path / "b", quality=table)
+    [note] = [n for n in page.notes if n.startswith("not in Figure 2: a, b: ")]
+    assert "'/m/other'" in note
 
 
 def test_noise_scale(tmp_path: Path, out: Path) -> None:

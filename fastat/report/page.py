@@ -79,12 +79,15 @@ def write_report(
 
 def quality_gaps(runs: Sequence[Run], quality: Mapping[str, float]) -> list[str]:
     """Runs that Figure 2 leaves out though there is a quality table, in words."""
+    left_out: dict[str, list[str]] = {}
+    for run in runs:
+        found = run.predictions
+        if found and not quantile_thresholds(found.average_precision, found.ids, quality):
+            left_out.setdefault(found.ids[0], []).append(run.name)
     return [
-        f"{run.name} is not in Figure 2: the quality table has none of its scored classes, as "
-        f"{run.predictions.ids[0]!r}, but {next(iter(quality))!r}, ... ({len(quality)})"
-        for run in runs
-        if run.predictions is not None
-        and not quantile_thresholds(run.predictions.average_precision, run.predictions.ids, quality)
+        f"not in Figure 2: {', '.join(names)}: the quality table has none of the scored classes, "
+        f"as {first!r}, but {next(iter(quality))!r}, ... ({len(quality)})"
+        for first, names in left_out.items()
     ]
 
 

@@ -158,7 +158,7 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
         notes = [
             f"{_how(profile)}; medians; GiB: peak memory. The paper's hours are Table 1's, of the "
             "best model under the procedure: AST under A1 and A3, CNN+Transformer under A2 and A4; "
-            "of the AST at another stride they are the epochs of its Table 3."
+            "of the AST at another stride ten of Table 3's epochs."
         ]
         tables.append(Table(f"cost-{n}", caption, columns, rows, notes, sortable=True))
     return tables
