@@ -28,7 +28,6 @@ from fastat.finetune import parameter_groups, train_mode
 from fastat.frontend import Frontend
 from fastat.host import free_memory
 from fastat.memory import Workload, step_bytes
-from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
@@ -110,14 +109,7 @@ class Case:
 
     def create(self, clip_samples: int, num_classes: int) -> TaggingModel:
         """The model, with fresh weights. Raises UserError where its options are impossible."""
-        feature = FEATURES[self.procedure.feature]
-        return create_model(
-            self.model,
-            num_mels=feature.num_mels,
-            num_frames=feature.num_frames(clip_samples),
-            num_classes=num_classes,
-            **self.model_options,
-        )
+        return self.workload(clip_samples, num_classes).create()
 
 
 @dataclass(frozen=True)
@@ -256,23 +248,22 @@ class Training:
         self.frontend = Frontend(
             feature.name, clip_samples=packed.clip_samples, mean=stats.mean, std=stats.std
         ).to(device)
-        raw = case.create(packed.clip_samples, len(packed.classes))
-        self.raw_model = raw.to(device).to(memory_format=torch.channels_last)
+        self.raw_model = case.create(packed.clip_samples, len(packed.classes)).to(device)
         model: nn.Module = self.raw_model
         if case.compile:
             model = cast(nn.Module, torch.compile(model))
         self.model = Marked(model)
         train_mode(self.model)
-        self.params = list(raw.parameters())
+        self.params = list(self.raw_model.parameters())
         p = case.procedure
         self.optimizer, _ = create_adam(
-            parameter_groups(raw, 1.0),
+            parameter_groups(self.raw_model, 1.0),
             lr=p.lr,
             betas=(p.beta1, p.beta2),
             weight_decay=p.weight_decay,
             device=device,
         )
-        self.guard = BufferGuard(raw)
+        self.guard = BufferGuard(self.raw_model)
         self.why_not_captured = why_not_captured(
             device, ALONE, checkpointing=case.activation_checkpointing
         )
