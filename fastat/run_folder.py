@@ -56,6 +56,11 @@ class Progress:
         end = self.step if end is None else end
         return end - first - sum(first <= s < end for s in self.left_out)
 
+    def mean_loss(self, first: int) -> float:
+        """Of the steps taken from step ``first`` on; NaN without any."""
+        summed = self.taken(first) - self.overflows
+        return self.loss_sum.item() / summed if summed else math.nan
+
 
 class RunLock:
     """Held by the one training that may write to a run folder. Any death releases it."""

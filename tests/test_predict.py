@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastat import cli
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_checkpoint
+from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.shards import ClassInfo
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
 from fastat.plot import COLUMNS, _bin_of, draw, mel_image, timeline
 from fastat.predict import Prediction, Tagger, clock, sparkline, window_starts
+from fastat.run_checkpoints import write_checkpoint
 
 CLASSES = tuple(
     ClassInfo(f"/m/{i}", name)
@@ -53,7 +54,7 @@ def saved_run(folder: Path, meta: ModelMeta) -> Path:
     with torch.no_grad():
         for parameter in model.get_submodule("head").parameters():
             parameter.mul_(20.0)
-    save_checkpoint(folder / "checkpoints", 1, model, meta, {}, best=True)
+    write_checkpoint(folder / "checkpoints", 1, model.state_dict(), meta, {}, best=True)
     return folder
 
 
