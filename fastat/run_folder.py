@@ -22,7 +22,7 @@ from fastat.distributed import Ranks, seed_rank
 from fastat.environment import environment, numerics, restore_random_state
 from fastat.errors import Failure, UserError
 from fastat.loss_scale import FIRST_SCALE, LossScale
-from fastat.metrics import finite
+from fastat.outputs import finite
 
 BAD_CLIPS_FILE = "bad_clips.csv"
 

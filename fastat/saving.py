@@ -14,8 +14,8 @@ from fastat.distributed import Ranks
 from fastat.environment import random_state
 from fastat.errors import UserError
 from fastat.loss_scale import LossScale
-from fastat.metrics import finite
 from fastat.network import Network
+from fastat.outputs import finite
 from fastat.run_checkpoints import (
     Resumable,
     best_there,

@@ -1,7 +1,6 @@
 """The trainer: read it from top to bottom."""
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastat.evaluate import Evaluation, evaluate
 from fastat.finetune import train_mode
 from fastat.introduction import device_notes, introduction
 from fastat.metrics import TaggingMetrics
-from fastat.network import build_network
+from fastat.network import build_network, training_step
 from fastat.readback import Reading, Readings
 from fastat.run_checkpoints import holds_checkpoints
 from fastat.run_folder import Progress, RunLock, check_writable, drop_metrics, open_run_folder
@@ -31,7 +30,7 @@ from fastat.run_records import RunRecords, epoch_line, epoch_text
 from fastat.saving import Saving
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
-from fastat.step import Taken, TrainingStep, why_not_captured
+from fastat.step import Taken
 from fastat.training_data import open_data
 from fastat_kernels.backend import set_kernels
 from fastat_kernels.choice import parse_kernels
@@ -108,7 +107,7 @@ class Trainer:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
         self.readings = Readings(self.device)
-        self.step = self._training_step(self.notes.append)
+        self.step = training_step(config, self.network, self.device, self.ranks, self.notes.append)
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
@@ -288,28 +287,11 @@ class Trainer:
         self.meta = replace(self.meta, options=options)
         self.recorder = replace(self.recorder, meta=self.meta)
         self.raw_model.checkpointing = True
-        self.step = self._training_step(self.display.note)
-        self.display.note(
+        note = self.display.note
+        self.step = training_step(self.config, self.network, self.device, self.ranks, note)
+        note(
             f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
             f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
-        )
-
-    def _training_step(self, note: Callable[[str], object]) -> TrainingStep:
-        """The step as the device can take it; notes why it is not captured, if not."""
-        c = self.config
-        why = why_not_captured(self.device, self.ranks, checkpointing=self.raw_model.checkpointing)
-        if why is not None and c.cuda_graphs and self.device.type == "cuda":
-            note(f"no CUDA graph of the step: {why}")
-        return TrainingStep(
-            self.network.model,
-            self.network.params,
-            self.optimizer,
-            precision=c.precision,
-            device=self.device,
-            guard=nonfinite.BufferGuard(self.raw_model),
-            accumulate=c.accumulate,
-            ranks=self.ranks,
-            graph=c.cuda_graphs and why is None,
         )
 
     def _lr(self, step: int) -> float:

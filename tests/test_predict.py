@@ -454,7 +454,7 @@ def test_mistakes_are_found_before_the_work_starts(
         (("--hop-seconds", 0), "--hop-seconds must be a positive number"),
         (("--hop-seconds", -3), "--hop-seconds must be a positive number"),
         (("--hop-seconds", "nan"), "--hop-seconds must be a positive number"),
-        (("--plot", tmp_path / "gone" / "a.png"), f"the folder {tmp_path / 'gone'} does not exist"),
+        (("--plot", tmp_path / "gone" / "a.png"), f"there is no folder {tmp_path / 'gone'}"),
         (("--plot", tmp_path / "a.pdf"), "ends in .png"),
         (("--plot", tmp_path / "folder.png"), "is a folder"),
         ((same, "--plot", tmp_path / "p.png"), "2 files would be written to p-a.png"),

@@ -8,7 +8,7 @@ all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps 
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import quantiles
@@ -289,7 +289,7 @@ class Training:
         if self.marks is not None:
             self.marks.append(self.clock.now())
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch]:
         """Without end."""
         source = PackedSource(self.packed, self.device, sampler=self.sampler)
         return source.batches(self._plans())
@@ -322,9 +322,9 @@ class Training:
         self.mark()
         return taken.loss
 
-    def steps(self, *, overlapped: bool) -> Iterator[None]:
+    def steps(self, *, overlapped: bool) -> Generator[None]:
         """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
-        with closing(cast(Any, self.batches())) as batches:
+        with closing(self.batches()) as batches:
             if overlapped:
                 take = self.taker(graph=True)
                 for batch, features, _ in with_features(batches, self.frontend, self.device):
@@ -353,7 +353,7 @@ class Marked(nn.Module):
 
 def _data_ms(training: Training, clock: Clock) -> Spread:
     """A batch from the set to the device, with nothing else to do."""
-    with closing(cast(Any, training.batches())) as batches:
+    with closing(training.batches()) as batches:
         next(batches)
         moments = [time.perf_counter()]
         for _ in range(DATA_ROUNDS):
@@ -376,7 +376,7 @@ def _timed_steps(
     ``power`` is read while steps are timed, not while the warm-up compiles and captures.
     """
     marks: list[list[Any]] = []
-    with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
+    with closing(training.steps(overlapped=not marked)) as steps:
         for _ in range(WARM_UP[training.device.type]):
             next(steps)
         clock.wait()

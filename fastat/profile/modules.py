@@ -7,7 +7,7 @@ allocator that tells, the step runs on fake tensors, and the storages alive are 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def memory_by_module(case: Case, device: torch.device, packed: PackedSet) -> lis
         return _on_fakes(case, packed)
     with out_of_memory(device):
         training = Training(case, device, packed)
-        with closing(cast(Any, training.batches())) as batches:
+        with closing(training.batches()) as batches:
             training.step(next(batches))
             batch = next(batches)
             allocator = AllocatorMemory(device)
