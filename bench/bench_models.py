@@ -13,8 +13,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.results import DEVICE, ON_GPU, sized
 from bench.steps import (
-    CLASSES,
-    PASSES,
     check_loss,
     created,
     gflop_of,
@@ -23,7 +21,9 @@ from bench.steps import (
     trainer_step,
 )
 from bench.timing import DEVICE_CLOCK, timed
+from fastat.costs import PASSES
 from fastat.models import list_models
+from fastat.paper import NUM_CLASSES
 from fastat.procedures import A2, A4, Procedure
 from fastat_kernels.backend import kernels
 from fastat_kernels.choice import OPERATORS
@@ -48,7 +48,7 @@ def test_model_step(
     torch.manual_seed(0)
     model = created(name, proc).to(DEVICE).train()
     features = torch.randn(batch, *size_of(proc), device=DEVICE)
-    target = (torch.rand(batch, CLASSES, device=DEVICE) < 0.01).float()
+    target = (torch.rand(batch, NUM_CLASSES, device=DEVICE) < 0.01).float()
     step = plain_step(model, "fp32") if impl == "float32" else trainer_step(model)
     gflop = gflop_of(lambda: created(name, proc), proc)
     with kernels(OPERATORS if impl == "kernels" else ()):

@@ -26,9 +26,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.packed_sets import write_set
 from bench.results import DEVICE, FULL, ON_GPU, ceilings, sized, write_row
 from bench.steps import (
-    CLASSES,
     LR,
-    PASSES,
     PEERS,
     Step,
     check_loss,
@@ -38,12 +36,13 @@ from bench.steps import (
     size_of,
     trainer_step,
 )
+from fastat.costs import PASSES
 from fastat.data.loader import PackedSource, with_features
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
 from fastat.features import CLIP_SAMPLES
 from fastat.frontend import Frontend
-from fastat.paper import TABLE_3, TRAIN_CLIPS
+from fastat.paper import NUM_CLASSES, TABLE_3, TRAIN_CLIPS
 from fastat.procedures import A1, A3, A4, AST_STRIDE, Procedure
 from fastat.readback import Readings
 from fastat.step import Taken
@@ -115,8 +114,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedSet]:
     directory = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     noise = rng.integers(-3000, 3000, (NUM_CLIPS, CLIP_SAMPLES), np.int16)
-    bits = np.packbits(rng.random((NUM_CLIPS, CLASSES)) < 0.01, axis=1)
-    write_set(directory, bits, [f"c{k}" for k in range(CLASSES)], waveform=noise)
+    bits = np.packbits(rng.random((NUM_CLIPS, NUM_CLASSES)) < 0.01, axis=1)
+    write_set(directory, bits, [f"c{k}" for k in range(NUM_CLASSES)], waveform=noise)
     opened = PackedSet.open(directory)
     opened.read_rows(np.arange(NUM_CLIPS), noise)
     yield opened
@@ -160,7 +159,7 @@ class Training:
         return sum(losses) / num_steps
 
     def close(self) -> None:
-        self.stream.close()  # type: ignore[attr-defined]
+        self.stream.close()
 
 
 def prepared(target: Target, impl: str) -> Step:
@@ -178,7 +177,8 @@ def prepared(target: Target, impl: str) -> Step:
         return plain_step(model, "bf16" if ON_GPU else "fp32")
     model.to(memory_format=torch.channels_last)
     features = torch.randn(min(target.batch, 16), *size_of(proc), device=DEVICE)
-    check_loss(model, features, (torch.rand(len(features), CLASSES, device=DEVICE) < 0.01).float())
+    labels = torch.rand(len(features), NUM_CLASSES, device=DEVICE) < 0.01
+    check_loss(model, features, labels.float())
     if ON_GPU:
         model.compile()
     return trainer_step(model) if impl == "ours" else plain_step(model, "bf16", fused=True)

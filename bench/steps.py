@@ -19,14 +19,12 @@ from fastat.models import create_model
 from fastat.models.ast import patch_grid
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
+from fastat.paper import NUM_CLASSES
 from fastat.procedures import AST_STRIDE, Procedure, model_options
 from fastat.step import TrainingStep, why_not_captured
 from fastat_kernels.backend import kernels
 
-CLASSES = 527
 LR = 1e-5
-PASSES = 3
-"""Forward, and a backward pass with twice its products."""
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """Trains on features [B, T, F] and targets [B, K]; the loss."""
@@ -44,7 +42,7 @@ def created(name: str, proc: Procedure) -> nn.Module:
     num_frames, num_mels = size_of(proc)
     options = model_options(name, proc)
     return create_model(
-        name, num_mels=num_mels, num_frames=num_frames, num_classes=CLASSES, **options
+        name, num_mels=num_mels, num_frames=num_frames, num_classes=NUM_CLASSES, **options
     )
 
 
@@ -69,7 +67,7 @@ def timm_vit(proc: Procedure) -> nn.Module:
     f, t = patch_grid(num_mels, num_frames, stride, stride)
     net: Any = timm.create_model(
         "deit_base_distilled_patch16_384", img_size=(16 * f, 16 * t), in_chans=1,
-        num_classes=CLASSES,
+        num_classes=NUM_CLASSES,
     )  # fmt: skip
     net.patch_embed.proj = nn.Conv2d(1, net.embed_dim, 16, stride)
     net.patch_embed.strict_img_size = False
@@ -78,7 +76,7 @@ def timm_vit(proc: Procedure) -> nn.Module:
 
 def torchvision_resnet50(proc: Procedure) -> nn.Module:
     """torchvision's ResNet50 with a stem for one channel."""
-    net: Any = importlib.import_module("torchvision.models").resnet50(num_classes=CLASSES)
+    net: Any = importlib.import_module("torchvision.models").resnet50(num_classes=NUM_CLASSES)
     net.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
     return Image(net)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fastat.atomic import atomic_write_text
 from fastat.compare import Comparison, Estimate, compare, passes
 from fastat.config import TrainConfig
 from fastat.errors import Failure
+from fastat.outputs import finite, written
 from fastat.paper import TABLE_4
 from fastat.predictions import read_predictions
 from fastat.progress import progress
@@ -207,11 +207,8 @@ def table_4(out: Path, *, resamples: int) -> Ablation:
         resamples=resamples,
         seed=config.seed,
     )
-    text = json.dumps(asdict(result), indent=1) + "\n"
-    try:
-        atomic_write_text(out / RESULT_FILE, text)
-    except OSError as error:
-        raise Failure(f"cannot write {out / RESULT_FILE}: {error.strerror}") from error
+    with written(out / RESULT_FILE) as temporary:
+        temporary.write_text(json.dumps(finite(asdict(result)), indent=1) + "\n")
     return result
 
 

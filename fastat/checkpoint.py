@@ -1,18 +1,13 @@
-"""Checkpoints: weights in safetensors, what prediction needs in JSON, the trainer's state beside.
+"""A checkpoint: a folder of weights in safetensors and what prediction needs in JSON.
 
-``checkpoints/step-00001234/`` holds one; ``last`` and ``best`` are links to such folders, replaced
-atomically, so either always names a whole checkpoint. The one before ``last`` is kept too: should a
-disk damage the newest, which the checksums in ``model.json`` show, a run goes on from that one.
-Nothing read here can run code.
+``model.json`` has the checksums of all its files. Nothing read here can run code. What a run goes
+on from is a file beside them, see ``run_checkpoints``.
 """
 
 import hashlib
 import json
 import math
 import os
-import pickle
-import shutil
-import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastat.atomic import atomic_path, fsync
+from fastat.atomic import atomic_path
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
@@ -32,14 +27,8 @@ from fastat.models.base import TaggingModel
 
 FORMAT = "fastat-checkpoint"
 VERSION = 1
-WEIGHTS_FILE, META_FILE, TRAINER_FILE = "model.safetensors", "model.json", "trainer.pt"
+WEIGHTS_FILE, META_FILE = "model.safetensors", "model.json"
 MAX_CLIP_SECONDS = 3600
-
-TORCH_LOAD_ERRORS = (
-    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError, ArithmeticError, struct.error,
-)  # fmt: skip
-"""What torch.load raises on damage: its archive is a program for a small machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,61 +100,6 @@ def build_frontend(meta: ModelMeta) -> Frontend:
     )
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    meta: ModelMeta,
-    trainer: dict[str, Any],
-    *,
-    best: bool,
-) -> None:
-    """``write_checkpoint`` of a model as it is."""
-    write_checkpoint(folder, step, model.state_dict(), meta, trainer, best=best)
-
-
-def write_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Tensor],
-    meta: ModelMeta,
-    trainer: dict[str, Any],
-    *,
-    best: bool,
-) -> None:
-    """Writes ``folder``/step-... and points ``last`` (and ``best``) at it; drops unused ones.
-
-    Kept are ``last``, the one before it, and ``best``.
-
-    Raises:
-        Failure: the disk is full or the folder cannot be written; the checkpoints before stay.
-    """
-    target = folder / step_name(step)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # One is there already when it is damaged, was not scored, or last never pointed at it.
-        with atomic_path(target, over_folder=True) as temporary:
-            temporary.mkdir()
-            with (temporary / TRAINER_FILE).open("wb") as file:  # its errors say what is wrong
-                torch.save(trainer, file)
-            write_model(temporary, state, meta)
-        # last comes last: killed in between, the run takes this epoch again, and finds both.
-        for name in ("best", "last") if best else ("last",):
-            _point(folder / name, target)
-        _drop_unused(folder, step)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError on ENOSPC
-        raise Failure(f"cannot write checkpoint {target}: {error}") from error
-
-
-def _drop_unused(folder: Path, last: int) -> None:
-    """Keeps ``last``, the newest before it, and ``best``; what is newer is of a past given up."""
-    before = [step for step in saved_steps(folder) if step < last]
-    keep = {last, *before[:1], linked_step(folder, "best")}
-    for step in saved_steps(folder):
-        if step not in keep:
-            shutil.rmtree(folder / step_name(step))
-
-
 def save_weights(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
     """Writes the folder ``path``: a checkpoint to predict with or to start from, not to resume.
 
@@ -208,39 +142,6 @@ def _file_checksum(path: Path) -> str:
 def _document_checksum(document: dict[str, Any]) -> str:
     """Of ``model.json`` without its checksums, as JSON gives it back."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
-
-
-def step_name(step: int) -> str:
-    """The folder of a checkpoint."""
-    return f"step-{step:08d}"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps that ``folder`` has a checkpoint of, newest first."""
-    names = [path.name for path in folder.glob("step-*")]
-    return sorted((int(n) for name in names if (n := name[5:]).isdigit()), reverse=True)
-
-
-def holds_checkpoints(folder: Path) -> bool:
-    """Whether there is, or was, a checkpoint to go on from."""
-    return bool(saved_steps(folder)) or os.path.lexists(folder / "last")
-
-
-def linked_step(folder: Path, link: str) -> int | None:
-    """The step that ``last`` or ``best`` points at, also where nothing is there any more."""
-    try:
-        return int(os.readlink(folder / link).removeprefix("step-"))
-    except (OSError, ValueError):  # there is no link, or none of ours
-        return None
-
-
-def _point(link: Path, target: Path) -> None:
-    """Makes ``link`` a relative link to ``target``, in one step."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, link)
-    fsync(link.parent)
 
 
 def find_checkpoint(path: Path | str, prefer: str = "best") -> Path:
@@ -304,7 +205,7 @@ def load_meta(checkpoint: Path) -> ModelMeta:
         raise Failure(f"{path} is damaged: {error!r}") from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raises Failure when ``path`` is not the file whose checksum the checkpoint has.
 
     Checkpoints of before there were checksums pass.
@@ -316,15 +217,6 @@ def _check_file(path: Path) -> None:
             raise Failure(f"{path} is damaged: its content is not what was written")
     except (OSError, ValueError, AttributeError) as error:
         raise Failure(f"{path} cannot be checked: {error}") from error
-
-
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Reads the checkpoint's weights into ``model``.
-
-    Raises:
-        Failure: the file is missing, damaged or of another shape.
-    """
-    put_weights(model, read_weights(checkpoint), checkpoint)
 
 
 def put_weights(model: nn.Module, state: dict[str, Tensor], checkpoint: Path) -> None:
@@ -351,7 +243,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise Failure(f"{path} is damaged: {error}") from error
-    _check_file(path)
+    check_file(path)
     return state
 
 
@@ -366,134 +258,33 @@ def load_model(
     """
     checkpoint = find_checkpoint(path)
     meta = load_meta(checkpoint)
-    _check_sizes(meta, checkpoint)
+    state = _fitting_weights(meta, checkpoint)
     model = meta.create()
-    load_weights(model, checkpoint)
+    put_weights(model, state, checkpoint)
     return model.to(device).eval(), meta
 
 
-def _check_sizes(meta: ModelMeta, checkpoint: Path) -> None:
-    """Raises Failure unless the weights' file holds the model that model.json describes.
+def _fitting_weights(meta: ModelMeta, checkpoint: Path) -> dict[str, Tensor]:
+    """The weights. Raises Failure unless they are of the model that model.json describes.
 
     Nothing is allocated for the model: a digit too many in model.json would take all memory.
     """
-    path = checkpoint / "model.json"
+    path = checkpoint / META_FILE
     try:
         with torch.device("meta"):
             expected = {name: x.shape for name, x in meta.create().state_dict().items()}
     except (UserError, RuntimeError, TypeError, ArithmeticError) as error:
         raise Failure(f"{path} is damaged: {error}") from error
-    found = {name: x.shape for name, x in read_weights(checkpoint).items()}
+    state = read_weights(checkpoint)
+    found = {name: x.shape for name, x in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise Failure(
-                f"{checkpoint / 'model.safetensors'} does not fit its model.json: expected {name} "
+                f"{checkpoint / WEIGHTS_FILE} does not fit its model.json: expected {name} "
                 f"of shape {_shape(expected.get(name))}, found {_shape(found.get(name))}"
             )
+    return state
 
 
 def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(list(shape))
-
-
-def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """``trainer.pt``: tensors and plain values only.
-
-    Raises:
-        UserError: it carries code.
-        Failure: it is missing or damaged.
-    """
-    path = checkpoint / TRAINER_FILE
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or carries more than tensors and plain values: refused"
-        ) from error
-    except TORCH_LOAD_ERRORS as error:
-        raise Failure(f"{path} cannot be read: {error!r}") from error
-    _check_file(path)
-    return state
-
-
-# ---------------------------------------------------------------------------------- going on
-@dataclass(frozen=True)
-class Resumable:
-    """A whole checkpoint, read."""
-
-    step: int
-    state: dict[str, Tensor]
-    """The model's."""
-    trainer: dict[str, Any]
-    notes: list[str]
-    """Which newer ones are damaged."""
-
-
-def newest_whole(folder: Path) -> Resumable:
-    """The checkpoint that ``last`` points at, or the newest before it that is not damaged.
-
-    Reads only.
-
-    Raises:
-        Failure, UserError: all are damaged, or carry code: what is wrong with the newest.
-    """
-    last = linked_step(folder, "last")
-    # A newer one is of a run that was killed before last pointed at it.
-    steps = [step for step in saved_steps(folder) if last is None or step <= last]
-    errors: list[Failure | UserError] = []
-    if last is not None and last not in steps:
-        errors.append(Failure(f"{folder / step_name(last)} is gone"))
-    for step in steps:
-        checkpoint = folder / step_name(step)
-        try:
-            load_meta(checkpoint)
-            state, trainer = read_weights(checkpoint), load_trainer_state(checkpoint)
-        except (Failure, UserError) as error:
-            errors.append(error)
-            continue
-        return Resumable(step, state, trainer, [f"{e}; an older one serves" for e in errors])
-    raise errors[0] if errors else Failure(f"{folder} holds no checkpoint")
-
-
-def best_there(folder: Path) -> tuple[float, int | None]:
-    """mAP and step of the best checkpoint there is; -inf and None without one.
-
-    Raises:
-        Failure: it is damaged.
-    """
-    step = linked_step(folder, "best")
-    if step is None:
-        return -math.inf, None
-    return load_meta(folder / "best").trained["best_mAP"], step
-
-
-def go_back(folder: Path, step: int, best_step: int | None) -> str | None:
-    """Points ``last`` at ``step``, and ``best`` at what was the best then; a note, if it is lost.
-
-    Args:
-        best_step: the best of the run up to ``step``; None: it had none, or does not know.
-
-    ``best`` then links to a whole checkpoint, or, after a note, to nothing or to a damaged one,
-    which the next scored epoch is to replace.
-
-    Raises:
-        Failure: the folder cannot be written.
-    """
-    try:
-        if linked_step(folder, "last") != step:
-            _point(folder / "last", folder / step_name(step))
-        best = linked_step(folder, "best")
-        if best is None:
-            return None if best_step is None else f"the best checkpoint, step {best_step}, is gone"
-        if best > step:  # of a past given up: it will be made again
-            if best_step is None or not (folder / step_name(best_step)).is_dir():
-                (folder / "best").unlink()
-                return "the best checkpoint up to here is gone: the next scored epoch becomes it"
-            _point(folder / "best", folder / step_name(best_step))
-        load_meta(folder / "best")
-        read_weights(folder / "best")
-    except OSError as error:
-        raise Failure(f"cannot write in {folder}: {error.strerror}") from error
-    except Failure as error:
-        return f"{error}: the next scored epoch becomes the best"
-    return None

@@ -11,8 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastat.checkpoint import ModelMeta, write_checkpoint
+from fastat.checkpoint import ModelMeta
 from fastat.errors import Failure
+from fastat.run_checkpoints import write_checkpoint
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,13 @@ class CompileClock:
         self.seconds = 0.0
         self._started = 0.0
         self._epochs = 0.0
-        self._said = 0.0, 0, 0
 
     def __enter__(self) -> Self:
         from torch._dynamo.callback import callback_handler
 
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
-        self._base = _graphs()
+        self._said = (self.seconds, *_graphs())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,17 +50,11 @@ class CompileClock:
 
     def note(self) -> str | None:
         """What was compiled since the last note, in one line; None: nothing."""
-        seconds, hits, missed = self._said
-        base_hits, base_missed = self._base
-        now_hits, now_missed = _graphs()
-        self._said = self.seconds, now_hits - base_hits, now_missed - base_missed
-        hits, missed = self._said[1] - hits, self._said[2] - missed
-        if self.seconds == seconds:
+        said, self._said = self._said, (self.seconds, *_graphs())
+        seconds, hits, missed = (now - then for now, then in zip(self._said, said, strict=True))
+        if not seconds:
             return None
-        graphs = hits + missed
-        return (
-            f"compiled in {self.seconds - seconds:.0f} s; {hits} of {graphs} graphs from the cache"
-        )
+        return f"compiled in {seconds:.0f} s; {hits} of {hits + missed} graphs from the cache"
 
 
 def _graphs() -> tuple[int, int]:

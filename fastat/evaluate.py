@@ -23,7 +23,8 @@ from fastat.environment import autocast, default_device
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.label_quality import map_above, quality_of, quantile_thresholds, read_quality
-from fastat.metrics import TaggingMetrics, finite, tagging_metrics
+from fastat.metrics import TaggingMetrics, tagging_metrics
+from fastat.outputs import check_output, finite
 from fastat.predictions import save_predictions
 from fastat.progress import progress
 
@@ -147,8 +148,7 @@ def evaluate_checkpoint(
     if precision not in PRECISIONS:
         raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     for option, path in (("--predictions", predictions), ("--per-class", per_class)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{option} takes a file in an existing folder, got {path}")
+        check_output(option, path)
     quality = None if label_quality is None else read_quality(label_quality)
     device = default_device()
     model, meta = load_model(run, device)
@@ -186,7 +186,7 @@ def evaluate_checkpoint(
     if per_class is not None:
         _write_per_class(per_class, result, classes)
     m = result.metrics
-    document = finite(
+    document: dict[str, Any] = finite(
         {
             "mAP": m.mAP,
             "AUC": m.AUC,

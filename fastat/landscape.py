@@ -142,9 +142,6 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
     The fused attentions, cuDNN's recurrent networks and the Triton kernels have none.
     """
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = matmul.fp32_precision, conv.fp32_precision
-    checkpointing = getattr(model, "checkpointing", None)
     with ExitStack() as stack:
         stack.enter_context(kernels(()))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -156,15 +153,13 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
                 )
                 for hook in hooks:
                     stack.callback(hook.remove)
-        matmul.fp32_precision = conv.fp32_precision = "ieee"  # no tf32
+        for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"  # no tf32
         if isinstance(model, TaggingModel):
+            stack.callback(setattr, model, "checkpointing", model.checkpointing)
             model.checkpointing = False
-        try:
-            yield
-        finally:
-            matmul.fp32_precision, conv.fp32_precision = before
-            if isinstance(model, TaggingModel) and checkpointing is not None:
-                model.checkpointing = checkpointing
+        yield
 
 
 def _use_cudnn(use: bool) -> None:

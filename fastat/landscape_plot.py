@@ -9,9 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from fastat.atomic import atomic_path
-from fastat.errors import Failure
 from fastat.landscape import Landscape
+from fastat.outputs import written
 from fastat.plot import INK
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,11 +23,8 @@ LOG_FROM = 20.0
 def plot_landscapes(path: Path, found: Sequence[Landscape]) -> None:
     """Writes the picture as PNG. Raises Failure where it cannot be written."""
     figure = draw(found)
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}") from error
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def draw(found: Sequence[Landscape]) -> Figure:

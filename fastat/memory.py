@@ -13,7 +13,8 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -76,14 +77,14 @@ class Workload:
 
     def create(self) -> TaggingModel:
         """The model, on the current default device."""
-        given = {"activation_checkpointing": self.activation_checkpointing, **self.options}
-        given["activation_checkpointing"] |= self.activation_checkpointing
+        asked = self.options.get("activation_checkpointing", False)
+        checkpointing = {"activation_checkpointing": asked or self.activation_checkpointing}
         model = create_model(
             self.model,
             num_mels=self.num_mels,
             num_frames=self.num_frames,
             num_classes=self.num_classes,
-            **given,
+            **(self.options | checkpointing),
         )
         return model.to(memory_format=torch.channels_last)
 
@@ -212,34 +213,49 @@ def _next_guess(
 # ------------------------------------------------------------------------------ the CPU
 def estimated_bytes(work: Workload, batch: int) -> int:
     """Peak bytes of training at ``batch`` on the CPU, from a step that is not computed."""
+    with fake_step(work, batch) as step:
+        live = step.live
+        fixed = live.peak = live.bytes
+        step.take()
+    samples = round(batch * ROWS_A_CLIP) * work.clip_samples
+    fullest: int = max(live.peak, fixed + samples * FRONTEND_BYTES)
+    return fullest + samples * WAVEFORM_BYTES + LIBRARIES_BYTES
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    """A training step on fake tensors, which have shapes and no contents."""
+
+    model: TaggingModel
+    optimizer: torch.optim.Optimizer
+    live: "LiveStorages"
+    take: Callable[[], object]
+
+
+@contextmanager
+def fake_step(work: Workload, batch: int) -> Iterator[FakeStep]:
+    """A step of ``batch`` clips as a CPU takes it; what runs inside is on fake tensors.
+
+    It is not a run's first: Adam's moments are there, and the gradients of the step before.
+    """
     cpu = torch.device("cpu")
     with torch.device("meta"):
         model = work.create()
     with FakeTensorMode(), LiveStorages() as live:
         make_fake(model, cpu)
         params = list(model.parameters())
-        optimizer, _ = create_adam(
-            params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu
-        )
+        adam, _ = create_adam(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu)
         for p in params:
             p.grad = torch.empty_like(p)
-        optimizer.step()  # makes the moments, which every step but the first one has
-        optimizer.zero_grad()
-        fixed = live.peak = live.bytes
-        features = torch.empty(batch, work.num_frames, work.num_mels)
-        target = torch.empty(batch, work.num_classes)
-        train_step(
-            model,
-            params,
-            optimizer,
-            features,
-            target,
-            autocast(cpu, work.precision),
-            work.accumulate,
-        )
-    samples = round(batch * ROWS_A_CLIP) * work.clip_samples
-    fullest: int = max(live.peak, fixed + samples * FRONTEND_BYTES)
-    return fullest + samples * WAVEFORM_BYTES + LIBRARIES_BYTES
+        adam.step()
+
+        def take() -> None:
+            features = torch.empty(batch, work.num_frames, work.num_mels)
+            target = torch.empty(batch, work.num_classes)
+            precision = autocast(cpu, work.precision)
+            train_step(model, params, adam, features, target, precision, work.accumulate)
+
+        yield FakeStep(model, adam, live, take)
 
 
 def make_fake(model: nn.Module, device: torch.device) -> None:

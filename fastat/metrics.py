@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,13 +54,6 @@ def tagging_metrics(scores: NDArray[np.float32], targets: NDArray[np.bool_]) -> 
         average_precision=ap,
         auc=auc,
     )
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """``values``, None for what JSON has no number for: an AUC of nothing, d' of an AUC of 1."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
 
 
 def _d_prime(auc: float) -> float:

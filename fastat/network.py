@@ -1,5 +1,6 @@
-"""What a run trains, put together: model, DDP, compilation, optimizer."""
+"""What a run trains, put together: model, DDP, compilation, optimizer, step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,9 @@ from fastat.distributed import Ranks
 from fastat.finetune import freeze, parameter_groups
 from fastat.models.base import TaggingModel
 from fastat.models.sync_batchnorm import synchronise_batchnorm
+from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
+from fastat.step import TrainingStep, why_not_captured
 
 
 @dataclass
@@ -76,6 +79,30 @@ def build_network(
     )
     params = [p for p in model.parameters() if p.requires_grad]
     return Network(model, trained, scored, params, optimizer, whose)
+
+
+def training_step(
+    config: TrainConfig,
+    network: Network,
+    device: torch.device,
+    ranks: Ranks,
+    note: Callable[[str], object],
+) -> TrainingStep:
+    """The step as the device can take it; notes why it is not captured, if not."""
+    why = why_not_captured(device, ranks, checkpointing=network.raw_model.checkpointing)
+    if why is not None and config.cuda_graphs and device.type == "cuda":
+        note(f"no CUDA graph of the step: {why}")
+    return TrainingStep(
+        network.model,
+        network.params,
+        network.optimizer,
+        precision=config.precision,
+        device=device,
+        guard=BufferGuard(network.raw_model),
+        accumulate=config.accumulate,
+        ranks=ranks,
+        graph=config.cuda_graphs and why is None,
+    )
 
 
 def start_weights(config: TrainConfig, model: TaggingModel, meta: ModelMeta) -> list[str]:

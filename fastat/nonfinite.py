@@ -31,20 +31,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastat.atomic import atomic_path
-from fastat.checkpoint import (
-    ModelMeta,
-    build_frontend,
-    load_model,
-    save_tensors,
-    step_name,
-    write_model,
-)
+from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_tensors, write_model
 from fastat.data.loader import Batch, Source
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.environment import autocast, default_device
 from fastat.errors import Failure, UserError
 from fastat.frontend import Augment, Frontend
+from fastat.run_checkpoints import step_name
 
 MAX_IN_A_ROW = 10
 MAX_ROLLBACKS = 3

@@ -147,6 +147,10 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward, backward and Adam, without waiting for the device.
 
+    On a CPU the gradients stay until the next step's are due: the heap then keeps their pages,
+    where it would give them back and fault them in anew, a tenth of a step's time (measured,
+    ResNet50 and AST).
+
     Args:
         features: [B, T, F] float32.
         target: [B, K] float32, in 0..1.
@@ -162,6 +166,7 @@ def train_step(
         taken: scalars on the device, the same on every rank.
     """
     size = len(features) // accumulate
+    on_cpu = features.device.type == "cpu"
     loss = torch.zeros((), device=features.device)
     no_sync: Callable[[], AbstractContextManager[object]] = getattr(model, "no_sync", nullcontext)
     for i, (x, y) in enumerate(zip(features.split(size), target.split(size), strict=True), 1):
@@ -169,6 +174,8 @@ def train_step(
         with no_sync() if i < accumulate else nullcontext():
             with precision:
                 logits = model(x)
+            if on_cpu and i == 1:
+                optimizer.zero_grad()
             part = F.binary_cross_entropy_with_logits(logits.float(), y) / accumulate
             (part if grad_scale is None else part * grad_scale).backward()
         loss += part.detach()
@@ -177,5 +184,6 @@ def train_step(
     if grad_scale is not None:
         norm = norm / grad_scale
     guarded_step(optimizer, found_inf, grad_scale)
-    optimizer.zero_grad()  # to None; apex's takes no argument that says so
+    if not on_cpu:
+        optimizer.zero_grad()  # to None; apex's takes no argument that says so
     return loss, norm, found_inf

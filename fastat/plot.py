@@ -14,11 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from fastat.atomic import atomic_path
 from fastat.checkpoint import ModelMeta
-from fastat.errors import Failure
 from fastat.extract import log_mel_blocks
 from fastat.features import FEATURES, Feature, hz_to_mel
+from fastat.outputs import written
 from fastat.predict import Prediction, clock
 
 COLUMNS = 1600
@@ -38,11 +37,8 @@ def plot_prediction(
 ) -> None:
     """Writes the picture of a prediction as PNG. Raises Failure where it cannot be written."""
     figure = draw(found, waveform, meta, top)
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}") from error
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: int) -> Figure:

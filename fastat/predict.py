@@ -35,6 +35,7 @@ from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.models.base import TaggingModel
+from fastat.outputs import check_output
 from fastat.progress import progress
 
 BATCH = 16
@@ -239,15 +240,12 @@ def _pictures(files: list[Path], plot: Path) -> list[Path]:
     """Where each file's picture goes; an impossible place is found before any work is done."""
     if plot.suffix.lower() != ".png":
         raise UserError(f"--plot writes PNG: expected a name that ends in .png, got {plot}")
-    if not plot.parent.is_dir():
-        raise UserError(f"--plot: the folder {plot.parent} does not exist")
     if len(files) == 1:
         paths = [plot]
     else:
         paths = [plot.with_name(n) for n in output_names(files, f"{plot.stem}-", plot.suffix)]
     for path in paths:
-        if path.is_dir():
-            raise UserError(f"--plot: {path} is a folder")
+        check_output("--plot", path)
     return paths
 
 

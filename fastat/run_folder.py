@@ -22,7 +22,7 @@ from fastat.distributed import Ranks, seed_rank
 from fastat.environment import environment, numerics, restore_random_state
 from fastat.errors import Failure, UserError
 from fastat.loss_scale import FIRST_SCALE, LossScale
-from fastat.metrics import finite
+from fastat.outputs import finite
 
 BAD_CLIPS_FILE = "bad_clips.csv"
 
@@ -55,6 +55,11 @@ class Progress:
         many of fp16 overflowed."""
         end = self.step if end is None else end
         return end - first - sum(first <= s < end for s in self.left_out)
+
+    def mean_loss(self, first: int) -> float:
+        """Of the steps taken from step ``first`` on; NaN without any."""
+        summed = self.taken(first) - self.overflows
+        return self.loss_sum.item() / summed if summed else math.nan
 
 
 class RunLock:

@@ -11,7 +11,8 @@ from fastat.errors import Failure
 from fastat.evaluate import Evaluation
 from fastat.event_file import EventFile
 from fastat.predictions import PREDICTIONS_FILE, save_predictions
-from fastat.run_folder import BAD_CLIPS_FILE, append_bad_clips, append_metrics
+from fastat.readback import Reading
+from fastat.run_folder import BAD_CLIPS_FILE, Progress, append_bad_clips, append_metrics
 
 
 class RunRecords:
@@ -34,6 +35,11 @@ class RunRecords:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.curves.__exit__()
         self.checkpoints.__exit__(kind, *rest)
+
+    def step(self, seen: Reading) -> None:
+        """A step's numbers, as points of curves."""
+        for name, value in (("loss", seen.loss), ("grad_norm", seen.norm), ("lr", seen.lr)):
+            self.curves.add_scalar(f"train/{name}", value, seen.step + 1)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """An epoch's metrics, as a line and as points of curves."""
@@ -63,6 +69,49 @@ class RunRecords:
                 )
 
         self.waiting.write(BAD_CLIPS_FILE, write)
+
+
+def epoch_line(
+    progress: Progress,
+    first: int,
+    epoch: int,
+    evaluation: Evaluation | None,
+    *,
+    lr: float,
+    batch: int,
+    peak_memory_gib: float,
+    **more: float,
+) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``.
+
+    Args:
+        first: step that the epoch began with.
+        epoch: from 1.
+        evaluation: None for a run that is not scored.
+        more: what not every run has.
+    """
+    taken, seconds = progress.taken(first), progress.train_seconds
+    line: dict[str, Any] = {
+        "epoch": epoch,
+        "step": progress.step,
+        "lr": lr,
+        "train_loss": progress.mean_loss(first),
+        "clips_per_s": taken * batch / seconds if taken else 0.0,
+        "data_wait_fraction": progress.wait_seconds / seconds if taken else 0.0,
+        "epoch_s": seconds,
+        "peak_memory_gib": peak_memory_gib,
+        **more,
+    }
+    if evaluation is not None:
+        m = evaluation.metrics
+        line |= {
+            "eval_loss": evaluation.loss,
+            "mAP": m.mAP,
+            "AUC": m.AUC,
+            "d_prime": m.d_prime,
+            "classes_scored": m.classes_scored,
+        }
+    return line
 
 
 def epoch_text(line: dict[str, Any], epochs: int, num_classes: int) -> str:

@@ -1,66 +1,42 @@
 """The trainer: read it from top to bottom."""
 
-import math
 import shlex
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from fastat import nonfinite
-from fastat.checkpoint import (
-    Resumable,
-    best_there,
-    build_frontend,
-    go_back,
-    holds_checkpoints,
-    newest_whole,
-    put_weights,
-    step_name,
-)
-from fastat.checkpoint_writer import Due
+from fastat.checkpoint import build_frontend
 from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
-from fastat.data.loader import PackedSource, with_features
+from fastat.data.loader import with_features
 from fastat.display import Display, Status
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
-from fastat.environment import (
-    default_device,
-    device_name,
-    memory_is_full,
-    peak_memory_gib,
-    random_state,
-)
+from fastat.environment import default_device, memory_is_full, peak_memory_gib
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate
 from fastat.finetune import train_mode
-from fastat.metrics import TaggingMetrics, finite
-from fastat.network import build_network
+from fastat.introduction import device_notes, introduction
+from fastat.metrics import TaggingMetrics
+from fastat.network import build_network, training_step
 from fastat.readback import Reading, Readings
-from fastat.run_folder import (
-    Progress,
-    RunLock,
-    check_writable,
-    drop_metrics,
-    open_run_folder,
-    restore_trainer_state,
-    trainer_state,
-)
-from fastat.run_records import RunRecords, epoch_text
+from fastat.run_checkpoints import holds_checkpoints
+from fastat.run_folder import Progress, RunLock, check_writable, drop_metrics, open_run_folder
+from fastat.run_records import RunRecords, epoch_line, epoch_text
+from fastat.saving import Saving
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
-from fastat.step import Taken, TrainingStep, why_not_captured
+from fastat.step import Taken
 from fastat.training_data import open_data
-from fastat_kernels.backend import chosen_kernels, set_kernels
+from fastat_kernels.backend import set_kernels
 from fastat_kernels.choice import parse_kernels
 
 LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
-FP16_IS_FOR_GPUS = "fp16 is for GPUs without bfloat16; a CPU is many times slower at it than bf16"
 
 
 def train(
@@ -113,12 +89,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.device = default_device()
         set_kernels(parse_kernels(config.kernels))
-        if self.device.type == "cuda":
-            self.notes.append(f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}")
-        elif config.kernels != "auto":
-            self.notes.append(f"kernels={config.kernels}: Triton kernels run on CUDA only")
-        if self.device.type == "cpu" and config.precision == "fp16":
-            self.notes.append(FP16_IS_FOR_GPUS)
+        self.notes += device_notes(config, self.device)
 
         # ---- data
         self.data = open_data(config, self.device, self.ranks, preparing, self.notes)
@@ -137,27 +108,22 @@ class Trainer:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
         self.readings = Readings(self.device)
-        self.step = self._training_step(self.notes.append)
+        self.step = training_step(config, self.network, self.device, self.ranks, self.notes.append)
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
-        source = self.data.source
-        if self.ranks.size > 1:  # which gives this rank its part of a step alone
-            source = PackedSource(
-                self.data.train_set,
-                self.device,
-                sampler=self.sampler,
-                max_bad=self.config.max_bad,
-            )
         self.recorder = nonfinite.Recorder(
-            self.run / "nonfinite",
+            run / "nonfinite",
             self.data.train_set,
             self.sampler,
-            source,
+            self.data.whole_steps,
             self.raw_model,
             self.meta,
             self.frontend,
-            self.config.precision,
+            config.precision,
+        )
+        self.saving = Saving(
+            config, run, self.data, self.network, self.device, self.ranks, display.note
         )
         ranks.from_first(lambda: self._claim_run_folder(resume))
         if resuming:
@@ -171,20 +137,7 @@ class Trainer:
             self.progress.unscored = False  # at an end that --steps set, and does not any more
         keep = self._whole_epochs()
         ranks.from_first(lambda: open_run_folder(run, config, self.device, keep))
-        size = sum(p.numel() for p in self.raw_model.parameters())
-        devices = f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{device_name(self.device)}"
-        self.notes.append(
-            f"{config.model}: {size:,} parameters, {config.proc}, {self.meta.feature} "
-            f"{self.meta.num_mels} x {self.meta.num_frames}, {config.precision} on {devices}, "
-            f"{self.network.whose}"
-        )
-        self.notes.append(
-            f"{self.data.train_set.num_clips:,} clips, {len(self.meta.classes)} classes: "
-            f"{config.epochs} epochs of {self.sampler.steps_per_epoch:,} steps, "
-            f"batch {config.batch}, LR {config.lr:g} -> {run}"
-        )
-        if self.data.eval_set is None:
-            self.notes.append("no --eval set: training without scoring")
+        self.notes += introduction(config, run, self.data, self.network, self.device, self.ranks)
         for note in self.notes:
             display.note(note)
 
@@ -211,7 +164,6 @@ class Trainer:
     def run_epochs(self) -> TaggingMetrics | None:
         """Trains from where the run stands to its end."""
         metrics = None
-        self.due = Due(self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes)
         with ExitStack() as stack:
             if self.ranks.first:
                 stack.enter_context(self.lock)
@@ -250,31 +202,13 @@ class Trainer:
                 signum = self._signalled()
                 if signum and self._unfinished():
                     self._leave(signum)
-            self._finish_writing()
+            self.saving.finish()
             if self.ranks.first:
                 self.records.waiting.close()
         command = f"fastat predict {shlex.quote(str(self.run))} FILE"
         self.display.note(f"saved in {self.run}; tag a sound with: {command}")
         self.data.close()
         return metrics
-
-    def _open_records(self, stack: ExitStack) -> None:
-        """What rank 0 writes with."""
-        step, note = self.progress.step, self.display.note
-        self.records = stack.enter_context(RunRecords(self.run, purge_step=step, note=note))
-
-    def _unfinished(self) -> bool:
-        """Whether there is something left to train, or to score."""
-        return self.progress.step < self.last_step or self.progress.unscored
-
-    def _epoch(self) -> int:
-        """The epoch, from 0, that the run is in."""
-        p = self.progress
-        return (p.step - p.unscored) // self.sampler.steps_per_epoch
-
-    def _whole_epochs(self) -> int | None:
-        """How many epochs' metrics stay; None: all."""
-        return self._epoch() if self._unfinished() else None
 
     def _train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, from the run's current step."""
@@ -309,6 +243,25 @@ class Trainer:
         self._look_for_nonfinite(wait=True)
         p.train_seconds += self._clock() - clock
 
+    def _open_records(self, stack: ExitStack) -> None:
+        """What rank 0 writes with."""
+        step, note = self.progress.step, self.display.note
+        self.records = stack.enter_context(RunRecords(self.run, purge_step=step, note=note))
+        self.saving.begin(self.records.checkpoints)
+
+    def _unfinished(self) -> bool:
+        """Whether there is something left to train, or to score."""
+        return self.progress.step < self.last_step or self.progress.unscored
+
+    def _epoch(self) -> int:
+        """The epoch, from 0, that the run is in."""
+        p = self.progress
+        return (p.step - p.unscored) // self.sampler.steps_per_epoch
+
+    def _whole_epochs(self) -> int | None:
+        """How many epochs' metrics stay; None: all."""
+        return self._epoch() if self._unfinished() else None
+
     def _clock(self) -> float:
         """Seconds, of which those that torch spends compiling are none."""
         return time.perf_counter() - (self.compiling.seconds if self.compiling else 0.0)
@@ -336,28 +289,11 @@ class Trainer:
         self.meta = replace(self.meta, options=options)
         self.recorder = replace(self.recorder, meta=self.meta)
         self.raw_model.checkpointing = True
-        self.step = self._training_step(self.display.note)
-        self.display.note(
+        note = self.display.note
+        self.step = training_step(self.config, self.network, self.device, self.ranks, note)
+        note(
             f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
             f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
-        )
-
-    def _training_step(self, note: Callable[[str], object]) -> TrainingStep:
-        """The step as the device can take it; notes why it is not captured, if not."""
-        c = self.config
-        why = why_not_captured(self.device, self.ranks, checkpointing=self.raw_model.checkpointing)
-        if why is not None and c.cuda_graphs and self.device.type == "cuda":
-            note(f"no CUDA graph of the step: {why}")
-        return TrainingStep(
-            self.network.model,
-            self.network.params,
-            self.optimizer,
-            precision=c.precision,
-            device=self.device,
-            guard=nonfinite.BufferGuard(self.raw_model),
-            accumulate=c.accumulate,
-            ranks=self.ranks,
-            graph=c.cuda_graphs and why is None,
         )
 
     def _lr(self, step: int) -> float:
@@ -409,7 +345,7 @@ class Trainer:
         """To the newest whole checkpoint; what is left out stays so."""
         left_out = self.progress.left_out
         self.readings.clear()
-        self._heed_writer(wait=True)
+        self.saving.heed(self.progress, wait=True)
         for note in self._restore():
             self.display.note(note)
         self.progress.left_out = sorted({*self.progress.left_out, *left_out})
@@ -425,10 +361,7 @@ class Trainer:
         done = p.taken(first) or 1
         summed = p.taken(first, seen.step + 1) - p.overflows
         rate = done * c.batch / p.train_seconds
-        curves = self.records.curves
-        curves.add_scalar("train/loss", seen.loss, seen.step + 1)
-        curves.add_scalar("train/grad_norm", seen.norm, seen.step + 1)
-        curves.add_scalar("train/lr", seen.lr, seen.step + 1)
+        self.records.step(seen)
         self.display.status(
             Status(
                 epoch=epoch + 1,
@@ -475,36 +408,25 @@ class Trainer:
         p, c = self.progress, self.config
         steps = self.sampler.steps_per_epoch
         first = epoch * steps
-        self._heed_writer(wait=True)  # it may say that the best so far was not written
-        done = p.taken(first)
-        summed = done - p.overflows
-        line: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": p.step,
-            "lr": self._lr(p.step - 1),
-            "train_loss": p.loss_sum.item() / summed if summed else math.nan,
-            "clips_per_s": done * c.batch / p.train_seconds if done else 0.0,
-            "data_wait_fraction": p.wait_seconds / p.train_seconds if done else 0.0,
-            "epoch_s": p.train_seconds,
-            "peak_memory_gib": peak_memory_gib(self.device),
-        }
+        self.saving.heed(p, wait=True)  # it may say that the best so far was not written
+        more: dict[str, float] = {}
         if self.compiling is not None:
-            line["compile_s"] = self.compiling.of_epoch()
+            more["compile_s"] = self.compiling.of_epoch()
         if self.step.loss_scale is not None:
-            line["overflows"] = p.overflows
-        best = False
-        if evaluation is not None:
-            m = evaluation.metrics
-            line |= {
-                "eval_loss": evaluation.loss,
-                "mAP": m.mAP,
-                "AUC": m.AUC,
-                "d_prime": m.d_prime,
-                "classes_scored": m.classes_scored,
-            }
-            best = m.mAP > p.best_map
-            if best:
-                p.best_map, p.best_step = m.mAP, p.step
+            more["overflows"] = p.overflows
+        line = epoch_line(
+            p,
+            first,
+            epoch + 1,
+            evaluation,
+            lr=self._lr(p.step - 1),
+            batch=c.batch,
+            peak_memory_gib=peak_memory_gib(self.device),
+            **more,
+        )
+        best = evaluation is not None and evaluation.metrics.mAP > p.best_map
+        if evaluation is not None and best:
+            p.best_map, p.best_step = evaluation.metrics.mAP, p.step
         p.unscored = False
         if p.step == first + steps:  # one that --steps cut short goes on from its sums on resume
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
@@ -522,11 +444,7 @@ class Trainer:
     # -------------------------------------------------------------- checkpoints
     def _save_in_mid_epoch(self) -> None:
         """After a signal, and when a checkpoint is due; several ranks agree on it a step later."""
-        due = False
-        if self.ranks.first:
-            self._heed_writer()
-            busy = self.records.checkpoints.busy
-            due = self.due.after(self.progress.step) and not busy
+        due = self.saving.due(self.progress)
         signum, due_on_first = self.vote(self.stop.signum or 0, int(due))
         if signum or due_on_first:
             self._look_for_nonfinite(wait=True)
@@ -540,71 +458,13 @@ class Trainer:
 
     def _leave(self, signum: int) -> NoReturn:
         """Once the last checkpoint is written."""
-        self._finish_writing()
+        self.saving.finish()
         raise Interrupted(signum)
 
     def _save(self, *, best: bool) -> None:
-        """Takes a snapshot, once the one before is written; it is written in the background.
-
-        Every rank takes part: all their random states are in it.
-        """
-        random_states = self.ranks.gather(random_state(self.device))
-        if not self.ranks.first:
-            return
-        self._heed_writer(wait=True)
-        p = self.progress
-        trained = {
-            "procedure": self.config.proc,
-            "step": p.step,
-            "epoch": p.step / self.sampler.steps_per_epoch,
-            "best_mAP": p.best_map,
-        }
-        meta = replace(self.meta, trained=finite(trained))
-        fingerprint = self.data.train_set.fingerprint
-        scale = self.step.loss_scale
-        state = trainer_state(self.optimizer, p, fingerprint, self.device, random_states, scale)
-        weights = self.raw_model.state_dict()
-        self.records.checkpoints.start(p.step, weights, meta, state, best=best)
-        self.due.saved()
-
-    def _heed_writer(self, *, wait: bool = False) -> None:
-        """Says that a checkpoint could not be written, if so; the next occasion tries again."""
-        if not self.ranks.first:
-            return
-        unwritten = self.records.checkpoints.outcome(wait=wait)
-        if unwritten is not None:
-            self.display.note(f"{unwritten.failure}; training goes on, and tries again")
-            if unwritten.best:  # the best is the best that there is
-                there = best_there(self.run / "checkpoints")
-                self.progress.best_map, self.progress.best_step = there
-
-    def _finish_writing(self) -> None:
-        """Waits for the last checkpoint. The other ranks wait for rank 0: torchrun ends all of them
-        when one leaves."""
-        if self.ranks.first:
-            self.records.checkpoints.finish()
-        self.ranks.gather(None)
+        self.saving.save(self.progress, self.meta, self.step.loss_scale, best=best)
 
     def _restore(self) -> list[str]:
-        """Puts the newest whole checkpoint back, which rank 0 reads; returns notes on it."""
-        newest, lost = self.ranks.from_first(self._read_checkpoint)
-        put_weights(self.raw_model, newest.state, self.run / "checkpoints" / step_name(newest.step))
-        self.progress, notes = restore_trainer_state(
-            newest.trainer, self.optimizer, self.device, self.ranks, self.step.loss_scale
-        )
-        self.step.forget()  # the optimizer has other tensors now
-        if lost is not None:
-            self.progress.best_map, self.progress.best_step = -math.inf, None
-            notes.append(lost)
-        return [*newest.notes, f"resuming {self.run} at step {self.progress.step:,}", *notes]
-
-    def _read_checkpoint(self) -> tuple[Resumable, str | None]:
-        """The newest whole checkpoint, and ``go_back``'s note: the run folder is put back to it."""
-        folder = self.run / "checkpoints"
-        newest = newest_whole(folder)
-        if newest.trainer["data"] != self.data.train_set.fingerprint:
-            raise UserError(
-                f"{self.config.data} is not the set that {self.run} was trained on, or has grown "
-                "since (fastat pack --append)"
-            )
-        return newest, go_back(folder, newest.step, newest.trainer["progress"].get("best_step"))
+        """Back to the newest whole checkpoint; notes on it."""
+        self.progress, notes = self.saving.restore(self.step)
+        return notes

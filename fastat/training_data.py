@@ -29,6 +29,8 @@ class TrainingData:
     train_set: PackedSet
     sampler: Sampler
     source: Source
+    whole_steps: Source
+    """Gives a rank the clips of all of them."""
     meta: ModelMeta
     eval_set: PackedSet | None
     eval_source: Source | None
@@ -136,10 +138,13 @@ def open_data(
             config, eval_set, device, ranks, preparing, notes
         )
         eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
+    rows = PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad)
+    source = source or rows
     return TrainingData(
         train_set,
         sampler,
-        source or PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad),
+        source,
+        source if ranks.size == 1 else rows,
         meta,
         eval_set,
         eval_source,

@@ -12,21 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastat.checkpoint import (
-    ModelMeta,
-    best_there,
-    find_checkpoint,
-    go_back,
-    linked_step,
-    load_meta,
-    load_model,
-    load_trainer_state,
-    newest_whole,
-    save_checkpoint,
-    saved_steps,
-)
+from fastat.checkpoint import ModelMeta, find_checkpoint, load_meta, load_model
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
+from fastat.run_checkpoints import (
+    best_there,
+    go_back,
+    linked_step,
+    load_trainer_state,
+    newest_whole,
+    saved_steps,
+    write_checkpoint,
+)
 
 META = ModelMeta(
     model="cnn_trans",
@@ -44,13 +41,15 @@ META = ModelMeta(
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with one checkpoint."""
-    save_checkpoint(tmp_path / "checkpoints", 3, META.create(), META, {"step": 3}, best=True)
+    write_checkpoint(
+        tmp_path / "checkpoints", 3, META.create().state_dict(), META, {"step": 3}, best=True
+    )
     return tmp_path
 
 
 def test_model_and_meta_come_back(tmp_path: Path) -> None:
     model = META.create().eval()
-    save_checkpoint(tmp_path / "checkpoints", 3, model, META, {"step": 3}, best=True)
+    write_checkpoint(tmp_path / "checkpoints", 3, model.state_dict(), META, {"step": 3}, best=True)
     for path in (tmp_path, str(tmp_path / "checkpoints" / "last")):
         loaded, meta = load_model(path)
         assert meta == META
@@ -63,10 +62,10 @@ def test_model_and_meta_come_back(tmp_path: Path) -> None:
 def test_last_and_best_are_kept_and_nothing_else(run: Path) -> None:
     folder = run / "checkpoints"
     for step, best in ((5, False), (7, True), (9, False)):
-        save_checkpoint(folder, step, META.create(), META, {}, best=best)
+        write_checkpoint(folder, step, META.create().state_dict(), META, {}, best=best)
     assert sorted(os.listdir(folder)) == ["best", "last", "step-00000007", "step-00000009"]
-    save_checkpoint(folder, 11, META.create(), META, {}, best=False)
-    save_checkpoint(folder, 13, META.create(), META, {}, best=False)
+    write_checkpoint(folder, 11, META.create().state_dict(), META, {}, best=False)
+    write_checkpoint(folder, 13, META.create().state_dict(), META, {}, best=False)
     assert saved_steps(folder) == [13, 11, 7], "the one before the last is kept"
     assert find_checkpoint(run).name == "best"
     assert (folder / "best").readlink() == Path("step-00000007")
@@ -85,7 +84,7 @@ def test_failed_writing_keeps_what_was(run: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(Failure, match="No space left"):
-        save_checkpoint(run / "checkpoints", 4, META.create(), META, {}, best=True)
+        write_checkpoint(run / "checkpoints", 4, META.create().state_dict(), META, {}, best=True)
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "last", "step-00000003"]
     assert load_model(run)[1] == META
 
@@ -244,7 +243,9 @@ def folder(tmp_path: Path) -> Path:
         trained = {"best_mAP": 0.5, "step": step}
         meta = replace(META, trained=trained)
         model, state = META.create(), {"step": step, "x": torch.arange(1000.0)}
-        save_checkpoint(tmp_path / "checkpoints", step, model, meta, state, best=step == 4)
+        write_checkpoint(
+            tmp_path / "checkpoints", step, model.state_dict(), meta, state, best=step == 4
+        )
     return tmp_path / "checkpoints"
 
 
@@ -305,7 +306,7 @@ def test_checkpoints_from_before_there_were_checksums(folder: Path) -> None:
 def test_others_may_read_the_weights_as_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        save_checkpoint(tmp_path, 1, META.create(), META, {}, best=False)
+        write_checkpoint(tmp_path, 1, META.create().state_dict(), META, {}, best=False)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "last").iterdir()}
@@ -314,7 +315,7 @@ def test_others_may_read_the_weights_as_the_umask_says(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path) -> None:
     go_back(folder, 6, 4)
-    save_checkpoint(folder, 8, META.create(), META, {"step": "again"}, best=False)
+    write_checkpoint(folder, 8, META.create().state_dict(), META, {"step": "again"}, best=False)
     assert newest_whole(folder).trainer["step"] == "again"
     assert saved_steps(folder) == [8, 6, 4]
     assert not list(folder.glob(".*"))
@@ -327,13 +328,13 @@ def test_going_back_leaves_a_best_from_before(folder: Path) -> None:
 
 
 def test_going_back_takes_the_best_back(folder: Path) -> None:
-    save_checkpoint(folder, 8, META.create(), META, {}, best=True)
+    write_checkpoint(folder, 8, META.create().state_dict(), META, {}, best=True)
     assert go_back(folder, 6, 6) is None
     assert (linked_step(folder, "last"), linked_step(folder, "best")) == (6, 6)
 
 
 def test_going_back_to_where_the_best_is_gone(folder: Path) -> None:
-    save_checkpoint(folder, 8, META.create(), META, {}, best=True)
+    write_checkpoint(folder, 8, META.create().state_dict(), META, {}, best=True)
     assert saved_steps(folder) == [8, 6]
     assert "is gone" in (go_back(folder, 6, 4) or "")
     assert not os.path.lexists(folder / "best")

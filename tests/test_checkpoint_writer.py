@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastat import checkpoint_writer
-from fastat.checkpoint import load_trainer_state, newest_whole, read_weights, write_checkpoint
+from fastat.checkpoint import read_weights
 from fastat.checkpoint_writer import CheckpointWriter, to_host
 from fastat.errors import Failure
+from fastat.run_checkpoints import load_trainer_state, newest_whole, write_checkpoint
 from tests.test_checkpoint import META
 
 

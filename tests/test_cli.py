@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from fastat.checkpoint import ModelMeta, save_checkpoint
+from fastat.checkpoint import ModelMeta
 from fastat.cli import COMMANDS, main
 from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.procedures import PROCEDURES
+from fastat.run_checkpoints import write_checkpoint
 from tests.conftest import TinySets, fastat, one_line, write_tiny_audio
 
 
@@ -38,7 +39,7 @@ def save(folder: Path, classes: tuple[ClassInfo, ...], mean: float, std: float) 
         classes=classes,
         options={"embedding": 64, "num_heads": 4},
     )
-    save_checkpoint(folder / "checkpoints", 1, meta.create(), meta, {}, best=False)
+    write_checkpoint(folder / "checkpoints", 1, meta.create().state_dict(), meta, {}, best=False)
     return folder
 
 
@@ -139,7 +140,7 @@ def test_no_clip_of_a_known_class(checkpoint: Path, tiny_sets: TinySets, tmp_pat
         (("--batch", 0), "--batch must be at least 1"),
         (("--precision", "fp8"), "--precision must be one of bf16, fp16, fp32"),
         (("--predictions", "."), "--predictions takes a file"),
-        (("--per-class", "nowhere/x.csv"), "--per-class takes a file"),
+        (("--per-class", "nowhere/x.csv"), "--per-class nowhere/x.csv: there is no folder"),
     ],
 )
 def test_mistakes_of_eval_are_found_before_the_work(

@@ -8,10 +8,11 @@ import pytest
 import soundfile as sf
 import torch
 
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_checkpoint
+from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.shards import ClassInfo
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
+from fastat.run_checkpoints import write_checkpoint
 from tests.conftest import SMALL_MODELS, fastat, one_line
 
 RATE = 16_000
@@ -31,7 +32,7 @@ def saved_run(folder: Path, model: str, options: dict[str, Any]) -> Path:
         classes=(ClassInfo("a", "A"), ClassInfo("b", "B")),
         options=options,
     )
-    save_checkpoint(folder / "checkpoints", 1, meta.create(), meta, {}, best=True)
+    write_checkpoint(folder / "checkpoints", 1, meta.create().state_dict(), meta, {}, best=True)
     return folder
 
 

@@ -15,11 +15,12 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from fastat import checkpoint_writer, evaluate, signals
 from fastat import step as stepping
-from fastat.checkpoint import linked_step, load_model, write_checkpoint
+from fastat.checkpoint import load_model
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.event_file import EventFile
 from fastat.optim import train_step
+from fastat.run_checkpoints import linked_step, write_checkpoint
 from fastat.run_folder import RunLock, append_metrics
 from fastat.signals import Interrupted
 from tests.conftest import TinySets, fastat, one_line

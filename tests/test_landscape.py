@@ -306,7 +306,7 @@ def test_mistakes_are_found_before_the_work(run: Path, tmp_path: Path) -> None:
         ({"runs": [run, tmp_path / "nowhere"]}, "nowhere does not exist"),
         ({"runs": [run / "checkpoints" / "best"]}, "--data says on which set"),
         ({"plot": tmp_path}, "--plot takes a file"),
-        ({"plot": tmp_path / "nowhere" / "x.png"}, "--plot takes a file"),
+        ({"plot": tmp_path / "nowhere" / "x.png"}, "there is no folder"),
         ({"points": 4}, "--points must be odd"),
         ({"data": tmp_path}, "no dataset.json"),
     ):

@@ -87,9 +87,10 @@ def test_the_estimate_is_what_a_step_must_keep() -> None:
     with torch.device("meta"):
         params = sum(p.numel() for p in wide.create().parameters())
     assert estimated_bytes(wide, 1) - LIBRARIES_BYTES > 16 * params
-    # What does not grow with the batch, where activations are the most: weights and moments.
+    # What does not grow with the batch, where activations are the most: weights, in float32 and in
+    # bf16, moments, and the gradients of the step before.
     two, four = (estimated_bytes(wide, b) - LIBRARIES_BYTES for b in (32, 64))
-    assert 12 * params <= 2 * two - four < 17 * params
+    assert 17 * params < 2 * two - four < 20 * params
 
 
 def test_checkpointing_precision_and_waveforms_count() -> None:

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastat import checkpoint_writer, nonfinite
-from fastat.checkpoint import ModelMeta, load_model, write_checkpoint
+from fastat.checkpoint import ModelMeta, load_model
 from fastat.data.loader import Batch, PackedSource
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.nonfinite import BufferGuard, why_stop
+from fastat.run_checkpoints import write_checkpoint
 from fastat.run_folder import Progress
 from fastat.train import Trainer
 from tests.conftest import QUIET, TinySets

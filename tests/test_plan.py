@@ -125,6 +125,13 @@ def test_hours_and_memory_of_a_candidate() -> None:
     assert (c.batch, c.accumulate, c.verdict) == (448, 1, FITS)
 
 
+def test_no_batch_is_larger_than_the_set() -> None:
+    """However large the memory: an epoch would have no step, and cost nothing."""
+    found = ranked(gib=1e6, clips=100_000)
+    assert all(c.batch <= 100_000 and c.hours > 0 for c in found)
+    assert any(c.batch > 50_000 for c in found)
+
+
 def test_a_batch_that_does_not_fit() -> None:
     found = {(c.model, c.proc): c for c in ranked(gib=4.0)}
     attention, recurrent = found["cnn_trans", "A4"], found["crnn", "A4"]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.costs import NUM_CLASSES, count_parameters, forward_gflop
+from fastat.costs import count_parameters, forward_gflop
 from fastat.features import CLIP_SAMPLES
 from fastat.models import create_model
+from fastat.paper import NUM_CLASSES
 from fastat.profile.costmodel import (
     BAR,
     CostModel,

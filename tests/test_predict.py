@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastat import cli
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_checkpoint
+from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.shards import ClassInfo
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
 from fastat.plot import COLUMNS, _bin_of, draw, mel_image, timeline
 from fastat.predict import Prediction, Tagger, clock, sparkline, window_starts
+from fastat.run_checkpoints import write_checkpoint
 
 CLASSES = tuple(
     ClassInfo(f"/m/{i}", name)
@@ -53,7 +54,7 @@ def saved_run(folder: Path, meta: ModelMeta) -> Path:
     with torch.no_grad():
         for parameter in model.get_submodule("head").parameters():
             parameter.mul_(20.0)
-    save_checkpoint(folder / "checkpoints", 1, model, meta, {}, best=True)
+    write_checkpoint(folder / "checkpoints", 1, model.state_dict(), meta, {}, best=True)
     return folder
 
 
@@ -453,7 +454,7 @@ def test_mistakes_are_found_before_the_work_starts(
         (("--hop-seconds", 0), "--hop-seconds must be a positive number"),
         (("--hop-seconds", -3), "--hop-seconds must be a positive number"),
         (("--hop-seconds", "nan"), "--hop-seconds must be a positive number"),
-        (("--plot", tmp_path / "gone" / "a.png"), f"the folder {tmp_path / 'gone'} does not exist"),
+        (("--plot", tmp_path / "gone" / "a.png"), f"there is no folder {tmp_path / 'gone'}"),
         (("--plot", tmp_path / "a.pdf"), "ends in .png"),
         (("--plot", tmp_path / "folder.png"), "is a folder"),
         ((same, "--plot", tmp_path / "p.png"), "2 files would be written to p-a.png"),

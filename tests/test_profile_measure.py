@@ -54,7 +54,6 @@ def test_the_step_is_the_trainers(noise: PackedSet, device: torch.device) -> Non
     assert loss.isfinite()
     moved = [not torch.equal(a, b) for a, b in zip(before, training.params, strict=True)]
     assert all(moved)
-    assert all(p.grad is None for p in training.params)
 
 
 @pytest.mark.parametrize("num_clips", [3, 40])

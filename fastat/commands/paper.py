@@ -17,7 +17,8 @@ def models(json_: Json = False) -> None:
 
     Example: `fastat models --json`
     """
-    from fastat.costs import NUM_CLASSES, model_rows
+    from fastat.costs import model_rows
+    from fastat.paper import NUM_CLASSES
 
     rows = model_rows()
     if json_:

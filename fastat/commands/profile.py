@@ -105,7 +105,8 @@ def profile(
     `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
     from fastat.config import PRECISIONS
-    from fastat.profile.cases import check_output, choices, parse_batch
+    from fastat.outputs import check_output
+    from fastat.profile.cases import choices, parse_batch
     from fastat.profile.plan_choices import check_options, parse_limits, planned
 
     check_options(

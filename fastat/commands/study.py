@@ -1,7 +1,6 @@
 """The commands that ask what a choice costs: compare, ablate, landscape."""
 
 import json
-import math
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from fastat.commands import Json, table_console
 from fastat.errors import UserError
+from fastat.outputs import check_output, finite
 
 if TYPE_CHECKING:
     from fastat.ablate import Ablation
@@ -51,7 +51,7 @@ def compare(
     document = asdict(c)
     document["changes"] = document["changes"][:top]
     if json_:
-        print(json.dumps({"a": str(a), "b": str(b), **as_json(document)}))
+        print(json.dumps({"a": str(a), "b": str(b), **finite(document)}))
         return
     console = table_console()
     console.print(_comparison_table(str(a), str(b), document))
@@ -127,7 +127,7 @@ def ablate(
         raise typer.Exit(stop.exit_code) from None
     result = table_4(out, resamples=resamples)
     if json_:
-        print(json.dumps(as_json(asdict(result))))
+        print(json.dumps(finite(asdict(result))))
         return
     console = table_console()
     console.print(_ablation_table(result))
@@ -226,8 +226,7 @@ def landscape(
     from fastat.landscape import evaluation_set_of, slice_points
     from fastat.landscape import landscape as landscape_of
 
-    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
-        raise UserError(f"--plot takes a file in an existing folder, got {plot}")
+    check_output("--plot", plot)
     if points % 2 == 0:
         raise UserError(f"--points must be odd, so that the weights are one, got {points}")
     sets = []
@@ -263,7 +262,7 @@ def landscape(
 
         plot_landscapes(plot, found)
     if json_:
-        print(json.dumps(as_json([asdict(result) for result in found])))
+        print(json.dumps(finite([asdict(result) for result in found])))
         return
     console = table_console()
     console.print(_landscape_table(found))
@@ -304,15 +303,6 @@ def _landscape_table(found: "list[Landscape]") -> Table:
         losses = (r.loss, r.slice.losses[0], r.slice.losses[-1])
         table.add_row(Text(r.run), *cells, *(f"{loss:.4f}" for loss in losses))
     return table
-
-
-def as_json(value: Any) -> Any:
-    """``value`` with None for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {k: as_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _interval(estimate: dict[str, float], form: str) -> str:

@@ -10,7 +10,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
@@ -121,7 +121,7 @@ class PackedSource:
         self.bad = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[StepPlan]) -> Generator[Batch]:
         """One batch a plan, in order; a batch is valid until the next one is asked for.
 
         Raises:

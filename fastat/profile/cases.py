@@ -3,11 +3,9 @@
 Imports no torch, so that a mistake on the command line is answered at once.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastat.config import parse_settings, parse_stride
@@ -119,19 +117,6 @@ def parse_batch(text: str | None) -> int | str | None:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:10]) <= 1_000_000:
         raise UserError(f"--batch takes auto, or a number of clips from 1 on, got {text!r}")
     return int(text)
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Raises UserError where the file ``path`` cannot be written."""
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise UserError(f"{option} takes a file to write, {path} is a folder")
-    if not folder.is_dir():
-        raise UserError(f"{option} {path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {path}: {folder} is read-only")
 
 
 def _known(option: str, names: Sequence[str], known: dict[str, Any]) -> None:

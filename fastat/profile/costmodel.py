@@ -176,7 +176,6 @@ def left_out_errors(points: Sequence[Point]) -> list[float]:
 class Trust:
     """How far predictions were off at points that the fit had not seen."""
 
-    num_points: int
     median: float
     """Of the relative errors' sizes."""
     worst: float
@@ -186,7 +185,7 @@ class Trust:
     def of(cls, errors: Sequence[float]) -> "Trust":
         sizes = [abs(e) for e in errors]
         worst = int(np.argmax(sizes))
-        return cls(len(sizes), median(sizes), sizes[worst], worst)
+        return cls(median(sizes), sizes[worst], worst)
 
 
 def _relative(points: Sequence[Point]) -> NDArray[np.float64]:

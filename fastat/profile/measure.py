@@ -8,7 +8,7 @@ all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps 
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import quantiles
@@ -28,7 +28,6 @@ from fastat.finetune import parameter_groups, train_mode
 from fastat.frontend import Frontend
 from fastat.host import free_memory
 from fastat.memory import Workload, step_bytes
-from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
@@ -110,14 +109,7 @@ class Case:
 
     def create(self, clip_samples: int, num_classes: int) -> TaggingModel:
         """The model, with fresh weights. Raises UserError where its options are impossible."""
-        feature = FEATURES[self.procedure.feature]
-        return create_model(
-            self.model,
-            num_mels=feature.num_mels,
-            num_frames=feature.num_frames(clip_samples),
-            num_classes=num_classes,
-            **self.model_options,
-        )
+        return self.workload(clip_samples, num_classes).create()
 
 
 @dataclass(frozen=True)
@@ -256,23 +248,22 @@ class Training:
         self.frontend = Frontend(
             feature.name, clip_samples=packed.clip_samples, mean=stats.mean, std=stats.std
         ).to(device)
-        raw = case.create(packed.clip_samples, len(packed.classes))
-        self.raw_model = raw.to(device).to(memory_format=torch.channels_last)
+        self.raw_model = case.create(packed.clip_samples, len(packed.classes)).to(device)
         model: nn.Module = self.raw_model
         if case.compile:
             model = cast(nn.Module, torch.compile(model))
         self.model = Marked(model)
         train_mode(self.model)
-        self.params = list(raw.parameters())
+        self.params = list(self.raw_model.parameters())
         p = case.procedure
         self.optimizer, _ = create_adam(
-            parameter_groups(raw, 1.0),
+            parameter_groups(self.raw_model, 1.0),
             lr=p.lr,
             betas=(p.beta1, p.beta2),
             weight_decay=p.weight_decay,
             device=device,
         )
-        self.guard = BufferGuard(raw)
+        self.guard = BufferGuard(self.raw_model)
         self.why_not_captured = why_not_captured(
             device, ALONE, checkpointing=case.activation_checkpointing
         )
@@ -298,7 +289,7 @@ class Training:
         if self.marks is not None:
             self.marks.append(self.clock.now())
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch]:
         """Without end."""
         source = PackedSource(self.packed, self.device, sampler=self.sampler)
         return source.batches(self._plans())
@@ -331,9 +322,9 @@ class Training:
         self.mark()
         return taken.loss
 
-    def steps(self, *, overlapped: bool) -> Iterator[None]:
+    def steps(self, *, overlapped: bool) -> Generator[None]:
         """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
-        with closing(cast(Any, self.batches())) as batches:
+        with closing(self.batches()) as batches:
             if overlapped:
                 take = self.taker(graph=True)
                 for batch, features, _ in with_features(batches, self.frontend, self.device):
@@ -362,7 +353,7 @@ class Marked(nn.Module):
 
 def _data_ms(training: Training, clock: Clock) -> Spread:
     """A batch from the set to the device, with nothing else to do."""
-    with closing(cast(Any, training.batches())) as batches:
+    with closing(training.batches()) as batches:
         next(batches)
         moments = [time.perf_counter()]
         for _ in range(DATA_ROUNDS):
@@ -385,7 +376,7 @@ def _timed_steps(
     ``power`` is read while steps are timed, not while the warm-up compiles and captures.
     """
     marks: list[list[Any]] = []
-    with closing(cast(Any, training.steps(overlapped=not marked))) as steps:
+    with closing(training.steps(overlapped=not marked)) as steps:
         for _ in range(WARM_UP[training.device.type]):
             next(steps)
         clock.wait()

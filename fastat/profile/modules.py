@@ -7,17 +7,14 @@ allocator that tells, the step runs on fake tensors, and the storages alive are 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fastat.data.shards import PackedSet
-from fastat.environment import autocast
-from fastat.memory import LiveStorages, make_fake
-from fastat.optim import create_adam, train_step
+from fastat.memory import LiveStorages, fake_step
 from fastat.profile.measure import Case, Training, out_of_memory
 
 OUTSIDE = "(outside modules)"
@@ -102,7 +99,7 @@ def memory_by_module(case: Case, device: torch.device, packed: PackedSet) -> lis
         return _on_fakes(case, packed)
     with out_of_memory(device):
         training = Training(case, device, packed)
-        with closing(cast(Any, training.batches())) as batches:
+        with closing(training.batches()) as batches:
             training.step(next(batches))
             batch = next(batches)
             allocator = AllocatorMemory(device)
@@ -113,21 +110,11 @@ def memory_by_module(case: Case, device: torch.device, packed: PackedSet) -> lis
 
 def _on_fakes(case: Case, packed: PackedSet) -> list[ModuleMemory]:
     work = case.workload(packed.clip_samples, len(packed.classes))
-    cpu = torch.device("cpu")
-    with torch.device("meta"):
-        model = work.create()
-    with FakeTensorMode(), LiveStorages() as live:
-        make_fake(model, cpu)
-        params = list(model.parameters())
-        adam, _ = create_adam(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu)
-        for p in params:
-            p.grad = torch.empty_like(p)
-        adam.step()
-        adam.zero_grad()
-        features = torch.empty(case.batch, work.num_frames, work.num_mels)
-        target = torch.empty(case.batch, work.num_classes)
-        with watched(model, adam, FakeMemory(live)) as found:
-            train_step(model, params, adam, features, target, autocast(cpu, case.precision))
+    with (
+        fake_step(work, case.batch) as step,
+        watched(step.model, step.optimizer, FakeMemory(step.live)) as found,
+    ):
+        step.take()
     return found
 
 

@@ -9,12 +9,10 @@ from zlib_ng import zlib_ng
 from fastat.data.shard_writer import ShardPart
 from fastat.data.shards import FORMAT, INDEX_FILE, VERSION, PackedSet, ShardRows
 from fastat.features import CLIP_SAMPLES, FEATURES
+from fastat.paper import NUM_CLASSES
 
 NUM_CLIPS = 256
 """82 MB: in the page cache once written, as a set that fits the host's memory."""
-
-NUM_CLASSES = 527
-"""AudioSet's."""
 
 
 def noise_set(

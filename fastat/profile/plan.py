@@ -17,12 +17,12 @@ import torch
 
 from fastat.compiling import keep_compiled
 from fastat.config import TrainConfig, resolve
-from fastat.costs import NUM_CLASSES
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.environment import device_name, environment
 from fastat.features import CLIP_SAMPLES
 from fastat.launch import cache_folder
 from fastat.memory import memory_limit
+from fastat.paper import NUM_CLASSES
 from fastat.procedures import AST_STRIDE, ATTENTION_MODELS, small_set_sizes
 from fastat.profile.cases import Choice
 from fastat.profile.costmodel import BAR, CostModel, Point, Trust, Work, left_out_errors
@@ -120,7 +120,7 @@ def candidates(
             choice.proc, choice.model, {"data": ""}, num_clips=clips, clip_seconds=clip_seconds
         )
         small = small_set_sizes(choice.procedure, clips) is not None
-        most = predict.largest_batch(choice, limits.bytes)
+        most = min(clips, predict.largest_batch(choice, limits.bytes))
         first: Candidate | None = None
         for batch, accumulate in batches(choice.model, config.batch, most, small=small):
             made = _candidate(choice, config, predict, limits, batch, accumulate, clips)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastat.profile.plan import FITS
-from fastat.profile.table import WIDTH, number
+from fastat.profile.table import WIDTH, number, stride_of
 
 HEADS = ("", "mAP\npaper", "batch", "clips/s", "h an\nepoch", "hours", "GiB")
 
@@ -61,7 +61,7 @@ def ranking(fitting: list[dict[str, Any]]) -> Table:
             f"{c['paper_map']:.3f}",
             c["model"],
             c["proc"],
-            stride(c),
+            stride_of(c),
             str(c["batch"]),
             number(c["clips_per_s"]),
             number(c["hours_per_epoch"]),
@@ -71,11 +71,6 @@ def ranking(fitting: list[dict[str, Any]]) -> Table:
             style="bold" if rank == 1 else "",
         )
     return table
-
-
-def stride(c: dict[str, Any]) -> str:
-    """As ``--stride`` takes it; nothing for models without."""
-    return "" if c["fstride"] is None else f"{c['fstride']}x{c['tstride']}"
 
 
 def batch_note(c: dict[str, Any]) -> str:
@@ -150,7 +145,7 @@ def point_title(point: dict[str, Any]) -> str:
 
 def title(c: dict[str, Any]) -> str:
     """A candidate, its batch left aside."""
-    return " ".join(x for x in (c["model"], c["proc"], stride(c)) if x)
+    return " ".join(x for x in (c["model"], c["proc"], stride_of(c)) if x)
 
 
 def best(c: dict[str, Any]) -> str:

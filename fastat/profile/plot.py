@@ -11,8 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fastat.atomic import atomic_path
-from fastat.errors import Failure
+from fastat.outputs import written
 from fastat.paper import TABLE_3
 from fastat.procedures import PROCEDURES
 from fastat.profile.rows import Document, Row, best_value
@@ -25,11 +24,8 @@ COLOURS = {"A1": "#0b5394", "A2": "#6fa8dc", "A3": "#b45309", "A4": "#e69f00"}
 def plot_profile(path: Path, document: Document) -> None:
     """Writes the picture as PNG. Raises Failure where it cannot be written."""
     figure = draw(document)
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}") from error
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def draw(document: Document) -> Figure:

@@ -5,13 +5,14 @@ The rows' names are a promise: schema ``fastat.profile/1``.
 
 import csv
 import io
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fastat.costs import count_parameters
+from fastat.costs import PASSES, count_parameters
 from fastat.environment import device_name, environment
 from fastat.features import FEATURES
 from fastat.models.conformer import STACKED_FRAMES
@@ -22,9 +23,6 @@ from fastat.profile.measure import Case, Measured
 from fastat.profile.parts import PARTS, gflop_parts
 
 SCHEMA = "fastat.profile/1"
-PASSES = 3
-"""Forward, and a backward pass with twice its products."""
-
 MS = ("data", "frontend", "forward", "backward", "optimizer", "step")
 Row = dict[str, Any]
 Document = dict[str, Any]
@@ -56,14 +54,11 @@ def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
     with torch.device("meta"):
         model: Any = case.create(clip_samples, num_classes)
     grid = model.grid if case.model == "ast" else None
-    time_pool = 1
-    for pool, _ in TalNet.POOLS:
-        time_pool *= pool
     tokens = {
         "ast": model.pos_embed.shape[1] if grid else None,
         "transformer": frames,
         "conformer": frames // STACKED_FRAMES,
-        "cnn_trans": frames // time_pool,
+        "cnn_trans": frames // math.prod(pool for pool, _ in TalNet.POOLS),
     }.get(case.model)
     params = count_parameters(model)
     return Counted(params, gflop_parts(model, frames, feature.num_mels), grid, tokens)

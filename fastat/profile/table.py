@@ -137,8 +137,8 @@ def _table(name: str, columns: tuple[Column, ...]) -> Table:
 
 
 def stride_of(row: Row) -> str:
-    """As ``--stride`` takes it."""
-    return f"{row['fstride']}x{row['tstride']}"
+    """As ``--stride`` takes it; nothing for models without."""
+    return "" if row["fstride"] is None else f"{row['fstride']}x{row['tstride']}"
 
 
 def cost_cells(row: Row, best: list[Row]) -> list[str]:

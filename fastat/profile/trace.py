@@ -5,14 +5,13 @@ import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from fastat.atomic import atomic_path
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure
+from fastat.outputs import written
 from fastat.profile.measure import WARM_UP, Case, Training, out_of_memory
 
 STEPS = 3
@@ -63,7 +62,7 @@ def trace(case: Case, device: torch.device, packed: PackedSet, out: Path) -> lis
         activities.append(ProfilerActivity.CUDA)
     with out_of_memory(device):
         training = Training(case, device, packed)
-        with closing(cast(Any, training.batches())) as batches:
+        with closing(training.batches()) as batches:
             for _ in range(WARM_UP[device.type]):
                 training.step(next(batches))
             training.clock.wait()
@@ -73,14 +72,11 @@ def trace(case: Case, device: torch.device, packed: PackedSet, out: Path) -> lis
                 for _ in range(STEPS):
                     training.step(next(batches))
                 training.clock.wait()
-    try:
-        with atomic_path(out) as temporary:
-            profiler.export_chrome_trace(str(temporary))
-            read = input_bytes(json.loads(temporary.read_text())["traceEvents"])
-            params = STEPS * sum(p.numel() for p in training.params)
-            read |= {name: params * size for name, size in BYTES_A_PARAMETER.items()}
-    except OSError as error:
-        raise Failure(f"cannot write {out}: {error.strerror}") from error
+    with written(out) as temporary:
+        profiler.export_chrome_trace(str(temporary))
+        read = input_bytes(json.loads(temporary.read_text())["traceEvents"])
+    params = STEPS * sum(p.numel() for p in training.params)
+    read |= {name: params * size for name, size in BYTES_A_PARAMETER.items()}
     return operators(profiler.key_averages(), read, on_cpu=device.type == "cpu")
 
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import mean, pstdev
 
+from fastat.ablate import OFF
 from fastat.config import MAY_CHANGE_ON_RESUME
 from fastat.paper import TABLE_4
 from fastat.report.runs import Run
 from fastat.report.table import NONE, Cell, Column, Table, mAP
 from fastat.report.tables import best_of, comparability
 
-ABLATED = ("balance", "mixup", "time_mask", "freq_mask", "normalize")
+ABLATED = {key for _, off in OFF.values() for key in off}
 """The fields of config.json that an ablation changes."""
 
 IGNORED = {*ABLATED, "eval", *MAY_CHANGE_ON_RESUME} - {"data", "steps"}
@@ -20,14 +21,11 @@ IGNORED = {*ABLATED, "eval", *MAY_CHANGE_ON_RESUME} - {"data", "steps"}
 
 def ablation(run: Run) -> str | None:
     """What a run goes without, by the name in TABLE_4; "" for nothing, None for several."""
-    c = run.config
-    without = {
-        "balancing": not c.balance,
-        "mixup": c.mixup == 0,
-        "SpecAugment": c.time_mask == 0 and c.freq_mask == 0,
-        "normalisation": not c.normalize,
-    }
-    found = [name for name, off in without.items() if off]
+    found = [
+        name
+        for name, (_, off) in OFF.items()
+        if all(getattr(run.config, key) == value for key, value in off.items())
+    ]
     return None if len(found) > 1 else "".join(found)
 
 
@@ -57,13 +55,7 @@ def ablations(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Run]]]:
 
 def _alike(base: Run, run: Run, name: str) -> bool:
     """Whether what ``name`` leaves alone is as in the baseline."""
-    own = {
-        "balancing": ("balance",),
-        "mixup": ("mixup",),
-        "SpecAugment": ("time_mask", "freq_mask"),
-        "normalisation": ("normalize",),
-    }[name]
-    fields = [f for f in ABLATED if f not in own]
+    fields = ABLATED - OFF[name][1].keys()
     return all(getattr(base.config, f) == getattr(run.config, f) for f in fields)
 
 

@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from fastat.atomic import atomic_path
-from fastat.errors import Failure, UserError
+from fastat.errors import UserError
 from fastat.label_quality import quantile_thresholds, read_quality
+from fastat.outputs import check_output, written
 from fastat.report.ablations import table_4
 from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
 from fastat.report.inputs import Inputs, read_inputs
@@ -62,18 +62,14 @@ def write_report(
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out takes a file that ends in .html, got {out}")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out takes a file in an existing folder, got {out}")
+    check_output("--out", out)
     quality = read_quality(label_quality) if label_quality is not None else None
     inputs = read_inputs(paths)
     if quality is not None:
         inputs.notes += quality_gaps(inputs.runs, quality)
     page = render(inputs, quality).encode("utf-8", "replace")  # a file's name may be no UTF-8
-    try:
-        with atomic_path(out) as temporary:
-            temporary.write_bytes(page)
-    except OSError as error:
-        raise Failure(f"cannot write {out}: {error.strerror}") from error
+    with written(out) as temporary:
+        temporary.write_bytes(page)
     return inputs, len(page)
 
 

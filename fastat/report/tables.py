@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from fastat.paper import EVAL_CLIPS, TABLE_2, TRAIN_CLIPS
+from fastat.paper import EVAL_CLIPS, NUM_CLASSES, TABLE_2, TRAIN_CLIPS
 from fastat.procedures import PROCEDURES, Procedure, procedure_of
 from fastat.report.runs import EvalSet, Run, departures, noise_scale
 from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
-
-PAPER_CLASSES = 527
 
 
 def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
@@ -24,8 +22,8 @@ def on_set(runs: Sequence[Run], eval_set: EvalSet) -> list[Run]:
 
 def comparability(eval_set: EvalSet) -> str:
     """What stands beside every number of the paper's: whether a set is like AudioSet's."""
-    paper = f"AudioSet's evaluation set of {EVAL_CLIPS:,} clips and {PAPER_CLASSES} classes"
-    if eval_set.classes != PAPER_CLASSES:
+    paper = f"AudioSet's evaluation set of {EVAL_CLIPS:,} clips and {NUM_CLASSES} classes"
+    if eval_set.classes != NUM_CLASSES:
         return (
             f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. "
             "Two different tasks: their mAPs do not compare."

@@ -871,8 +871,9 @@ def attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, Dh] each
     if dropout_p and qkv.device.type == "cpu":
         # torch's fused CPU kernel takes no dropout, and its fallback draws a Bernoulli a weight.
+        # Its softmax computes in float32 whatever the scores' dtype.
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-        out = dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout_p) @ v
+        out = dropout(scores.softmax(-1), dropout_p) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     return out.transpose(1, 2).flatten(2)

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from fastat.checkpoint import ModelMeta, save_checkpoint
+from fastat.checkpoint import ModelMeta
 from fastat.data.decode import BadAudio, Reason
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
 from fastat.predict import Tagger, as_document
+from fastat.run_checkpoints import write_checkpoint
 from tests.fuzz.audio import Base, Case, base_files, cases
 from tests.fuzz.child import SPARE_BYTES, Outcome, run_cases
 from tests.fuzz.mutations import SHARE, keep
@@ -184,7 +185,7 @@ def tagger(tmp_path_factory: pytest.TempPathFactory) -> Tagger:
         classes=(ClassInfo("a", "a"), ClassInfo("b", "b")),
         options={"embedding": 64},
     )
-    save_checkpoint(run / "checkpoints", 1, meta.create(), meta, {}, best=True)
+    write_checkpoint(run / "checkpoints", 1, meta.create().state_dict(), meta, {}, best=True)
     return Tagger(run)
 
 

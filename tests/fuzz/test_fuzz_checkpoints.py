@@ -15,16 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.checkpoint import (
-    ModelMeta,
-    build_frontend,
-    load_model,
-    load_trainer_state,
-    save_checkpoint,
-)
+from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
+from fastat.run_checkpoints import load_trainer_state, write_checkpoint
 from tests.fuzz.child import SPARE_BYTES, error_of, run_cases
 from tests.fuzz.documents import JSON
 from tests.fuzz.mutations import SHARE, Mutant, Mutation, keep, mutate, rng_of
@@ -53,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model(torch.randn(2, meta.num_frames, meta.num_mels)).sum().backward()
     optimizer.step()
     trainer = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "data": "x"}
-    save_checkpoint(folder, 1, model, meta, trainer, best=True)
+    write_checkpoint(folder, 1, model.state_dict(), meta, trainer, best=True)
     return folder / "step-00000001"
 
 

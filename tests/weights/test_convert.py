@@ -17,11 +17,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_checkpoint, save_weights
+from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_weights
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.models.base import FrameModel
+from fastat.run_checkpoints import write_checkpoint
 from fastat.weights.convert import Summary, convert
 from fastat.weights.layouts import _not_sinusoidal
 from tests.conftest import fastat, one_line
@@ -789,7 +790,7 @@ def test_a_resnet_goes_to_timm_and_only_it(tmp_path: Path) -> None:
     model = randomise(RESNET_META.create())
     assert isinstance(model, FrameModel)
     run = tmp_path / "run"
-    save_checkpoint(run / "checkpoints", 3, model, RESNET_META, {}, best=True)
+    write_checkpoint(run / "checkpoints", 3, model.state_dict(), RESNET_META, {}, best=True)
     summary: Summary = convert(run, tmp_path / "trunk.safetensors")
     heads = ("head.fc_prob.weight", "head.fc_prob.bias", "head.fc_att.weight", "head.fc_att.bias")
     assert tuple(summary.dropped) == heads

@@ -1,0 +1,47 @@
+"""What commands write: files that their options name, and JSON.
+
+Imports no torch, so that a mistake on the command line is answered at once.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastat.atomic import atomic_path
+from fastat.errors import Failure, UserError
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Raises UserError where the file ``path`` cannot be written, before any work is done."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{option} takes a file to write, {path} is a folder")
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {folder} is read-only")
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """``atomic_path`` of a command's output. Raises Failure where it cannot be written."""
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}") from error
+
+
+def finite(value: Any) -> Any:
+    """``value``, None for the numbers in it that JSON does not have: an AUC of nothing, d' of an
+    AUC of 1."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
