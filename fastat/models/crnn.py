@@ -15,7 +15,8 @@ class Crnn(FrameModel):
     """[B, T, F] normalised features -> [B, K] logits, float32.
 
     torch.compile breaks at the GRU, which is cuDNN's: two regions, before it and after it. Under
-    bfloat16 autocast on a GPU the GRU computes in float32, see ``_recurrent``.
+    bfloat16 autocast on a GPU the GRU computes in float32, see ``_recurrent``: the casts around it
+    are two more, of nothing else.
 
     Args:
         num_mels, num_frames, num_classes: the feature map and the classes.
@@ -46,7 +47,6 @@ class Crnn(FrameModel):
         out: Tensor = self._recurrent(self.talnet.flatten(x))
         return out
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recurrent(self, x: Tensor) -> Tensor:
         """The GRU, [B, N, D] -> [B, N, D].
 
