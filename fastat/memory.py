@@ -303,6 +303,8 @@ class LiveStorages(TorchDispatchMode):
 # ------------------------------------------------------------------------------ CUDA
 def _trial(work: Workload, device: torch.device, **question: int | None) -> int | None:
     """Asks a process of its own; ``fastat.memory_trial`` says what."""
+    if device.index is None:  # "the current one" may be another there, and limits take no such name
+        device = torch.device("cuda", torch.cuda.current_device())
     asked = {"work": asdict(work), "device": str(device), **question}
     try:
         done = subprocess.run(

@@ -216,6 +216,10 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
         raise UserError(f"{folder} is no recorded step: expected RUN/nonfinite/step-...")
     device = default_device()
     model, meta = load_model(folder, device)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            # Of one layer training is the same, and cuDNN goes backward through no other.
+            module.train()
     tensors = {k: v.to(device) for k, v in load_file(folder / BATCH_FILE).items()}
     target, num_samples = tensors["target"], tensors["num_samples"]
     augment = Augment(*(tensors[name] for name in Augment._fields))

@@ -48,7 +48,7 @@ def write(folder: Path, rows: list[dict[str, object]]) -> None:
 def test_help_lists_the_parts() -> None:
     done = gpu_sh("--help")
     assert done.returncode == 0
-    parts = ("ceilings", "cuda", "targets_ast", "attention_pool", "a4", "tune")
+    parts = ("ceilings", "cuda_more", "targets_ast", "attention_pool", "a4", "tune")
     assert all(part in done.stdout for part in parts)
 
 
@@ -66,6 +66,16 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "needs a CUDA device" in done.stderr
     assert "failed: tune=patch_embed (exit code 1)" in done.stderr
+
+
+def test_parts_that_have_no_time_left_are_named(tmp_path: Path) -> None:
+    done = gpu_sh("--within", 1, "--out", tmp_path, "ceilings", "a4")
+    assert done.returncode == 1
+    assert "failed: ceilings (no time left) a4 (no time left)" in done.stderr
+    assert not any(tmp_path.iterdir())
+    done = gpu_sh("--within", "soon", "ceilings")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "gpu.sh: --within takes seconds, got soon"
 
 
 def test_a_part_leaves_results_and_the_table(tmp_path: Path) -> None:

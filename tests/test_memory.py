@@ -1,14 +1,16 @@
 """What a training step takes, estimated on the CPU, and the search for the largest batch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastat import memory_trial
+from fastat import memory, memory_trial
 from fastat.errors import Failure
 from fastat.memory import (
     LIBRARIES_BYTES,
@@ -174,6 +176,21 @@ def test_a_trial_that_fails_is_one_line() -> None:
         step_bytes(work(), 4, torch.device("cuda:0"))
 
 
+def test_a_trial_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the caller means the current one: a limit of memory needs its number."""
+    asked: list[str] = []
+
+    def answered(*args: Any, input: str, **more: Any) -> SimpleNamespace:
+        asked.append(json.loads(input)["device"])
+        return SimpleNamespace(returncode=0, stdout="7\n", stderr="")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(memory, "subprocess", SimpleNamespace(run=answered))
+    for name in ("cuda", "cuda:1"):
+        assert largest_batch(work(), torch.device(name), 1 << 30) == 7
+    assert asked == ["cuda:3", "cuda:1"]
+
+
 @pytest.mark.parametrize("clip_samples", [0, 16_000])
 def test_a_trial_trains_and_scores(clip_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, what it does on CUDA: the front end, steps in parts, a batch to score."""
@@ -197,9 +214,10 @@ def test_a_trial_trains_and_scores(clip_samples: int, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_largest_batch_on_a_gpu_fits(compiled: bool) -> None:
-    """Found under a small limit; four times as many clips take more than it."""
-    device, limit = torch.device("cuda:0"), 4 << 30
+    """Found under a small limit; four times as many clips take more than it. Without the limit the
+    allocator keeps some memory that it gave back under it."""
+    device, limit = torch.device("cuda"), 4 << 30
     small = work(compile=compiled)
     batch = largest_batch(small, device, limit, multiple=8)
     assert batch is not None and batch >= 8
-    assert step_bytes(small, batch, device) <= limit < step_bytes(small, 4 * batch, device)
+    assert step_bytes(small, batch, device) <= 1.1 * limit < step_bytes(small, 4 * batch, device)

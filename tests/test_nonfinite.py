@@ -19,6 +19,8 @@ from fastat.data.loader import Batch, PackedSource
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
+from fastat.models import create_model
+from fastat.models.crnn import Crnn
 from fastat.nonfinite import BufferGuard, why_stop
 from fastat.run_checkpoints import write_checkpoint
 from fastat.run_folder import Progress
@@ -278,6 +280,28 @@ def test_the_reproducer_finds_gradients(kept: Path, monkeypatch: pytest.MonkeyPa
     found = nonfinite.reproduce(kept)
     assert [loss for _, loss, _ in found] == [i != 3 for i in range(8)]
     assert not any(gradient for _, _, gradient in found)
+
+
+def test_the_reproducer_goes_backward_through_crnn(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips alone, so in evaluation mode, but for the GRU: cuDNN's has no backward pass there."""
+    seen: list[tuple[bool, bool]] = []
+
+    def crnn(*args: Any) -> tuple[nn.Module, ModelMeta]:
+        meta = load_model(*args)[1]
+        model = create_model(
+            "crnn", num_mels=64, num_frames=meta.num_frames, num_classes=3, embedding=64
+        ).eval()
+        assert isinstance(model, Crnn)
+        gru = model.gru
+        gru.register_forward_pre_hook(lambda *_: seen.append((gru.training, model.training)))
+        return model, meta
+
+    monkeypatch.setattr(nonfinite, "load_model", crnn)
+    found = nonfinite.reproduce(kept)
+    assert [loss for _, loss, _ in found] == [i != 3 for i in range(8)]
+    assert seen == [(True, False)] * 8
 
 
 def test_the_reproducers_own_errors_are_one_line(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -350,9 +351,15 @@ def no_sync_needed() -> Iterator[None]:
 @pytest.mark.cuda
 @on_gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_a_graph_takes_the_steps_that_are_not_captured(name: str) -> None:
-    """Weights, moments, statistics, random numbers and losses, with a step that is not finite."""
-    torch.backends.cudnn.deterministic = True
+def test_a_graph_takes_the_steps_that_are_not_captured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, moments, statistics, random numbers and losses, with a step that is not finite.
+
+    Adam's first steps are as long for a gradient that is rounding alone, as that of a bias before
+    BatchNorm, as for any other: what is computed must not depend on the order of threads.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(1)
     start = small(name, CUDA).state_dict()
     results = []
@@ -366,14 +373,16 @@ def test_a_graph_takes_the_steps_that_are_not_captured(name: str) -> None:
             features, target = inputs(i, CUDA)
             if i == WARM_UP + 2:
                 features[0] = float("nan")
-            losses.append(step(features, target, 1e-3 / (1 + i)).loss.clone())
+            with sdpa_kernel(SDPBackend.MATH):
+                losses.append(step(features, target, 1e-3 / (1 + i)).loss.clone())
         moments = [x for s in step.optimizer.state.values() for x in s.values()]
         state = [*model.state_dict().values(), *moments]
         results.append((torch.stack(losses), state, torch.cuda.get_rng_state()))
     (losses_a, state_a, random_a), (losses_b, state_b, random_b) = results
     torch.testing.assert_close(losses_a, losses_b, equal_nan=True)
     for a, b in zip(state_a, state_b, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        error = torch.linalg.vector_norm(a.double() - b.double())
+        assert error <= 1e-3 * torch.linalg.vector_norm(b.double()) + 1e-6
     assert torch.equal(random_a, random_b)
 
 

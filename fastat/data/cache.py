@@ -153,7 +153,7 @@ class CachedSource:
         gathered = self._ahead(plans) if self.on_host else map(self._gather, plans)
         for step in gathered:
             batch = to_device(step.batch, self.device)
-            scales = self.scales[torch.from_numpy(step.rows).to(self.device)]
+            scales = self.scales[_index(step.rows, self.device)]
             log_mel = decode(self._exchange(step), scales, floor)
             assert batch.augment is not None
             yield replace(batch, log_mel=mix(log_mel, batch.augment, self.feature))
@@ -171,7 +171,7 @@ class CachedSource:
         if not self.usable[everyones].all():
             unusable = everyones[~self.usable[everyones]].tolist()
             raise ValueError(f"rows: expected usable ones, got {unusable}")
-        places = torch.from_numpy(self._place[np.concatenate(mine)])
+        places = _index(self._place[np.concatenate(mine)], self.codes.device)
         own = parts[self.rank]
         codes = torch.empty(
             (len(places), *self.codes.shape[1:]),
@@ -179,7 +179,7 @@ class CachedSource:
             device=self.codes.device,
             pin_memory=self.on_host and self.device.type == "cuda",
         )
-        torch.index_select(self.codes, 0, places.to(self.codes.device), out=codes)
+        torch.index_select(self.codes, 0, places, out=codes)
         batch = Batch(
             rows=own.rows,
             partners=own.partners,
@@ -213,7 +213,7 @@ class CachedSource:
         arriving = codes.new_empty((len(order), *codes.shape[1:]))
         counts = np.bincount(keeper, minlength=self.num_ranks).tolist()
         dist.all_to_all_single(arriving, codes, counts, step.counts, group=self.ranks.device_group)
-        return arriving[torch.from_numpy(np.argsort(order)).to(self.device)]
+        return arriving[_index(np.argsort(order), self.device)]
 
     # ---------------------------------------------------------------- the start
     def _fill(self, remove_mean: bool, advance: Advance) -> None:
@@ -296,6 +296,12 @@ class CachedSource:
             f"{clips:,} clips of {self.packed.directory} in {dtype}, {_size(free)} are free; "
             f"what fits: {', '.join(ways) or 'no cache'}"
         )
+
+
+def _index(places: NDArray[np.int64], device: torch.device) -> Tensor:
+    """On ``device``, without waiting for it: a copy out of memory that is not pinned would."""
+    index = torch.from_numpy(places)
+    return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
 
 
 def _refuse(problems: list[str]) -> None:

@@ -1,7 +1,10 @@
 """CRNN: the GRU written out, its initialisation, its width."""
 
+import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastat.models import create_model
 from fastat.models.crnn import Crnn
@@ -55,3 +58,59 @@ def test_a_direction_has_half_the_embedding() -> None:
     with torch.device("meta"):
         model = small(embedding=1024)
     assert (model.gru.hidden_size, model.gru.num_layers, model.gru.bidirectional) == (512, 1, True)
+
+
+class Notes(nn.Module):
+    """In place of the GRU: notes in which dtype it is called, and under which autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.dtype, bool]] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        self.seen.append((x.dtype, torch.is_autocast_enabled("cuda")))
+        return x, None
+
+
+@pytest.mark.parametrize(
+    "dtype, want",
+    [(torch.bfloat16, (torch.float32, False)), (torch.float16, (torch.float16, True))],
+)
+def test_autocast_on_a_gpu_is_the_grus_where_it_is_float16(
+    dtype: torch.dtype, want: tuple[torch.dtype, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch casts cuDNN's GRU to float16 whatever it was asked for."""
+    model = small()
+    notes = Notes()
+    monkeypatch.setattr(model, "gru", notes)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast does not without a GPU
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        with FakeTensorMode():
+            model._recurrent(torch.empty(2, 10, 64, dtype=dtype, device="cuda"))
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    assert notes.seen == [want]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_small_gradients_pass_the_gru_in_bfloat16() -> None:
+    """Those of a batch of 448: float16, which torch would compute the GRU in, makes 0 of them."""
+    model = small(num_classes=527).cuda()
+    model.gru.train()  # cuDNN's has no backward pass otherwise
+    x, y = torch.randn(4, 40, 64, device="cuda"), torch.zeros(4, 527, device="cuda")
+    grads = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            logits = model(x)
+        (F.binary_cross_entropy_with_logits(logits, y) * 4 / 448).backward()
+        grad = next(model.parameters()).grad  # of the first convolution
+        assert isinstance(grad, Tensor)
+        grads.append(grad)
+    want, got = grads
+    assert (got - want).norm() < 0.2 * want.norm()
