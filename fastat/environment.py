@@ -55,6 +55,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def set_products(precision: str) -> None:
+    """How convolutions and recurrent networks multiply float32 on CUDA: without rounding under
+    "fp32", the reference; under the others in tf32, torch's default, which is finer than theirs."""
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
 def numerics(device: torch.device) -> str:
     """What bit-identical resuming depends on, beside the configuration."""
     capability = torch.backends.cpu.get_cpu_capability()

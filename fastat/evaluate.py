@@ -19,7 +19,7 @@ from fastat.config import PRECISIONS
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import autocast, default_device
+from fastat.environment import autocast, default_device, set_products
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.label_quality import map_above, quality_of, quantile_thresholds, read_quality
@@ -151,6 +151,7 @@ def evaluate_checkpoint(
         check_output(option, path)
     quality = None if label_quality is None else read_quality(label_quality)
     device = default_device()
+    set_products(precision)
     model, meta = load_model(run, device)
     packed = PackedSet.open(data)
     if packed.clip_samples != meta.clip_samples:

@@ -35,7 +35,7 @@ from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_tensor
 from fastat.data.loader import Batch, Source
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.environment import autocast, default_device
+from fastat.environment import autocast, default_device, set_products
 from fastat.errors import Failure, UserError
 from fastat.frontend import Augment, Frontend
 from fastat.run_checkpoints import step_name
@@ -216,6 +216,7 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
         raise UserError(f"{folder} is no recorded step: expected RUN/nonfinite/step-...")
     device = default_device()
     model, meta = load_model(folder, device)
+    set_products(meta.trained["precision"])
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             # Of one layer training is the same, and cuDNN goes backward through no other.

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.decode import BadAudio
-from fastat.environment import default_device
+from fastat.environment import default_device, set_products
 from fastat.errors import UserError
 from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES
@@ -100,6 +100,7 @@ class Tagger:
     def __init__(self, run: Path) -> None:
         """Raises UserError where there is no checkpoint, Failure for a damaged one."""
         self.device = default_device()
+        set_products("fp32")
         self.model: TaggingModel
         self.meta: ModelMeta
         self.model, self.meta = load_model(run, self.device)

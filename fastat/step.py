@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import autocast, memory_is_full, random_state, restore_random_state
+from fastat.environment import (
+    autocast,
+    memory_is_full,
+    random_state,
+    restore_random_state,
+    set_products,
+)
 from fastat.errors import Failure
 from fastat.loss_scale import LossScale
 from fastat.nonfinite import BufferGuard
@@ -76,6 +82,7 @@ class TrainingStep:
         ranks: Ranks = ALONE,
         graph: bool = False,
     ) -> None:
+        set_products(precision)
         self.model, self.params, self.optimizer = model, params, optimizer
         self.precision, self.device, self.guard = precision, device, guard
         self.accumulate, self.ranks = accumulate, ranks

@@ -123,6 +123,13 @@ def test_windows_end_to_end_or_overlapping_leave_no_sample_out() -> None:
 
 
 # --------------------------------------------------------------------------------------- scores
+def test_scores_are_computed_in_float32(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tf32 CUDA's convolutions would round them to three digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Tagger(run)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("feature", ["logmel64", "fbank128"])
 def test_scores_are_the_models_on_the_files_windows(
     feature: str, tmp_path: Path, fastat: Fastat

@@ -197,6 +197,16 @@ def test_the_step_is_train_step_between_the_guards(monkeypatch: pytest.MonkeyPat
         assert torch.equal(a, b), name
 
 
+def test_float32_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA its convolutions would be tf32's; beside half precision that costs nothing."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model = small("crnn")
+    for precision, rounded in (("fp32", False), ("bf16", True)):
+        adam = torch.optim.Adam(model.parameters())
+        TrainingStep(model, list(model.parameters()), adam, precision=precision, device=CPU)
+        assert torch.backends.cudnn.allow_tf32 == rounded
+
+
 def test_what_is_not_captured_has_a_reason() -> None:
     two = Ranks(rank=0, size=2)
     assert why_not_captured(CUDA, ALONE, checkpointing=False) is None
