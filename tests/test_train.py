@@ -419,10 +419,10 @@ def test_a_run_is_not_overwritten(whole_run: Path, tiny_sets: TinySets) -> None:
     assert "already holds a run" in one_line(done)
 
 
-def test_an_unwritable_run_folder(tiny_sets: TinySets, tmp_path: Path) -> None:
+def test_a_run_folder_inside_a_file(tiny_sets: TinySets, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = fastat(*arguments(tiny_sets, tmp_path / "file" / "run"), code=1)
-    assert "cannot write the run folder" in one_line(done)
+    done = fastat(*arguments(tiny_sets, tmp_path / "file" / "run"), code=2)
+    assert f"{tmp_path / 'file'} is a file" in one_line(done)
 
 
 def test_switches_reach_the_configuration(tiny_sets: TinySets, tmp_path: Path) -> None:
