@@ -25,7 +25,8 @@ def complaints(arch: int, op: str, out: Path, *options: str) -> list[str]:
     done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [Compiled(**row) for row in json.loads(out.read_text())]
-    assert rows and {(row.arch, row.operator) for row in rows} == {(arch, op)}
+    assert rows or "--candidates" in options  # of which there may be none
+    assert {(row.arch, row.operator) for row in rows} <= {(arch, op)}
     return [f"{row.kernel} {row.launch}: {why}" for row in rows if (why := complaint(row))]
 
 
