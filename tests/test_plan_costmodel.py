@@ -185,9 +185,11 @@ ROUNDS = 3
 
 
 @pytest.mark.full
+@pytest.mark.quiet
 def test_real_steps_are_predicted(tmp_path: Path, device: torch.device) -> None:
-    """Small models and clips of two and a half seconds: steps that were left out, against those
-    measured. Every round measures all of them, so that the weather is the same for all."""
+    """Small models and clips of two and a half seconds, at steps like those that a plan measures:
+    others, predicted, against those measured. Every round measures all of them, so that the weather
+    is the same for all."""
     packed = noise_set(tmp_path, num_clips=128, clip_samples=40_000, num_classes=50)
     setup = Setup(device, "bf16", False, packed.clip_samples, len(packed.classes))
     works = Works(packed.clip_samples, len(packed.classes))
@@ -201,6 +203,7 @@ def test_real_steps_are_predicted(tmp_path: Path, device: torch.device) -> None:
         case("ast", "A3", 4, **stride(16)),
         case("ast", "A3", 16, **stride(16)),
         case("ast", "A3", 8, **stride(6)),
+        case("ast", "A1", 8, **stride(16)),
         case("ast", "A1", 8, **stride(8)),
     ]
     left_out = [
@@ -223,7 +226,7 @@ def test_real_steps_are_predicted(tmp_path: Path, device: torch.device) -> None:
         abs(model.predict(c.model, works(c), c.batch) / t - 1)
         for c, t in zip(left_out, y[len(fitted) :], strict=True)
     ]
-    assert median(errors) < BAR / 2 and max(errors) < BAR, dict(
+    assert median(errors) < BAR / 2 and max(errors) < BAR, list(
         zip([(c.model, c.proc, c.options, c.batch) for c in left_out], errors, strict=True)
     )
 
