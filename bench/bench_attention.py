@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.results import DEVICE, FULL, ON_GPU
+from bench.results import DEVICE, DTYPE, FULL, ON_GPU
 from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.attention import (
     Config,
@@ -33,8 +33,6 @@ from fastat_kernels.backend import kernels, target
 pytestmark = DEVICE_CLOCK
 
 Impl = Callable[[Tensor, float], Tensor]
-
-DTYPE = torch.bfloat16
 
 # (B, N, H, Dh), dropout
 DEFAULT_SHAPES = {

@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.results import DEVICE, ON_GPU
+from bench.results import DEVICE, DTYPE, ON_GPU
 from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.attention_pool import attention_pool, attention_pool_ref
 from fastat_kernels.backend import kernels
@@ -35,8 +35,7 @@ def test_attention_pool(
 ) -> None:
     backward = passes == "fwd+bwd"
     prob, att = (
-        torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_(backward)
-        for _ in range(2)
+        torch.randn(shape, device=DEVICE, dtype=DTYPE).requires_grad_(backward) for _ in range(2)
     )
     dout = torch.randn(shape[0], shape[2], device=DEVICE)
 

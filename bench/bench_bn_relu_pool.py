@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from bench.results import DEVICE, ON_GPU
+from bench.results import DEVICE, DTYPE, ON_GPU
 from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.backend import kernels
 from fastat_kernels.bn_relu_pool import Pool, bn_relu_pool
@@ -72,13 +72,13 @@ def test_bn_relu_pool(
     backward = passes == "fwd+bwd"
     if impl == "eager without cuDNN" and (not ON_GPU or case not in CASES[:2]):
         pytest.skip("timed on the first two layers, on a GPU")
-    x = torch.randn(B, H, W, C, device=DEVICE).bfloat16().permute(0, 3, 1, 2)
+    x = torch.randn(B, H, W, C, device=DEVICE).to(DTYPE).permute(0, 3, 1, 2)
     x.requires_grad_(backward)
     bn = nn.BatchNorm2d(C, device=DEVICE).train(passes != "eval").requires_grad_(backward)
     leaves = x, bn.weight, bn.bias
     nn.init.uniform_(bn.weight, 0.5, 1.5)
     h, w = pool or (1, 1)
-    dout = torch.randn(B, H // h, W // w, C, device=DEVICE).bfloat16().permute(0, 3, 1, 2)
+    dout = torch.randn(B, H // h, W // w, C, device=DEVICE).to(DTYPE).permute(0, 3, 1, 2)
 
     def step() -> tuple[Tensor, ...]:
         with kernels(["bn_relu_pool"]):
@@ -87,7 +87,7 @@ def test_bn_relu_pool(
 
     got, want = step(), reference(x, bn, pool, dout)
     for name, a, b in zip(("out", "x", "weight", "bias"), got, want, strict=False):
-        # As a whole: in bfloat16 two pixels of a window can be one, and swap their gradients.
+        # As a whole: in half precision two pixels of a window can be one, and swap their gradients.
         assert (a.float() - b).norm() < 0.05 * b.norm(), name
 
     moved = [2 + 1 / (h * w), 2 + 1 / (h * w) + 3 + 2 / (h * w), 1 + 1 / (h * w)]

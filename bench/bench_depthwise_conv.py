@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.results import DEVICE, ON_GPU
+from bench.results import DEVICE, DTYPE, ON_GPU, PRECISION
 from bench.timing import DEVICE_CLOCK, timed
+from fastat.system.device import autocast
 from fastat_kernels.backend import kernels
 from fastat_kernels.depthwise_conv import depthwise_conv, depthwise_conv_ref
 
@@ -44,14 +45,14 @@ def test_depthwise_conv(
 ) -> None:
     B, N, D, k = shape
     backward = passes == "fwd+bwd"
-    x = torch.randn(B, N, 2 * D, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(B, N, 2 * D, device=DEVICE, dtype=DTYPE)
     weight = torch.randn(D, 1, k, device=DEVICE) / k**0.5
     bias, scale, shift = torch.randn(3, D, device=DEVICE)
     inputs = [t.requires_grad_(backward) for t in (x, weight, bias, scale, shift)]
-    dout = torch.randn(B, N, D, device=DEVICE, dtype=torch.bfloat16)
+    dout = torch.randn(B, N, D, device=DEVICE, dtype=DTYPE)
 
     def step() -> Tensor:
-        with kernels(["depthwise_conv"]), torch.autocast(DEVICE.type, torch.bfloat16):
+        with kernels(["depthwise_conv"]), autocast(DEVICE, PRECISION):
             out = IMPLS[impl](*inputs)
         if backward:
             torch.autograd.grad(out, inputs, dout)

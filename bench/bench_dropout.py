@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.results import DEVICE
+from bench.results import DEVICE, DTYPE
 from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.dropout import dropout
 
@@ -22,7 +22,7 @@ P = 0.75
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dropout(benchmark: BenchmarkFixture, shape: str, impl: str) -> None:
-    x = torch.randn(SHAPES[shape], device=DEVICE).bfloat16().requires_grad_()
+    x = torch.randn(SHAPES[shape], device=DEVICE, dtype=DTYPE, requires_grad=True)
     dout = torch.randn_like(x)
 
     def step() -> Tensor:

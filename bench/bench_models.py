@@ -1,10 +1,10 @@
 """One training step of each model, features in memory, at the paper's batch for one device.
 
 On a GPU: compiled with our Triton kernels ("kernels"), compiled without any ("library"), and eager
-without any ("eager"), all in bf16 and captured in a CUDA graph, as the trainer does; A4 and A2. On
-a CPU: "ours", what the trainer runs there, beside the same model as a first script would train it:
-float32, contiguous, eager, Adam as it comes. ``bench_targets.py`` times whole steps, from packed
-rows on.
+without any ("eager"), all in the precision that suits it and captured in a CUDA graph, as the
+trainer does; A4 and A2. On a CPU: "ours", what the trainer runs there, beside the same model as a
+first script would train it: float32, contiguous, eager, Adam as it comes. ``bench_targets.py``
+times whole steps, from packed rows on.
 """
 
 import pytest

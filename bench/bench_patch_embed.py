@@ -1,4 +1,4 @@
-"""patch_embed: ours, conv2d eager and compiled, unfold + GEMM; bf16 under autocast."""
+"""patch_embed: ours, conv2d eager and compiled, unfold + GEMM; under autocast."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from bench.results import DEVICE, ON_GPU
+from bench.results import DEVICE, DTYPE, ON_GPU
 from bench.timing import DEVICE_CLOCK, timed
 from fastat_kernels.backend import kernels
 from fastat_kernels.patch_embed import patch_embed
@@ -74,11 +74,13 @@ def test_patch_embed(
     if impl == "compiled":
         torch.compiler.reset()  # more shapes than dynamo keeps versions of a function
 
+    in_half = DTYPE != torch.float32
+
     def step(run: Callable[..., Tensor] = IMPLS[impl], autocast: bool = True) -> list[Tensor]:
         # No cache: a captured step has to cast the weights itself, as a training step does.
         with (
             kernels(["patch_embed"] if impl == "ours" and autocast else []),
-            torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast, cache_enabled=False),
+            torch.autocast(DEVICE.type, DTYPE, enabled=autocast and in_half, cache_enabled=False),
         ):
             out = run(x, *parameters, (stride, stride))
         return [out, *(torch.autograd.grad(out, parameters, dout) if backward else ())]

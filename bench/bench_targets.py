@@ -2,10 +2,10 @@
 
 Rows are read, copied, mixed, turned into features and trained on, at the procedure's batch, as
 ``fastat train`` does it; the set is of noise. Beside it, over the same loader and front end: the
-same model in a plain loop ("eager": bf16 on a GPU, float32 on a CPU), and the model that a user
-would pick instead, of as many GFLOP: timm's ViT of the same tokens for the AST, torchvision's
-ResNet50 (bf16, channels_last and fused Adam in a plain loop, compiled on a GPU). On a CPU the
-batches are small.
+same model in a plain loop ("eager": in the same precision on a GPU, in float32 on a CPU), and the
+model that a user would pick instead, of as many GFLOP: timm's ViT of the same tokens for the AST,
+torchvision's ResNet50 (in the same precision, channels_last and fused Adam in a plain loop,
+compiled on a GPU). On a CPU the batches are small.
 
 ``python -m bench.compare`` prints them beside their targets, which are for one H200.
 """
@@ -22,7 +22,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.results import DEVICE, FULL, ON_GPU, ceilings, sized, write_row
+from bench.results import DEVICE, FULL, ON_GPU, PRECISION, ceilings, sized, write_row
 from bench.steps import (
     LR,
     PEERS,
@@ -170,14 +170,14 @@ def prepared(target: Target, impl: str) -> Step:
         ours = gflop_of(lambda: created(target.model, proc), proc)
         assert gflop_of(lambda: make(proc), proc) == pytest.approx(ours, rel=0.03)
     if impl == "eager":
-        return plain_step(model, "bf16" if ON_GPU else "fp32")
+        return plain_step(model, PRECISION if ON_GPU else "fp32")
     model.to(memory_format=torch.channels_last)
     features = torch.randn(min(target.batch, 16), *size_of(proc), device=DEVICE)
     labels = torch.rand(len(features), NUM_CLASSES, device=DEVICE) < 0.01
     check_loss(model, features, labels.float())
     if ON_GPU:
         model.compile()
-    return trainer_step(model) if impl == "ours" else plain_step(model, "bf16", fused=True)
+    return trainer_step(model) if impl == "ours" else plain_step(model, PRECISION, fused=True)
 
 
 @pytest.mark.parametrize("target, impl", CASES, ids=lambda value: str(value).replace(" ", "-"))

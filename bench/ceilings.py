@@ -1,4 +1,5 @@
-"""Measures what the device can do at most: a bf16 matrix product and a copy of its memory.
+"""Measures what the device can do at most: a matrix product in the precision that suits it, and a
+copy of its memory.
 
     python -m bench.ceilings [DIR]
 
@@ -9,17 +10,22 @@ import json
 import sys
 from pathlib import Path
 
-from bench.results import DEVICE, DEVICE_NAME, folder
+from bench.results import DEVICE, DEVICE_NAME, PRECISION, folder
 from fastat.profile.device import copy_bytes_per_s, matmul_flop_per_s
 
 
 def main(out: Path) -> None:
-    flop_per_s, bytes_per_s = matmul_flop_per_s(DEVICE, "bf16"), copy_bytes_per_s(DEVICE)
-    found = {"device": DEVICE_NAME, "flop_per_s": flop_per_s, "bytes_per_s": bytes_per_s}
+    flop_per_s, bytes_per_s = matmul_flop_per_s(DEVICE, PRECISION), copy_bytes_per_s(DEVICE)
+    found = {
+        "device": DEVICE_NAME,
+        "precision": PRECISION,
+        "flop_per_s": flop_per_s,
+        "bytes_per_s": bytes_per_s,
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "ceilings.json").write_text(json.dumps(found))
     print(
-        f"{DEVICE_NAME}: {flop_per_s / 1e12:.3g} TFLOP/s in bf16, "
+        f"{DEVICE_NAME}: {flop_per_s / 1e12:.3g} TFLOP/s in {PRECISION}, "
         f"{bytes_per_s / 1e12:.3g} TB/s copied"
     )
 

@@ -9,8 +9,8 @@ their times (more than 1: ours is faster), and the ratio to ours in the last run
 more than a tenth and whose quickest round is slower than the median was. A device is compared with
 itself alone; the number of a processor's threads is part of its name.
 
-"% ceiling" is of the device's bf16 product or copy, whichever bounds the case (bench.ceilings), in
-training of the product, for rows of a set of a copy in memory. Targets are for one H200.
+"% ceiling" is of the device's matrix product or copy, whichever bounds the case (bench.ceilings),
+in training of the product, for rows of a set of a copy in memory. Targets are for one H200.
 
 --save keeps the newest result of every case in <device>.json, beside those that are there.
 """

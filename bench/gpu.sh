@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh [--out DIR] [--within SECONDS] [part ...]
 #
-# parts: ceilings   bf16 matrix product and device copy, which percentages refer to
+# parts: ceilings   matrix product and device copy, which percentages refer to
 #        cuda       does the step run at all, and right: captured, resumed, read back
 #        cuda_more  what else is tested on a GPU alone: fastat profile, its plan, landscape, memory
 #        targets    training end to end, seven steps that have a target, beside plain loops and the

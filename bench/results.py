@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastat.environment import default_device, device_name
+from fastat.system.device import DTYPES, auto_precision, default_device, device_name
 
 DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
 DEVICE_NAME = device_name(DEVICE)
+PRECISION = auto_precision(DEVICE).precision
+"""Of every benchmark, unless it says another: the one that suits the device."""
+DTYPE = DTYPES[PRECISION]
 
 FULL = os.environ.get("FASTAT_BENCH_FULL") == "1"
 """FASTAT_BENCH_FULL=1: the sizes of README's figures on a CPU, and the slow peers on a GPU. Without
@@ -55,7 +58,8 @@ def write_row(
         more: other figures of the same measurement.
     """
     row: Row = {
-        "run": RUN, "device": DEVICE_NAME, "commit": commit(), "torch": torch.__version__,
+        "run": RUN, "device": DEVICE_NAME, "precision": PRECISION, "commit": commit(),
+        "torch": torch.__version__,
         "area": area, "op": op, "impl": impl, "shape": shape, "passes": passes, "ms": ms,
     } | more  # fmt: skip
     folder().mkdir(parents=True, exist_ok=True)
@@ -65,8 +69,8 @@ def write_row(
 
 
 def ceilings(results: Path | None = None, device: str = DEVICE_NAME) -> dict[str, Any]:
-    """What ``bench.ceilings`` measured of a device: bytes_per_s of a copy, flop_per_s of a bf16
-    product; empty where it did not run."""
+    """What ``bench.ceilings`` measured of a device: bytes_per_s of a copy, flop_per_s of a matrix
+    product in PRECISION; empty where it did not run."""
     file = (results or folder()) / "ceilings.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found if found.get("device") == device else {}

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.results import DEVICE
+from bench.results import DEVICE, PRECISION
 from fastat.costs import forward_gflop
 from fastat.distributed import ALONE
-from fastat.environment import autocast
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.finetune import parameter_groups
 from fastat.models import create_model
@@ -22,6 +21,7 @@ from fastat.optim import create_adam
 from fastat.paper import NUM_CLASSES
 from fastat.procedures import AST_STRIDE, Procedure, model_options
 from fastat.step import TrainingStep, why_not_captured
+from fastat.system.device import autocast
 from fastat_kernels.backend import kernels
 
 LR = 1e-5
@@ -97,14 +97,14 @@ def gflop_of(make: Callable[[], nn.Module], proc: Procedure) -> float:
 
 @torch.no_grad()
 def check_loss(model: nn.Module, features: Tensor, target: Tensor) -> None:
-    """bf16, with the kernels under test, is to give float32's loss before it is timed."""
+    """PRECISION, with the kernels under test, is to give float32's loss before it is timed."""
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train()  # fresh running statistics do not normalise
     with kernels([]):
         want = F.binary_cross_entropy_with_logits(model(features), target)
-    with autocast(DEVICE, "bf16"):
+    with autocast(DEVICE, PRECISION):
         logits = model(features)
     got = F.binary_cross_entropy_with_logits(logits.float(), target)
     torch.testing.assert_close(got, want, rtol=0.03, atol=0)
@@ -130,7 +130,7 @@ def plain_step(model: nn.Module, precision: str, *, fused: bool = False) -> Step
 
 
 def trainer_step(model: nn.Module) -> Step:
-    """The trainer's step, in bf16; on a GPU a CUDA graph from its fourth call on."""
+    """The trainer's step, in PRECISION; on a GPU a CUDA graph from its fourth call on."""
     model.to(memory_format=torch.channels_last)
     groups = parameter_groups(model, 1.0)
     adam, _ = create_adam(groups, lr=LR, betas=(0.9, 0.999), weight_decay=0.0, device=DEVICE)
@@ -138,7 +138,7 @@ def trainer_step(model: nn.Module) -> Step:
         model,
         [p for group in groups for p in group["params"]],
         adam,
-        precision="bf16",
+        precision=PRECISION,
         device=DEVICE,
         guard=BufferGuard(model),
         graph=why_not_captured(DEVICE, ALONE, checkpointing=False) is None,

@@ -81,7 +81,8 @@ class TrainConfig:
     statistics: str = "set"
     """Mean and standard deviation from the training "set", or the "authors" values."""
     model_options: dict[str, Any] = field(default_factory=dict)
-    precision: str = "bf16"
+    precision: str = "fp32"
+    """Of the model's products; what `--precision auto` came to."""
     compile: bool = False
     cuda_graphs: bool = True
     """On CUDA, replay the training step as one graph, where it can be captured."""
@@ -318,6 +319,18 @@ def _short(value: Any) -> str:
 
 
 AUTO = "auto"
+
+
+def check_precision(text: str) -> str:
+    """``--precision``: AUTO, or one of PRECISIONS.
+
+    Raises:
+        UserError: neither.
+    """
+    if text not in (AUTO, *PRECISIONS):
+        known = ", ".join((AUTO, *PRECISIONS))
+        raise UserError(f"--precision must be one of {known}, got {text!r}")
+    return text
 
 
 def parse_batch(text: str) -> int | str:

@@ -1,9 +1,8 @@
-"""What a run depends on beside its configuration: device, versions, numerics, memory."""
+"""What a run depends on beside its configuration: versions, numerics, memory."""
 
 import platform
 import resource
 import subprocess
-from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastat.system.device import auto_precision, device_name
 from fastat_kernels.backend import chosen_kernels
 
 RECORDED = (
@@ -23,42 +23,6 @@ RECORDED = (
     "soxr",
     "nvidia-dali-cuda130",
 )
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{_cpu_model()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def _cpu_model() -> str:
-    """The processor's name as Linux knows it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
-    return names[0] if names else f"{platform.machine()} CPU"
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The model's arithmetic: bfloat16 ("bf16") or float16 ("fp16") where that is safe, or float32
-    ("fp32")."""
-    dtype = HALF.get(precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def set_products(precision: str) -> None:
-    """How convolutions and recurrent networks multiply float32 on CUDA: without rounding under
-    "fp32", the reference; under the others in tf32, torch's default, which is finer than theirs."""
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def numerics(device: torch.device) -> str:
@@ -106,6 +70,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "device": device_name(device),
+        "auto_precision": auto_precision(device)._asdict(),
         "numerics": numerics(device),
         "commit": _commit(Path(__file__).parents[1]),
     }

@@ -15,11 +15,10 @@ from torch import nn
 
 from fastat.atomic import atomic_path
 from fastat.checkpoint import build_frontend, load_model
-from fastat.config import PRECISIONS
+from fastat.config import check_precision
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import autocast, default_device, set_products
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
 from fastat.label_quality import map_above, quality_of, quantile_thresholds, read_quality
@@ -27,6 +26,7 @@ from fastat.metrics import TaggingMetrics, tagging_metrics
 from fastat.outputs import check_output, finite
 from fastat.predictions import save_predictions
 from fastat.progress import progress
+from fastat.system.device import autocast, choose_precision, default_device, set_products
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ def evaluate_checkpoint(
     """
     if batch < 1:
         raise UserError(f"--batch must be at least 1, got {batch}")
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     for option, path in (("--predictions", predictions), ("--per-class", per_class)):
         check_output(option, path)
     quality = None if label_quality is None else read_quality(label_quality)
     device = default_device()
+    precision = choose_precision(precision, device)
     set_products(precision)
     model, meta = load_model(run, device)
     packed = PackedSet.open(data)
@@ -194,6 +194,7 @@ def evaluate_checkpoint(
             "d_prime": m.d_prime,
             "eval_loss": result.loss,
             "clips": len(result.rows),
+            "precision": precision,
             "classes_scored": m.classes_scored,
             "classes_without_positive": len(classes) - m.classes_scored,
         }

@@ -10,12 +10,12 @@ import torch
 from fastat.config import TrainConfig
 from fastat.data.shards import read_index, sizes_of
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import default_device, device_name
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.host import ranks_here
 from fastat.memory import Workload, largest_batch, memory_limit
 from fastat.procedures import procedure_of, small_set_sizes
+from fastat.system.device import default_device, device_name
 
 EVEN = 8
 """A rank's clips are a multiple of this, which matrix units like, where there are that many."""

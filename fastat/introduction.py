@@ -6,23 +6,21 @@ import torch
 
 from fastat.config import TrainConfig
 from fastat.distributed import Ranks
-from fastat.environment import device_name
 from fastat.network import Network
+from fastat.system.device import device_name, precision_warning
 from fastat.training_data import TrainingData
 from fastat_kernels.backend import chosen_kernels
-
-FP16_IS_FOR_GPUS = "fp16 is for GPUs without bfloat16; a CPU is many times slower at it than bf16"
 
 
 def device_notes(config: TrainConfig, device: torch.device) -> list[str]:
     """What a run's options come to on its device."""
-    if device.type == "cuda":
-        return [f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}"]
     notes = []
-    if config.kernels != "auto":
+    if device.type == "cuda":
+        notes.append(f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}")
+    elif config.kernels != "auto":
         notes.append(f"kernels={config.kernels}: Triton kernels run on CUDA only")
-    if config.precision == "fp16":
-        notes.append(FP16_IS_FOR_GPUS)
+    if warning := precision_warning(config.precision, device):
+        notes.append(warning)
     return notes
 
 

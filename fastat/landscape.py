@@ -8,7 +8,7 @@ Two views of the loss around trained weights, on a fixed sample of un-augmented 
   that networks of other weights can be compared (Li et al., "Visualizing the Loss Landscape of
   Neural Nets", 2018). Biases and the weights of norms stay.
 
-All in float32, without dropout, with BatchNorm's running statistics. "AudioTagging Done Right"
+Without dropout, with BatchNorm's running statistics. "AudioTagging Done Right"
 explains with such landscapes why attention models are harder to train than convolutional ones.
 """
 
@@ -28,11 +28,11 @@ from fastat.checkpoint import build_frontend, load_model
 from fastat.config import TrainConfig
 from fastat.data.loader import PackedSource, evaluation_plans
 from fastat.data.shards import PackedSet
-from fastat.environment import default_device
 from fastat.errors import Failure, UserError
 from fastat.evaluate import match_classes
 from fastat.models.base import TaggingModel
 from fastat.progress import progress
+from fastat.system.device import autocast, default_device
 from fastat_kernels.backend import kernels
 
 Vector = list[Tensor]
@@ -96,6 +96,7 @@ class LossSurface:
         batches: features [B, T, F] and targets [B, K] on the model's device.
         columns: [K], those of the model's outputs that the targets are of; None: all.
         parameters: those that the loss is a function of; None: all of the model's.
+        precision: of the model's products.
     """
 
     def __init__(
@@ -104,7 +105,9 @@ class LossSurface:
         batches: Sequence[tuple[Tensor, Tensor]],
         columns: Tensor | None = None,
         parameters: Sequence[nn.Parameter] | None = None,
+        precision: str = "fp32",
     ) -> None:
+        self.precision = precision
         self.model, self.batches, self.columns = model.eval(), list(batches), columns
         self.parameters = list(model.parameters() if parameters is None else parameters)
         self.clips = sum(len(target) for _, target in batches)
@@ -115,7 +118,7 @@ class LossSurface:
             return sum(part.item() for part in self._parts())
 
     def hessian_product(self, v: Vector) -> Vector:
-        """H v. In float32, batch by batch."""
+        """H v, batch by batch."""
         total = [torch.zeros_like(p) for p in self.parameters]
         for part in self._parts():
             gradient = torch.autograd.grad(
@@ -129,7 +132,9 @@ class LossSurface:
     def _parts(self) -> Iterator[Tensor]:
         """Each batch's share of the loss; they sum to it."""
         for features, target in self.batches:
-            logits = self.model(features)
+            with autocast(features.device, self.precision):
+                logits = self.model(features)
+            logits = logits.to(target)
             if self.columns is not None:
                 logits = logits[:, self.columns]
             share = len(target) / self.clips
@@ -138,7 +143,7 @@ class LossSurface:
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Within it, ``model`` computes in float32 by operations that have a second derivative.
+    """Within it, ``model`` computes by operations that have a second derivative.
 
     The fused attentions, cuDNN's recurrent networks and the Triton kernels have none.
     """
@@ -318,7 +323,7 @@ def evaluation_set_of(run: Path) -> Path:
 
 
 def surface_of(
-    run: Path, data: Path, *, clips: int, batch: int, seed: int
+    run: Path, data: Path, *, clips: int, batch: int, seed: int, precision: str = "fp32"
 ) -> tuple[LossSurface, str]:
     """The loss of a run's best weights on ``clips`` random ones of a set, and its model's name.
 
@@ -348,7 +353,7 @@ def surface_of(
             batches.append((item.features(frontend).clone(), target.clone()))
     packed.close()
     columns = torch.from_numpy(match.model_columns).to(device)
-    return LossSurface(model, batches, columns), meta.model
+    return LossSurface(model, batches, columns, precision=precision), meta.model
 
 
 def landscape(
@@ -362,6 +367,7 @@ def landscape(
     max_iterations: int,
     trace_samples: int,
     alphas: Sequence[float],
+    precision: str = "fp32",
     on_iteration: Callable[[int, float, float], object] = lambda *_: None,
 ) -> Landscape:
     """Sharpness and slice of a run on clips of ``data``.
@@ -374,7 +380,9 @@ def landscape(
         UserError, Failure: as ``surface_of``; the loss is not finite, or memory is full.
     """
     try:
-        surface, name = surface_of(run, data, clips=clips, batch=batch, seed=seed)
+        surface, name = surface_of(
+            run, data, clips=clips, batch=batch, seed=seed, precision=precision
+        )
         with twice_differentiable(surface.model):
             loss = surface.loss()
             if not math.isfinite(loss):

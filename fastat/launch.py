@@ -131,14 +131,17 @@ def configure(
     """The configuration of a run to start or to go on with, its folder, and notes on it.
 
     Args:
-        overrides: with the batch AUTO as without a batch, which is still to be found.
+        overrides: TrainConfig fields that the user set. With the batch AUTO as without a batch,
+            which is still to be found; with the precision AUTO, the one that suits the device.
 
     Raises:
         UserError: options that are impossible, or that do not fit the run in ``out``.
         Failure: ``out`` is read-only.
     """
     auto = overrides.get("batch") == AUTO
-    overrides = {k: v for k, v in overrides.items() if not (auto and k == "batch")}
+    overrides = {
+        k: v for k, v in overrides.items() if not (k in ("batch", "precision") and v == AUTO)
+    }
     paths = {k: overrides[k] for k in PATHS if overrides.get(k) is not None}
     # A link stays one: "best" of a run that goes on is another folder tomorrow.
     overrides = overrides | {k: os.path.abspath(path) for k, path in paths.items()}
@@ -172,9 +175,14 @@ def configure(
     import torch
 
     from fastat.data.shards import SAMPLE_RATE, sizes_of
+    from fastat.system.device import auto_precision, default_device
 
     num_clips, clip_samples = sizes_of(Path(overrides["data"]))
     overrides.setdefault("compile", torch.cuda.is_available())
+    chosen = None
+    if "precision" not in overrides:
+        chosen = auto_precision(default_device())
+        overrides["precision"] = chosen.precision
     config, notes = resolve(
         proc,
         model,
@@ -183,6 +191,8 @@ def configure(
         clip_seconds=clip_samples / SAMPLE_RATE,
         initial_options=initial,
     )
+    if chosen is not None:
+        notes.append(f"precision {chosen.precision}: {chosen.reason}")
     if not auto:  # the batch that is found will be a multiple
         _check_parts(config)
     _check_model(config, clip_samples)
@@ -249,7 +259,7 @@ def practice_sets() -> tuple[Path, Path]:
 
     A packed set is taken as it is: pack would miss its files where the cache folder was moved.
     """
-    from fastat.data.demo import DEMO_VERSION, make_demo
+    from fastat.data.demo import CLIP_SECONDS, DEMO_VERSION, make_demo
     from fastat.data.pack import pack as pack_set
     from fastat.data.shards import INDEX_FILE
 
@@ -258,5 +268,11 @@ def practice_sets() -> tuple[Path, Path]:
     make_demo(raw)
     for table, out in (("train_segments.csv", train), ("eval_segments.csv", evaluation)):
         if not (out / INDEX_FILE).exists():
-            pack_set(raw / table, out, audio=raw / "audio", labels=raw / "class_labels_indices.csv")
+            pack_set(
+                raw / table,
+                out,
+                audio=raw / "audio",
+                labels=raw / "class_labels_indices.csv",
+                clip_seconds=CLIP_SECONDS,
+            )
     return train, evaluation

@@ -24,12 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastat.environment import autocast
 from fastat.errors import Failure
 from fastat.host import free_memory, ranks_here
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.optim import create_adam, train_step
+from fastat.system.device import autocast
 
 MARGIN = {"cpu": 0.2, "cuda": 0.06}
 """Share of the free memory that is left alone: for evaluation, checkpoints, and other programs. On
@@ -60,7 +60,7 @@ class Workload:
     num_classes: int
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword options of create_model."""
-    precision: str = "bf16"
+    precision: str = "fp32"
     activation_checkpointing: bool = False
     """Also on where ``options`` say so."""
     compile: bool = False

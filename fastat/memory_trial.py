@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from fastat.data.loader import Batch, with_features
 from fastat.distributed import ALONE
-from fastat.environment import autocast
 from fastat.features import FEATURES
 from fastat.frontend import Augment, Frontend
 from fastat.memory import ROWS_A_CLIP, Workload, search
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
 from fastat.step import WARM_UP, TrainingStep, why_not_captured
+from fastat.system.device import autocast, choose_kernels
 from fastat_kernels.backend import set_kernels
-from fastat_kernels.choice import parse_kernels
 
 STEPS = WARM_UP + 2
 """Those before the capture, the one that is captured, and a replay."""
@@ -134,7 +133,7 @@ def answer(asked: dict[str, Any]) -> int | None:
     """Bytes of one batch, or the largest batch under a limit."""
     work, device = Workload(**asked["work"]), torch.device(asked["device"])
     torch.cuda.set_device(device)
-    set_kernels(parse_kernels(work.kernels))
+    set_kernels(choose_kernels(work.kernels, device))
     if "batch" in asked:
         return measure(work, asked["batch"], device)
     limit = asked["limit"]

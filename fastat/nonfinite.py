@@ -35,10 +35,10 @@ from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_tensor
 from fastat.data.loader import Batch, Source
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.environment import autocast, default_device, set_products
 from fastat.errors import Failure, UserError
 from fastat.frontend import Augment, Frontend
 from fastat.run_checkpoints import step_name
+from fastat.system.device import autocast, default_device, set_products
 
 MAX_IN_A_ROW = 10
 MAX_ROLLBACKS = 3

@@ -1,7 +1,7 @@
 """Tags of audio files of any length, rate and format: ``fastat predict``.
 
 A file is rounded to int16 as in packing and cut into windows of the length the model was trained
-on. A window is scored as an evaluation clip is, in float32 on any device. The file's probability of
+on. A window is scored as an evaluation clip is. The file's probability of
 a class is the largest of its windows': AudioSet tags a clip with what is heard anywhere in it, and
 so is a file tagged. The mean over the windows, which says how much of the file a tag fills, stands
 beside it.
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
+from fastat.config import check_precision
 from fastat.data.decode import BadAudio
-from fastat.environment import default_device, set_products
 from fastat.errors import UserError
 from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES
@@ -37,6 +37,7 @@ from fastat.frontend import Frontend
 from fastat.models.base import TaggingModel
 from fastat.outputs import check_output
 from fastat.progress import progress
+from fastat.system.device import autocast, choose_precision, default_device, set_products
 
 BATCH = 16
 """Windows scored at a time."""
@@ -97,10 +98,11 @@ class Windows:
 class Tagger:
     """A trained model, ready for waveforms of any length."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, precision: str = "auto") -> None:
         """Raises UserError where there is no checkpoint, Failure for a damaged one."""
         self.device = default_device()
-        set_products("fp32")
+        self.precision = choose_precision(check_precision(precision), self.device)
+        set_products(self.precision)
         self.model: TaggingModel
         self.meta: ModelMeta
         self.model, self.meta = load_model(run, self.device)
@@ -135,11 +137,13 @@ class Tagger:
                 for row, start, end in zip(batch, starts, ends, strict=True):
                     row[: end - start] = torch.from_numpy(waveform[start:end])
                 features = self.frontend(batch.to(self.device), num_samples[part].to(self.device))
-                out.append(function(features).float().cpu())
+                with autocast(self.device, self.precision):
+                    values = function(features)
+                out.append(values.float().cpu())
                 if advance is not None:
                     advance(len(batch))
-        values: NDArray[np.float32] = torch.cat(out).numpy()
-        return values
+        over_all: NDArray[np.float32] = torch.cat(out).numpy()
+        return over_all
 
     def tag(
         self,
@@ -158,7 +162,7 @@ class Tagger:
             starts=windows.starts / self.sample_rate,
             ends=windows.ends / self.sample_rate,
             probabilities=self.over_windows(
-                lambda features: self.model(features).sigmoid(), waveform, windows, title
+                lambda features: self.model(features).float().sigmoid(), waveform, windows, title
             ),
         )
 
@@ -189,6 +193,7 @@ def predict_files(
     top: int,
     hop_seconds: float | None,
     plot: Path | None,
+    precision: str = "auto",
     as_json: bool,
 ) -> None:
     """``fastat predict``: the tags of each file on standard output, and its picture.
@@ -204,7 +209,7 @@ def predict_files(
     check_hop(hop_seconds)
     pictures = [None] * len(files) if plot is None else _pictures(files, plot)
     bad = BadFiles(files)
-    tagger = Tagger(run)
+    tagger = Tagger(run, precision)
     documents: list[dict[str, Any]] = []
     # Tables appear as files are done, a JSON document only at the end: it needs a progress display.
     over_files = as_json and len(files) > 1

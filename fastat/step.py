@@ -12,17 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import (
-    autocast,
-    memory_is_full,
-    random_state,
-    restore_random_state,
-    set_products,
-)
+from fastat.environment import memory_is_full, random_state, restore_random_state
 from fastat.errors import Failure
 from fastat.loss_scale import LossScale
 from fastat.nonfinite import BufferGuard
 from fastat.optim import set_lr, train_step
+from fastat.system.device import autocast, set_products
 
 WARM_UP = 3
 """Steps taken before one is captured, on the stream of the capture: they compile what is compiled

@@ -17,7 +17,7 @@ from fastat.config import TrainConfig
 from fastat.data.loader import with_features
 from fastat.display import Display, Status
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
-from fastat.environment import default_device, memory_is_full, peak_memory_gib
+from fastat.environment import memory_is_full, peak_memory_gib
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate
 from fastat.finetune import train_mode
@@ -32,9 +32,9 @@ from fastat.saving import Saving
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
 from fastat.step import Taken
+from fastat.system.device import choose_kernels, default_device
 from fastat.training_data import open_data
 from fastat_kernels.backend import set_kernels
-from fastat_kernels.choice import parse_kernels
 
 LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
 
@@ -88,7 +88,7 @@ class Trainer:
         ranks.from_first(self._look_first)
         torch.manual_seed(config.seed)
         self.device = default_device()
-        set_kernels(parse_kernels(config.kernels))
+        set_kernels(choose_kernels(config.kernels, self.device))
         self.notes += device_notes(config, self.device)
 
         # ---- data

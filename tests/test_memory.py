@@ -121,7 +121,7 @@ def test_the_largest_batch_fits_and_one_more_percent_does_not() -> None:
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
-from fastat.environment import autocast
+from fastat.system.device import autocast
 from fastat.errors import Failure
 from fastat.memory import Workload
 from fastat.optim import create_adam, train_step

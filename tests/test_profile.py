@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastat.environment import default_device
 from fastat.errors import UserError
 from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
 from fastat.profile import run
@@ -21,6 +20,7 @@ from fastat.profile.parts import PARTS
 from fastat.profile.plot import draw
 from fastat.profile.rows import MS, Counted, Document, best_value, count, document, make_row
 from fastat.profile.table import in_words, print_tables
+from fastat.system.device import default_device
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 
 SIZE = (160_000, 527)

@@ -6,6 +6,9 @@ import typer
 from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Precision = Annotated[
+    str, typer.Option(help="bf16, fp16, fp32, or auto: the fastest that suits this device.")
+]
 
 TABLE_WIDTH = 80
 """Columns that the tables need."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastat.commands import Json
+from fastat.commands import Json, Precision
 from fastat.errors import UserError
 
 
@@ -165,6 +165,7 @@ def extract(
     hop_seconds: Annotated[
         float | None, typer.Option(help="Between the embeddings' windows; default: a window.")
     ] = None,
+    precision: Precision = "auto",
 ) -> None:
     """Write features or embeddings of audio files as .npy, float32.
 
@@ -182,10 +183,12 @@ def extract(
     if feature is not None:
         if hop_seconds is not None:
             raise UserError("--hop-seconds goes with --embedding; features have a hop of their own")
+        if precision != "auto":
+            raise UserError("--precision goes with --embedding; features are always float32")
         from fastat.extract import extract_files
 
         extract_files(files, feature, out)
     elif embedding is not None:
         from fastat.embed import embed_files
 
-        embed_files(files, embedding, out, hop_seconds)
+        embed_files(files, embedding, out, hop_seconds, precision)

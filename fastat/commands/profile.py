@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastat.commands import Json
+from fastat.commands import Json, Precision
 from fastat.errors import UserError
 from fastat.paper import TRAIN_CLIPS
 
@@ -34,7 +34,7 @@ def profile(
             "128 x 1024."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    precision: Precision = "auto",
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),
@@ -104,7 +104,7 @@ def profile(
 
     `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
-    from fastat.config import PRECISIONS
+    from fastat.config import check_precision
     from fastat.outputs import check_output
     from fastat.profile.cases import choices, parse_batch
     from fastat.profile.plan_choices import check_options, parse_limits, planned
@@ -120,8 +120,7 @@ def profile(
     budget = parse_limits(budget_hours, memory_gib)
     found = choices(proc or [], model or [], strides, set_ or [])
     size = parse_batch(batch)
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:
@@ -144,17 +143,18 @@ def profile(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from fastat.atomic import atomic_write_text
     from fastat.data.shards import sizes_of
-    from fastat.environment import default_device
     from fastat.profile.rows import as_csv
     from fastat.profile.run import Settings, look_inside
     from fastat.profile.run import profile as measure_all
     from fastat.profile.table import print_tables
+    from fastat.system.device import choose_precision, default_device
 
     if clips is None:  # the plan's command trains on --data: its hours are those of that set
         clips = sizes_of(data)[0] if plan and data is not None else TRAIN_CLIPS
+    device = default_device()
     settings = Settings(
         batch=size,
-        precision=precision,
+        precision=choose_precision(precision, device),
         compile=compile_,
         activation_checkpointing=activation_checkpointing,
         seconds=seconds,
@@ -162,7 +162,6 @@ def profile(
         data=data,
         clips=clips,
     )
-    device = default_device()
     if plan:
         from fastat.profile.plan import plan as make_plan
         from fastat.profile.plan_table import print_plan

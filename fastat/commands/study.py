@@ -13,7 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fastat.commands import Json, table_console
+from fastat.commands import Json, Precision, table_console
+from fastat.config import check_precision
 from fastat.errors import UserError
 from fastat.outputs import check_output, finite
 
@@ -212,6 +213,7 @@ def landscape(
     points: Annotated[int, typer.Option(min=3, max=1001, help="Of the slice.")] = 41,
     seed: Annotated[int, typer.Option(min=0, help="Of clips and directions.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG of slices and sharpness.")] = None,
+    precision: Precision = "auto",
     json_: Json = False,
 ) -> None:
     """Show how sharp the minimum is that each run ended in.
@@ -225,7 +227,9 @@ def landscape(
     from fastat.data.shards import read_index
     from fastat.landscape import evaluation_set_of, slice_points
     from fastat.landscape import landscape as landscape_of
+    from fastat.system.device import choose_precision, default_device
 
+    check_precision(precision)
     check_output("--plot", plot)
     if points % 2 == 0:
         raise UserError(f"--points must be odd, so that the weights are one, got {points}")
@@ -234,6 +238,7 @@ def landscape(
         find_checkpoint(run)
         sets.append(data if data is not None else evaluation_set_of(run))
         read_index(sets[-1])
+    chosen = choose_precision(precision, default_device())
     found = []
     for run, packed in zip(runs, sets, strict=True):
 
@@ -254,6 +259,7 @@ def landscape(
             max_iterations=max_iterations,
             trace_samples=trace,
             alphas=slice_points(points),
+            precision=chosen,
             on_iteration=show,
         )
         found.append(result)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastat.commands import Precision
 from fastat.errors import UserError
 
 
@@ -34,7 +35,7 @@ def train(
         typer.Option(help="paper (Table 1) or authors (the runs behind its numbers)."),
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="step, step2, constant or cyclic.")] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
+    precision: Precision = "auto",
     no_balance: Annotated[
         bool, typer.Option("--no-balance", help="Draw every clip alike.")
     ] = False,
@@ -105,7 +106,7 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
-    from fastat.config import parse_batch, parse_settings, parse_stride
+    from fastat.config import check_precision, parse_batch, parse_settings, parse_stride
     from fastat.launch import launched, run_training
 
     given: dict[str, Any] = {
@@ -121,7 +122,7 @@ def train(
         "layer_decay": layer_decay,
         "accumulate": accumulate,
         "schedule": schedule,
-        "precision": precision,
+        "precision": check_precision(precision),
         "compile": compile_,
         "cache": cache,
         "on_nan": on_nan,

@@ -8,14 +8,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fastat.commands import Json, table_console
+from fastat.commands import Json, Precision, table_console
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
     data: Annotated[Path, typer.Option(help="Packed evaluation set.")],
     batch: Annotated[int, typer.Option(help="Clips a step.")] = 64,
-    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    precision: Precision = "auto",
     predictions: Annotated[
         Path | None, typer.Option(help="Write scores to this HDF5 file.")
     ] = None,
@@ -78,6 +78,7 @@ def predict(
     plot: Annotated[
         Path | None, typer.Option(help="PNG of the log-mel over a timeline of tags.")
     ] = None,
+    precision: Precision = "auto",
     json_: Json = False,
 ) -> None:
     """Tag audio files with a trained model.
@@ -86,7 +87,15 @@ def predict(
     """
     from fastat.predict import predict_files
 
-    predict_files(run, files, top=top, hop_seconds=hop_seconds, plot=plot, as_json=json_)
+    predict_files(
+        run,
+        files,
+        top=top,
+        hop_seconds=hop_seconds,
+        plot=plot,
+        precision=precision,
+        as_json=json_,
+    )
 
 
 def convert(

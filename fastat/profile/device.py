@@ -13,6 +13,8 @@ from typing import Self
 
 import torch
 
+from fastat.system.device import DTYPES
+
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 """Rows and columns of the matrices that are multiplied."""
 
@@ -24,8 +26,6 @@ POWER_CAP = Path("/sys/class/powercap")
 SAMPLE_SECONDS = 0.2
 SETTLED_SECONDS = 1.0
 """A driver's reading is a mean over the last second, on some GPUs."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def matmul_flop_per_s(device: torch.device, precision: str) -> float:

@@ -63,7 +63,7 @@ class Case:
     """Of create_model, on top of what the procedure asks for: fstride, tstride, ..."""
     batch: int
     """Clips a step, on one device."""
-    precision: str = "bf16"
+    precision: str = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
 

@@ -18,7 +18,7 @@ import torch
 from fastat.compiling import keep_compiled
 from fastat.config import TrainConfig, resolve
 from fastat.data.shards import SAMPLE_RATE, PackedSet
-from fastat.environment import device_name, environment
+from fastat.environment import environment
 from fastat.features import CLIP_SAMPLES
 from fastat.launch import cache_folder
 from fastat.memory import memory_limit
@@ -29,6 +29,7 @@ from fastat.profile.costmodel import BAR, CostModel, Point, Trust, Work, left_ou
 from fastat.profile.plan_choices import paper_map
 from fastat.profile.plan_points import Points, Setup, Works, cases_to_measure, points
 from fastat.profile.run import Settings, opened
+from fastat.system.device import device_name
 
 SCHEMA = "fastat.plan/1"
 
@@ -209,8 +210,7 @@ def train_command(candidate: Candidate, settings: Settings, device: torch.device
         words += ["--batch", str(c.batch)]
     if c.accumulate > 1:
         words += ["--accumulate", str(c.accumulate)]
-    if settings.precision != "bf16":
-        words += ["--precision", settings.precision]
+    words += ["--precision", settings.precision]
     if settings.compile is not None and settings.compile != (device.type == "cuda"):
         words.append("--compile" if settings.compile else "--no-compile")
     words += ["--data", "packed/train" if settings.data is None else str(settings.data)]

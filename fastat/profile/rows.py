@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastat.costs import PASSES, count_parameters
-from fastat.environment import device_name, environment
+from fastat.environment import environment
 from fastat.features import FEATURES
 from fastat.models.conformer import STACKED_FRAMES
 from fastat.models.layers import TalNet
@@ -21,6 +21,7 @@ from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS, PaperStride
 from fastat.procedures import AST_STRIDE
 from fastat.profile.measure import Case, Measured
 from fastat.profile.parts import PARTS, gflop_parts
+from fastat.system.device import device_name
 
 SCHEMA = "fastat.profile/1"
 MS = ("data", "frontend", "forward", "backward", "optimizer", "step")

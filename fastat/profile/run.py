@@ -30,7 +30,7 @@ class Settings:
 
     batch: int | str | None = None
     """Clips a step; "auto": as many as fit; None: ``default_batch``."""
-    precision: str = "bf16"
+    precision: str = "fp32"
     compile: bool | None = None
     """None: as the trainer, on a GPU."""
     activation_checkpointing: bool = False

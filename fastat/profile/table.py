@@ -282,8 +282,7 @@ def in_words(row: Row, device: str) -> str:
         words += ["--stride", stride_of(row)]
     if row["batch"] != default_batch(Choice(row["model"], row["proc"]), device):
         words += ["--batch", str(row["batch"])]
-    if row["precision"] != "bf16":
-        words += ["--precision", row["precision"]]
+    words += ["--precision", row["precision"]]
     if row["compiled"] != (device == "cuda"):
         words.append("--compile" if row["compiled"] else "--no-compile")
     if row["activation_checkpointing"]:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastat.environment import autocast
 from fastat.extract import read_waveform
 from fastat.frontend import Frontend
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
+from fastat.system.device import autocast
 
 NUM_CLIPS = 8
 MAX_STEPS = 60
