@@ -44,7 +44,7 @@ def read_predictions(path: Path) -> Predictions:
             "(--eval), or what fastat eval --predictions wrote"
         )
     try:
-        with h5py.File(file_path) as file:
+        with h5py.File(file_path, locking=False) as file:
             found = Predictions(
                 path=path,
                 logit=np.asarray(file["logit"][:], np.float32),

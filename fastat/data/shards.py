@@ -389,7 +389,7 @@ def read_shard(
     if size != info.bytes:
         raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:
             waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()

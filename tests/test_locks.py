@@ -1,0 +1,68 @@
+"""Files are read and written without locks, and a run folder where there are none.
+
+Some file systems have no locks: Lustre mounted without flock, some FUSE and network mounts.
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from fastat.data.hdf5_source import Hdf5Rows, read_rows
+from fastat.data.shard_writer import HEAD_BYTES, ShardPart
+from fastat.data.shards import ClassInfo, PackedSet, ShardRows
+from fastat.predictions import read_predictions, save_predictions
+from tests.conftest import TinySets
+from tests.data.test_hdf5_source import NUM_CLASSES, write_panns
+
+
+@contextmanager
+def locked(*paths: Path) -> Iterator[None]:
+    """Somebody else's locks: who asks for a lock of these files fails."""
+    files = [path.open("rb") for path in paths]
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+    for file in files:
+        file.close()
+
+
+def test_predictions_are_read_without_a_lock(tmp_path: Path) -> None:
+    path, logit = tmp_path / "p.h5", np.zeros((2, 1), np.float32)
+    save_predictions(path, logit, logit > 0, ["a.wav", "b.wav"], [ClassInfo("x", "X")])
+    with locked(path):
+        assert read_predictions(path).names == ["a.wav", "b.wav"]
+
+
+def test_a_packed_set_is_read_without_a_lock(tiny_sets: TinySets) -> None:
+    with locked(*tiny_sets.eval.glob("*.h5")):
+        packed = PackedSet.open(tiny_sets.eval)
+        packed.read_rows(np.arange(15), np.empty((15, 16_000), np.int16))
+        packed.close()
+
+
+def test_hdf5_sources_are_read_without_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "panns.h5"
+    write_panns(path, 32_000)
+    with locked(path):
+        assert len(list(read_rows(path, NUM_CLASSES))) == 5
+        assert len(Hdf5Rows().decode(f"{path}#0"))
+
+
+def test_a_shard_is_written_without_a_lock(tmp_path: Path) -> None:
+    part = ShardPart(tmp_path, 0, "pcm16", 4, 100, 10_000)
+    part.add_row(8)
+    part.path.write_bytes(bytes(HEAD_BYTES + 8))
+    one = np.zeros(1)
+    rows = ShardRows(
+        num_samples=one.astype(np.int32),
+        target=np.zeros((1, 1), np.uint8),
+        audio_name=np.array([b"a.wav"]),
+        audio_path=np.array([b"/a.wav"]),
+        start_seconds=one,
+        row_crc=one.astype(np.uint32),
+    )
+    with locked(part.path):
+        assert part.seal(rows).rows == 1
