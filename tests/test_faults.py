@@ -248,7 +248,7 @@ def test_the_second_run_is_one_line_and_no_mark_on_the_first(
     whole: Path, tiny_sets: TinySets
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with RunLock(whole):
+    with RunLock(whole, print):
         done = fastat("train", "--resume", "--out", whole, code=2)
     assert f"another training is running in {whole}" in one_line(done)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before

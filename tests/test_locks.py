@@ -3,19 +3,25 @@
 Some file systems have no locks: Lustre mounted without flock, some FUSE and network mounts.
 """
 
+import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fastat.data.hdf5_source import Hdf5Rows, read_rows
 from fastat.data.shard_writer import HEAD_BYTES, ShardPart
 from fastat.data.shards import ClassInfo, PackedSet, ShardRows
+from fastat.errors import Failure, UserError
 from fastat.predictions import read_predictions, save_predictions
+from fastat.run_folder import RunLock, locks_work
 from tests.conftest import TinySets
 from tests.data.test_hdf5_source import NUM_CLASSES, write_panns
+from tests.test_train import trainer
 
 
 @contextmanager
@@ -66,3 +72,59 @@ def test_a_shard_is_written_without_a_lock(tmp_path: Path) -> None:
     )
     with locked(part.path):
         assert part.seal(rows).rows == 1
+
+
+# --------------------------------------------------------------------------- the run folder
+@pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_run_folder_is_taken_and_it_is_said_once(tmp_path: Path) -> None:
+    notes: list[str] = []
+    lock = RunLock(tmp_path / "run", notes.append)
+    lock.acquire()
+    with lock:
+        assert (tmp_path / "run").is_dir()
+    (note,) = notes
+    assert str(tmp_path / "run") in note and "second training" in note
+
+
+@pytest.mark.parametrize("no_locks", [errno.EOPNOTSUPP], indirect=True)
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_training_goes_on(
+    tiny_sets: TinySets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tiny_sets, tmp_path / "run", steps=1).run_epochs()
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "no locks" in x)
+    assert "second training" in line
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_another_error_of_the_lock_is_not_the_lack_of_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLock(tmp_path, print), pytest.raises(UserError, match="another training"):
+        RunLock(tmp_path, print).acquire()
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(Failure, match="Input/output error"):
+        RunLock(tmp_path, print).acquire()
+
+
+def test_locks_of_a_folder(tmp_path: Path) -> None:
+    assert locks_work(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_no_locks_in_a_folder(tmp_path: Path) -> None:
+    assert not locks_work(tmp_path)
+    assert not list(tmp_path.iterdir())
