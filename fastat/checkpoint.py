@@ -24,6 +24,7 @@ from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
+from fastat.versions import ANOTHER_VERSION, check_keys
 
 FORMAT = "fastat-checkpoint"
 VERSION = 1
@@ -178,7 +179,7 @@ def load_meta(checkpoint: Path) -> ModelMeta:
     """``model.json`` of a checkpoint folder.
 
     Raises:
-        Failure: it is damaged, or written by a newer fastat.
+        Failure: it is damaged, or written by another version of fastat.
     """
     path = checkpoint / META_FILE
     try:
@@ -188,6 +189,7 @@ def load_meta(checkpoint: Path) -> ModelMeta:
             raise Failure(f'{path} is damaged (or edited, and kept its "checksums")')
         if (document.pop("format"), document.pop("version")) != (FORMAT, VERSION):
             raise Failure(f"{path} is not a {FORMAT} of version {VERSION}")
+        check_keys(path, document, ModelMeta)
         document["classes"] = tuple(ClassInfo(*c) for c in document["classes"])
         if document["feature"] not in FEATURES:
             raise Failure(f"{path}: unknown feature {document['feature']!r}")
@@ -273,7 +275,9 @@ def _fitting_weights(meta: ModelMeta, checkpoint: Path) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             expected = {name: x.shape for name, x in meta.create().state_dict().items()}
-    except (UserError, RuntimeError, TypeError, ArithmeticError) as error:
+    except UserError as error:  # a model, an option or a value that this version does not have
+        raise Failure(f"{path} is damaged, or was written by {ANOTHER_VERSION}: {error}") from error
+    except (RuntimeError, TypeError, ArithmeticError) as error:
         raise Failure(f"{path} is damaged: {error}") from error
     state = read_weights(checkpoint)
     found = {name: x.shape for name, x in state.items()}

@@ -31,8 +31,8 @@ BLOCK = 500
 class Pair:
     """What two files of predictions share, in one order."""
 
-    a: NDArray[np.float32]  # [N, K]
-    b: NDArray[np.float32]  # [N, K]
+    a: NDArray[np.float32]  # [N, K] logits
+    b: NDArray[np.float32]  # [N, K] logits
     target: NDArray[np.bool_]  # [N, K]
     ids: list[str]
     class_names: list[str]
@@ -73,8 +73,8 @@ def pair(a: Predictions, b: Predictions) -> Pair:
     if not target.any():
         raise UserError(f"{a.path} and {b.path}: no shared class has a positive clip")
     return Pair(
-        a.probability[in_a],
-        b.probability[in_b],
+        a.logit[in_a],
+        b.logit[in_b],
         target,
         [a.ids[k] for k in columns[:, 0]],
         [a.class_names[k] for k in columns[:, 0]],

@@ -24,6 +24,7 @@ from fastat.procedures import (
     small_set_sizes,
 )
 from fastat.schedule import SCHEDULES, warmup_length
+from fastat.versions import check_keys, writer_of
 from fastat_kernels.choice import parse_kernels
 
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -175,10 +176,11 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
-        """Reads ``config.json``. Raises Failure when it is damaged."""
+        """Reads ``config.json``. Raises Failure when it is damaged, or of another version."""
         try:
             document = json.loads(path.read_text())
             _check_types(document)
+            check_keys(path, document, cls, lambda: writer_of(path.parent))
             return cls(**document)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise Failure(f"{path} is damaged: {error}") from error

@@ -67,7 +67,7 @@ class Evaluation:
     loss: float
     """Binary cross-entropy, mean over clips and shared classes."""
     metrics: TaggingMetrics
-    probabilities: NDArray[np.float32]  # [N, M]
+    logits: NDArray[np.float32]  # [N, M]
     targets: NDArray[np.bool_]  # [N, M]
     rows: NDArray[np.int64]  # [N] rows of the set
 
@@ -118,9 +118,8 @@ def evaluate(
         raise Failure("the model's scores are not finite: its weights have diverged")
     targets = packed.targets(rows)[:, match.set_columns]
     loss = F.binary_cross_entropy_with_logits(scores, torch.from_numpy(targets)).item()
-    probabilities = scores.sigmoid().numpy()
-    found = targets > 0
-    return Evaluation(loss, tagging_metrics(probabilities, found), probabilities, found, rows)
+    found, ranked = targets > 0, scores.numpy()
+    return Evaluation(loss, tagging_metrics(ranked, found), ranked, found, rows)
 
 
 def evaluate_checkpoint(
@@ -183,7 +182,7 @@ def evaluate_checkpoint(
         assert result is not None, "nobody gives up"
     if predictions is not None:
         names = packed.names(result.rows)
-        save_predictions(predictions, result.probabilities, result.targets, names, classes)
+        save_predictions(predictions, result.logits, result.targets, names, classes)
     if per_class is not None:
         _write_per_class(per_class, result, classes)
     m = result.metrics

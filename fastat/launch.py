@@ -5,8 +5,11 @@ Mistakes are found in the order of what finding them costs; torch is imported af
 
 import os
 import shlex
+import stat
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,10 +251,39 @@ def _check_model(config: TrainConfig, clip_samples: int) -> None:
 
 # ------------------------------------------------------------------------------ the practice set
 def cache_folder() -> Path:
-    """Where the practice set is kept: FASTAT_CACHE, else the user's cache folder."""
+    """Where the practice set and compiled kernels are kept: FASTAT_CACHE, else the user's cache
+    folder, else, for a user without a home, a temporary folder.
+
+    Raises:
+        UserError: that temporary folder is another user's.
+    """
     if folder := os.environ.get("FASTAT_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """A folder for this user alone under the system's temporary one; FASTAT_CACHE names it from
+    here on, also to the processes that this one starts."""
+    folder = Path(tempfile.gettempdir()) / f"fastat-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise UserError(
+            f"{folder} is to be the cache folder, since there is no home folder, and it is not "
+            "this user's: FASTAT_CACHE=DIR takes another"
+        )
+    folder.chmod(0o700)
+    print(
+        f"fastat: there is no home folder: {folder} is the cache folder (FASTAT_CACHE moves it)",
+        file=sys.stderr,
+    )
+    os.environ["FASTAT_CACHE"] = str(folder)
+    return folder
 
 
 def practice_sets() -> tuple[Path, Path]:

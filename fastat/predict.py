@@ -1,10 +1,9 @@
 """Tags of audio files of any length, rate and format: ``fastat predict``.
 
 A file is rounded to int16 as in packing and cut into windows of the length the model was trained
-on. A window is scored as an evaluation clip is. The file's probability of
-a class is the largest of its windows': AudioSet tags a clip with what is heard anywhere in it, and
-so is a file tagged. The mean over the windows, which says how much of the file a tag fills, stands
-beside it.
+on. A window is scored as an evaluation clip is. The file's score of a class is the largest of its
+windows': AudioSet tags a clip with what is heard anywhere in it, and so is a file tagged. The mean
+over the windows, which says how much of the file a tag fills, stands beside it.
 """
 
 import json
@@ -24,6 +23,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from scipy.special import expit
 from torch import Tensor
 
 from fastat import display
@@ -69,21 +69,31 @@ class Prediction:
     seconds: float
     starts: NDArray[np.float64]  # [W] seconds
     ends: NDArray[np.float64]  # [W] seconds
-    probabilities: NDArray[np.float32]  # [W, K]
+    logits: NDArray[np.float32]  # [W, K]
+    """What is ranked: float32 probabilities of logits above 17 are all 1."""
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32]:
+        """[W, K]."""
+        return _probabilities(self.logits)
 
     @cached_property
     def overall(self) -> NDArray[np.float32]:
         """[K] probability that the class is anywhere in the file."""
-        best: NDArray[np.float32] = self.probabilities.max(0)
-        return best
+        return _probabilities(self.logits.max(0))
 
     def strongest(self, top: int) -> list[int]:
         """The ``top`` classes of the file, the most probable first."""
-        return _strongest(self.overall, top)
+        return _strongest(self.logits.max(0), top)
 
 
-def _strongest(probabilities: NDArray[np.float32], top: int) -> list[int]:
-    order: list[int] = np.argsort(-probabilities, kind="stable")[:top].tolist()
+def _probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = expit(logits)
+    return found
+
+
+def _strongest(logits: NDArray[np.float32], top: int) -> list[int]:
+    order: list[int] = np.argsort(-logits, kind="stable")[:top].tolist()
     return order
 
 
@@ -161,9 +171,7 @@ class Tagger:
             seconds=len(waveform) / self.sample_rate,
             starts=windows.starts / self.sample_rate,
             ends=windows.ends / self.sample_rate,
-            probabilities=self.over_windows(
-                lambda features: self.model(features).float().sigmoid(), waveform, windows, title
-            ),
+            logits=self.over_windows(self.model, waveform, windows, title),
         )
 
     def embed(
@@ -259,24 +267,25 @@ def _pictures(files: list[Path], plot: Path) -> list[Path]:
 def as_document(found: Prediction, meta: ModelMeta, top: int) -> dict[str, Any]:
     """What ``--json`` says about a file: its ``top`` tags, and those of every window."""
 
-    def tags(probabilities: NDArray[np.float32]) -> list[dict[str, Any]]:
+    def tags(logits: NDArray[np.float32]) -> list[dict[str, Any]]:
+        probabilities = _probabilities(logits)
         return [
             meta.classes[k]._asdict() | {"probability": float(probabilities[k])}
-            for k in _strongest(probabilities, top)
+            for k in _strongest(logits, top)
         ]
 
     mean = found.probabilities.mean(0)
     strongest = found.strongest(top)
-    windows = zip(found.starts, found.ends, found.probabilities, strict=True)
+    windows = zip(found.starts, found.ends, found.logits, strict=True)
     return {
         "file": str(found.path),
         "seconds": found.seconds,
         "tags": [
             tag | {"mean_probability": float(mean[k])}
-            for tag, k in zip(tags(found.overall), strongest, strict=True)
+            for tag, k in zip(tags(found.logits.max(0)), strongest, strict=True)
         ],
         "windows": [
-            {"start": float(start), "end": float(end), "tags": tags(p)} for start, end, p in windows
+            {"start": float(start), "end": float(end), "tags": tags(x)} for start, end, x in windows
         ],
     }
 
@@ -308,7 +317,7 @@ def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
         tags = found.strongest(top)
         width = max(len(meta.classes[k].name) for k in tags)
         for k in tags:
-            peak = int(found.probabilities[:, k].argmax())
+            peak = int(found.logits[:, k].argmax())
             when = f"  {clock(found.starts[peak])}-{clock(found.ends[peak])}" if count > 1 else ""
             print(f"  {found.overall[k]:.3f}  {meta.classes[k].name:{width if when else 0}}{when}")
         return
@@ -328,6 +337,6 @@ def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
         if count > 1:
             over_time = found.probabilities[:, k]
             cells += [f"{over_time.mean():.3f}", sparkline(over_time)]
-            cells.append(clock(found.starts[over_time.argmax()]))
+            cells.append(clock(found.starts[found.logits[:, k].argmax()]))
         table.add_row(*cells)
     Console(file=sys.stdout, highlight=False).print(table)

@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from fastat.atomic import atomic_path
 from fastat.data.shards import H5PY_ERRORS, ClassInfo
@@ -20,7 +21,7 @@ class Predictions:
     """Scores of a model on an evaluation set, beside the labels."""
 
     path: Path
-    probability: NDArray[np.float32]  # [N, K]
+    logit: NDArray[np.float32]  # [N, K]
     target: NDArray[np.bool_]  # [N, K]
     names: list[str]
     """Of the clips; those cut from one file share its name."""
@@ -43,10 +44,10 @@ def read_predictions(path: Path) -> Predictions:
             "(--eval), or what fastat eval --predictions wrote"
         )
     try:
-        with h5py.File(file_path) as file:
+        with h5py.File(file_path, locking=False) as file:
             found = Predictions(
                 path=path,
-                probability=np.asarray(file["probability"][:], np.float32),
+                logit=np.asarray(file["logit"][:], np.float32),
                 target=np.asarray(file["target"][:], np.bool_),
                 names=file["audio_name"].asstr(errors="replace")[:].tolist(),
                 ids=file["class_id"].asstr(errors="replace")[:].tolist(),
@@ -55,33 +56,38 @@ def read_predictions(path: Path) -> Predictions:
     except (*H5PY_ERRORS, MemoryError) as error:
         raise Failure(f"{file_path} is damaged, or no predictions: {first_line(error)}") from error
     shape = (len(found.names), len(found.ids))
-    if found.probability.shape != shape or found.target.shape != shape:
+    if found.logit.shape != shape or found.target.shape != shape:
         raise Failure(
             f"{file_path} is damaged: expected [clips, classes] = {list(shape)}, "
-            f"got probability {list(found.probability.shape)}, target {list(found.target.shape)}"
+            f"got logit {list(found.logit.shape)}, target {list(found.target.shape)}"
         )
     if 0 in shape:
         raise Failure(f"{file_path} is damaged: it holds no clip or no class")
     if len(set(found.ids)) < len(found.ids) or len(found.class_names) != len(found.ids):
         raise Failure(f"{file_path} is damaged: expected every class once, with a name")
-    if not np.isfinite(found.probability).all():
-        raise Failure(f"{file_path} is damaged: a probability is not finite")
+    if not np.isfinite(found.logit).all():
+        raise Failure(f"{file_path} is damaged: a logit is not finite")
     return found
 
 
 def save_predictions(
     path: Path,
-    probability: NDArray[np.float32],  # [N, K]
+    logit: NDArray[np.float32],  # [N, K]
     target: NDArray[np.bool_],  # [N, K]
     names: list[str],
     classes: list[ClassInfo],
 ) -> None:
-    """HDF5: ``probability`` [N, K] float32, ``target`` [N, K] bool, ``audio_name`` [N], classes."""
+    """HDF5: ``logit`` and ``probability`` [N, K] float32, ``target`` [N, K] bool, ``audio_name``
+    [N], classes.
+
+    Clips are ranked by the logits: float32 probabilities of logits above 17 are all 1.
+    """
     text = h5py.string_dtype()
     # In memory first: on a full disk HDF5 cannot close its file, and crashes when Python exits.
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        file["probability"] = probability
+        file["logit"] = logit
+        file["probability"] = expit(logit)
         file["target"] = target
         file.create_dataset("audio_name", data=names, dtype=text)
         file.create_dataset("class_id", data=[c.id for c in classes], dtype=text)

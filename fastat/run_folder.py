@@ -1,11 +1,14 @@
 """What a training run leaves in its folder beside the checkpoints, and where it goes on from."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import math
 import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -62,11 +65,44 @@ class Progress:
         return self.loss_sum.item() / summed if summed else math.nan
 
 
-class RunLock:
-    """Held by the one training that may write to a run folder. Any death releases it."""
+NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What flock says on a file system without locks, as Lustre mounted without them."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+
+def lock(file: IO[Any]) -> bool:
+    """Locks ``file`` for this process alone; False where its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def locks_work(folder: Path) -> bool:
+    """Whether the file system of ``folder``, which can be written, has locks.
+
+    Raises:
+        OSError: no file can be made in it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return lock(file)
+
+
+class RunLock:
+    """Held by the one training that may write to a run folder. Any death releases it.
+
+    Args:
+        note: called with a message where the file system has no locks; training goes on.
+    """
+
+    def __init__(self, run: Path, note: Callable[[str], None]) -> None:
+        self.run, self.note = run, note
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
@@ -81,7 +117,7 @@ class RunLock:
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             file = (self.run / ".lock").open("a")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(file)
         except BlockingIOError as error:
             raise UserError(
                 f"another training is running in {self.run}: wait for it, or take another --out"
@@ -89,6 +125,11 @@ class RunLock:
         except OSError as error:
             raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
         self._file = file
+        if not locked:
+            self.note(
+                f"the file system of {self.run} has no locks: nothing keeps a second training out "
+                "of this folder"
+            )
 
     def __enter__(self) -> Self:
         self.acquire()

@@ -55,7 +55,7 @@ class RunRecords:
     ) -> None:
         """The scores of the best epoch so far."""
         path, names = self.run / PREDICTIONS_FILE, packed.names(evaluation.rows)
-        scores = evaluation.probabilities, evaluation.targets
+        scores = evaluation.logits, evaluation.targets
         self.waiting.write(path.name, partial(save_predictions, path, *scores, names, classes))
 
     def bad_clips(self, packed: PackedSet, bad: dict[int, str]) -> None:

@@ -17,6 +17,7 @@ from fastat.loss_scale import LossScale
 from fastat.network import Network
 from fastat.outputs import finite
 from fastat.run_checkpoints import (
+    TRAINER_FILE,
     Resumable,
     best_there,
     go_back,
@@ -26,6 +27,7 @@ from fastat.run_checkpoints import (
 from fastat.run_folder import Progress, restore_trainer_state, trainer_state
 from fastat.step import TrainingStep
 from fastat.training_data import TrainingData
+from fastat.versions import check_keys, writer_of
 
 
 class Saving:
@@ -144,5 +146,8 @@ class Saving:
                 f"{self.config.data} is not the set that {self.run} was trained on, or has grown "
                 "since (fastat pack --append)"
             )
-        best_step = newest.trainer["progress"].get("best_step")
+        progress = newest.trainer["progress"]
+        path = self.folder / step_name(newest.step) / TRAINER_FILE
+        check_keys(path, progress, Progress, lambda: writer_of(self.run))
+        best_step = progress.get("best_step")
         return newest, go_back(self.folder, newest.step, best_step)

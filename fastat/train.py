@@ -84,7 +84,7 @@ class Trainer:
         self.config, self.run, self.display = config, run, display
         preparing, self.ranks = ranks, ranks.with_timeout(config.rank_timeout)
         self.notes = list(notes)  # shown once everything fits together
-        self.lock = RunLock(run)
+        self.lock = RunLock(run, self.notes.append)
         ranks.from_first(self._look_first)
         torch.manual_seed(config.seed)
         self.device = default_device()

@@ -57,7 +57,10 @@ def write_run(
 def scores(
     seed: int, clips: int = 60, classes: int = len(NAMES)
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """[N, K] both; the targets are the same for every seed, the last class has no positive."""
+    """Logits and targets, [N, K] both.
+
+    The targets are the same for every seed; the last class has no positive.
+    """
     target = np.random.default_rng(99).random((clips, classes)) < 0.2
     target[:, -1] = False
     noise = np.random.default_rng(seed).random((clips, classes))
@@ -65,14 +68,13 @@ def scores(
     return np.round(0.6 * noise + 0.4 * target * noise, 2).astype(np.float32), target
 
 
-def write_predictions(
-    path: Path, probability: NDArray[np.float32], target: NDArray[np.bool_]
-) -> None:
+def write_predictions(path: Path, logit: NDArray[np.float32], target: NDArray[np.bool_]) -> None:
     """As training writes them."""
     text = h5py.string_dtype()
     names = [NAMES[k] if k < len(NAMES) else f"Class {k}" for k in range(target.shape[1])]
     with h5py.File(path, "w") as file:
-        file["probability"], file["target"] = probability, target
+        file["logit"], file["target"] = logit, target
+        file["probability"] = 1 / (1 + np.exp(-logit))
         clips = [f"clip{i}.wav" for i in range(len(target))]
         file.create_dataset("audio_name", data=clips, dtype=text)
         file.create_dataset("class_id", data=[f"/m/{k}" for k in range(len(names))], dtype=text)

@@ -210,6 +210,18 @@ def test_absurd_sizes_take_no_memory(run: Path, key: str, value: object) -> None
         load_model(run)
 
 
+@pytest.mark.parametrize("where", ["document", "options"])
+def test_a_key_of_another_version_is_no_damage(run: Path, where: str) -> None:
+    path = run / "checkpoints" / "last" / "model.json"
+    document = json.loads(path.read_text())
+    del document["checksums"]
+    (document if where == "document" else document["options"])["warp"] = 9
+    path.write_text(json.dumps(document))
+    with pytest.raises(Failure, match=r"model\.json.*another version.*") as raised:
+        load_model(run)
+    assert "'warp'" in str(raised.value)
+
+
 def test_json_that_python_does_not_read(run: Path) -> None:
     path = run / "checkpoints" / "last" / "model.json"
     for text in ("[" * 100_000, "9" * 10_000):

@@ -8,13 +8,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
 
-from fastat.checkpoint import ModelMeta
+from fastat.checkpoint import ModelMeta, load_model
 from fastat.cli import COMMANDS, main
 from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
+from fastat.predictions import read_predictions
 from fastat.procedures import PROCEDURES
+from fastat.report.curves import class_curves
 from fastat.run_checkpoints import write_checkpoint
 from tests.conftest import TinySets, fastat, one_line, write_tiny_audio
 
@@ -74,18 +78,53 @@ def test_eval_scores_what_it_writes(checkpoint: Path, tiny_sets: TinySets, tmp_p
     out = ("--json", "--predictions", scores, "--per-class", table)
     result = json.loads(fastat("eval", checkpoint, "--data", tiny_sets.eval, *out).stdout)
     with h5py.File(scores) as file:
-        probability, target = file["probability"][:], file["target"][:]
+        logit, target = file["logit"][:], file["target"][:]
+        assert file["probability"][:] == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)
         names = file["audio_name"].asstr()[:].tolist()
         ids = file["class_id"].asstr()[:].tolist()
     packed = PackedSet.open(tiny_sets.eval)
     assert names == packed.names(np.arange(15)) and ids == [c.id for c in packed.classes]
     assert np.array_equal(target, packed.targets(np.arange(15)) > 0)
-    want = [average_precision_score(target[:, k], probability[:, k]) for k in range(3)]
+    want = [average_precision_score(target[:, k], logit[:, k]) for k in range(3)]
     assert result["mAP"] == pytest.approx(np.mean(want), abs=1e-6)
     assert result["clips"] == 15 and result["classes_scored"] == 3
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [float(r["average_precision"]) for r in rows] == pytest.approx(want, abs=1e-5)
+
+
+class Certain(nn.Module):
+    """Logits of 40 and up, whose probabilities are all 1 in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        loud = x.mean((1, 2))
+        return 45.0 + torch.stack([loud, -loud, x.std((1, 2))], 1)
+
+
+def test_eval_ranks_clips_by_their_logits(
+    tiny_sets: TinySets,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, meta = load_model(checkpoint)
+    monkeypatch.setattr("fastat.evaluate.load_model", lambda run, device: (Certain(), meta))
+    scores = tmp_path / "p.h5"
+    argv = ["fastat", "eval", "any", "--data", tiny_sets.eval, "--json", "--predictions", scores]
+    monkeypatch.setattr("sys.argv", [str(x) for x in argv])
+    with pytest.raises(SystemExit):
+        main()
+    result = json.loads(capsys.readouterr().out)
+    with h5py.File(scores) as file:
+        logit, target = file["logit"][:], file["target"][:]
+        assert (file["probability"][:] == 1).all()
+    assert logit.dtype == np.float32 and len(np.unique(logit)) > 15
+    want = np.mean([average_precision_score(target[:, k], logit[:, k]) for k in range(3)])
+    assert want > 0.4, "equal scores would get the share of positives, 1/3"
+    assert result["mAP"] == pytest.approx(want, abs=1e-6)
+    curves = class_curves(read_predictions(scores))
+    assert curves.average_precision.mean() == pytest.approx(want, abs=1e-6)
 
 
 def test_eval_matches_classes_by_id(tiny_sets: TinySets, tmp_path: Path) -> None:

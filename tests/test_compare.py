@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.special import expit
 from sklearn.metrics import average_precision_score
 
 from fastat.compare import (
@@ -27,7 +28,7 @@ def predictions(seed: int, *, clips: int = 40, classes: int = 5, skill: float = 
     target = np.random.default_rng(99).random((clips, classes)) < 0.3
     target[:, -1] = False
     noise = np.random.default_rng(seed).standard_normal(target.shape)
-    scores = np.round(1 / (1 + np.exp(-noise - skill * target)), 1).astype(np.float32)
+    scores = np.round(noise + skill * target).astype(np.float32)
     names = [f"clip-{i}" for i in range(clips)]
     ids = [f"/m/{k}" for k in range(classes)]
     return Predictions(Path(f"run-{seed}"), scores, target, names, ids, [f"Class {i}" for i in ids])
@@ -37,7 +38,8 @@ def write(path: Path, p: Predictions) -> Path:
     """As ``save_predictions`` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
-        file["probability"], file["target"] = p.probability, p.target
+        file["logit"], file["target"] = p.logit, p.target
+        file["probability"] = expit(p.logit)
         for key, values in (
             ("audio_name", p.names),
             ("class_id", p.ids),
@@ -92,10 +94,7 @@ def by_hand(a: Predictions, b: Predictions, resamples: int, seed: int) -> NDArra
         target = a.target[draw]
         there = target.any(0)
         out.append(
-            [
-                average_precision_score(target[:, there], p.probability[draw][:, there])
-                for p in (a, b)
-            ]
+            [average_precision_score(target[:, there], p.logit[draw][:, there]) for p in (a, b)]
         )
     return np.array(out)
 
@@ -107,7 +106,7 @@ def test_the_bootstrap_is_that_of_drawing_clips(monkeypatch: pytest.MonkeyPatch)
     got = compare(a, b, resamples=150, seed=3, advance=done.append)
     assert sum(done) == 4 * passes(150)
     want = by_hand(a, b, 150, 3)
-    point = [average_precision_score(p.target[:, :4], p.probability[:, :4]) for p in (a, b)]
+    point = [average_precision_score(p.target[:, :4], p.logit[:, :4]) for p in (a, b)]
     gained = point[1] - point[0]
     difference = want[:, 1] - want[:, 0]
     for estimate, value, resampled in (
@@ -126,7 +125,7 @@ def test_the_bootstrap_is_that_of_drawing_clips(monkeypatch: pytest.MonkeyPatch)
     assert largest == sorted(largest, reverse=True) and len(largest) == 4
     for c in got.changes:
         k = a.ids.index(c.id)
-        assert c.ap_b == pytest.approx(average_precision_score(b.target[:, k], b.probability[:, k]))
+        assert c.ap_b == pytest.approx(average_precision_score(b.target[:, k], b.logit[:, k]))
         assert c.positives == a.target[:, k].sum()
         assert c.difference.low <= c.difference.value <= c.difference.high
 
@@ -151,7 +150,7 @@ def test_the_interval_of_an_mAP_is_about_it() -> None:
 def test_a_resample_without_a_positive_counts_nowhere() -> None:
     a = predictions(1, clips=3, classes=2)
     a.target[:] = [[True, False], [False, False], [False, False]]
-    got = compare(a, replace(a, probability=a.probability[::-1].copy()), resamples=200)
+    got = compare(a, replace(a, logit=a.logit[::-1].copy()), resamples=200)
     assert np.isfinite([got.difference.low, got.difference.high, got.map_a.low]).all()
 
 
@@ -162,14 +161,14 @@ def test_clips_and_classes_are_matched() -> None:
     order, columns = np.arange(40)[::-1], [3, 0, 1]
     b = Predictions(
         Path("b"),
-        a.probability[order][:38][:, columns],
+        a.logit[order][:38][:, columns],
         a.target[order][:38][:, columns],
         [a.names[i] for i in order][:38],
         [a.ids[k] for k in columns],
         [a.class_names[k] for k in columns],
     )
     # Two clips of one file are told apart by their order, which is b's own here.
-    b.probability[[36, 37]], b.target[[36, 37]] = b.probability[[37, 36]], b.target[[37, 36]]
+    b.logit[[36, 37]], b.target[[36, 37]] = b.logit[[37, 36]], b.target[[37, 36]]
     both = pair(a, b)
     assert (both.clips_left_out, both.classes_left_out) == ((2, 0), (2, 0))
     assert both.ids == ["/m/0", "/m/1", "/m/3"]
@@ -227,11 +226,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert "--resamples" in one_line(fastat("compare", b, b, "--resamples", 1, code=2))
 
 
+def test_logits_that_one_probability_stands_for_are_told_apart(tmp_path: Path) -> None:
+    """Logits 40 higher rank the clips as before, though every probability is 1."""
+    a, b = predictions(1), predictions(2, skill=2.0)
+    high = read_predictions(write(tmp_path / "high.h5", replace(b, logit=b.logit + 40)))
+    got, want = compare(a, high, resamples=50), compare(a, b, resamples=50)
+    assert (got.map_b, got.difference) == (want.map_b, want.difference)
+
+
 def test_damaged_layouts(tmp_path: Path) -> None:
     good = predictions(1)
     for change in (
-        {"probability": good.probability[:, :3]},
-        {"probability": np.full_like(good.probability, np.nan)},
+        {"logit": good.logit[:, :3]},
+        {"logit": np.full_like(good.logit, np.nan)},
         {"ids": ["/m/0"] * 5},
         {"names": good.names[:7]},
     ):

@@ -541,6 +541,28 @@ def test_a_stored_value_of_another_type(tmp_path: Path, key: str, value: object)
         TrainConfig.load(path)
 
 
+@pytest.mark.parametrize(
+    ("env", "writer"),
+    [
+        ('{"versions": {"fastat": "7.8.9"}}', r"fastat 7\.8\.9"),
+        ('{"versions": {"fastat": null}}', "env.json does not say"),
+        ("{", "env.json does not say"),
+        (None, "env.json.*No such file"),
+    ],
+)
+def test_a_key_of_another_version_is_named_with_its_writer(
+    tmp_path: Path, env: str | None, writer: str
+) -> None:
+    config, _ = resolve("A4", "cnn_trans", {"data": "x"}, num_clips=100, clip_seconds=10.0)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(asdict(config) | {"warp": 9}))
+    if env is not None:
+        (tmp_path / "env.json").write_text(env)
+    with pytest.raises(Failure, match=f"config.json.*'warp'.*{writer}") as raised:
+        TrainConfig.load(path)
+    assert "damaged" not in str(raised.value)
+
+
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, "9" * 10_000])
 def test_json_that_is_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)

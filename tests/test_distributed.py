@@ -173,7 +173,7 @@ def scores(ranks: Ranks, config: TrainConfig, run: Path, rows: list[int]) -> tup
     t.data.eval_rows = np.array(rows)
     result = t._evaluate()
     assert result is not None
-    return result.rows.tolist(), result.probabilities, result.targets, result.metrics.mAP
+    return result.rows.tolist(), result.logits, result.targets, result.metrics.mAP
 
 
 @pytest.mark.parametrize(("num_ranks", "num_clips"), [(2, 15), (4, 15), (4, 3)])

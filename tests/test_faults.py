@@ -1,7 +1,9 @@
 """What goes wrong around a training run: full and read-only disks, pre-emption, a second run."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from fastat import checkpoint_writer, evaluate, signals
@@ -235,6 +238,25 @@ def test_a_read_only_folder_is_found_before_the_data_are_opened(
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+# ------------------------------------------------------------------------------- another version
+def test_a_trainer_state_of_another_version_is_not_resumed(
+    whole: Path, tiny_sets: TinySets, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last"
+    state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    state["progress"]["warp"] = 9
+    torch.save(state, checkpoint / "trainer.pt")
+    meta = json.loads((checkpoint / "model.json").read_text())
+    del meta["checksums"]
+    (checkpoint / "model.json").write_text(json.dumps(meta))
+    (tmp_path / "run" / "env.json").write_text('{"versions": {"fastat": "7.8.9"}}')
+    done = fastat("train", "--resume", "--out", tmp_path / "run", code=1)
+    line = done.stderr.strip().splitlines()[-1]
+    assert "trainer.pt" in line and "'warp'" in line and "fastat 7.8.9" in line
+    assert "damaged" not in line and "Traceback" not in done.stderr
+
+
 # ------------------------------------------------------------------------------- a second run
 def test_two_runs_in_one_folder(tiny_sets: TinySets, tmp_path: Path) -> None:
     first = trainer(tiny_sets, tmp_path / "run", steps=1)
@@ -248,7 +270,7 @@ def test_the_second_run_is_one_line_and_no_mark_on_the_first(
     whole: Path, tiny_sets: TinySets
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with RunLock(whole):
+    with RunLock(whole, print):
         done = fastat("train", "--resume", "--out", whole, code=2)
     assert f"another training is running in {whole}" in one_line(done)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before

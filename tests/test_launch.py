@@ -1,7 +1,10 @@
 """From the options of ``fastat train`` to a configuration, and what is refused before any work."""
 
 import json
+import os
+import pwd
 import sys
+import tempfile
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import fastat.launch
 from fastat.config import TrainConfig
 from fastat.data import demo, shards
 from fastat.errors import Failure, UserError
-from fastat.launch import configure, practice_sets
+from fastat.launch import cache_folder, configure, practice_sets
 from tests.conftest import TinySets
 
 
@@ -175,3 +178,58 @@ def test_a_damaged_set_is_one_line(tiny_sets: TinySets, tmp_path: Path) -> None:
         (tmp_path / "dataset.json").write_text(json.dumps(damaged))
         with pytest.raises(Failure, match=f"dataset.json: damaged: {reason}"):
             configure("A4", "cnn_trans", {"data": tmp_path}, Path("run"), resume=False)
+
+
+# ------------------------------------------------------------------------------ the cache folder
+@pytest.fixture
+def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user whom the system does not know; returns the folder of temporary files."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("FASTAT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_home_the_cache_is_a_temporary_folder(
+    no_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = no_home / f"fastat-{os.getuid()}"
+    folder.mkdir(0o755)
+    assert cache_folder() == folder == cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(folder) in line and "FASTAT_CACHE" in line
+
+
+def test_the_cache_folder_that_is_named_needs_no_home(
+    no_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/fastat")
+    monkeypatch.setenv("FASTAT_CACHE", "/y")
+    assert cache_folder() == Path("/y")
+    assert not list(no_home.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["other user", "link", "file"])
+def test_a_temporary_folder_that_is_not_ours_is_refused(
+    no_home: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = no_home / f"fastat-{os.getuid()}"
+    if kind == "link":
+        (no_home / "other").mkdir()
+        folder.symlink_to(no_home / "other")
+    elif kind == "file":
+        folder.touch()
+    else:
+        uid = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: uid)
+        (no_home / f"fastat-{uid}").mkdir()
+    with pytest.raises(UserError, match=r"fastat-\d+ .*FASTAT_CACHE"):
+        cache_folder()

@@ -4,6 +4,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,32 @@ def test_either_adam_goes_on_from_either(
         torch.testing.assert_close(p, q)
         if apex_before == apex_after:
             assert torch.equal(p, q)
+
+
+def test_a_cpus_state_leaves_the_tensors_of_the_learning_rates() -> None:
+    """A captured step reads the rate in a tensor: a number in its place would stay what it is."""
+    before, params = stepped(CPU)
+    assert isinstance(before.param_groups[0]["lr"], float)
+    after, others = stepped(CPU, steps=1)
+    for group in after.param_groups:  # as create_adam has them on CUDA
+        group["lr"] = torch.tensor(group["lr"])
+    load_state(after, deepcopy(saved_state(before)))
+    assert all(isinstance(group["lr"], Tensor) for group in after.param_groups)
+    rates = [group["lr"] for group in after.param_groups]
+    for lr in (0.5, 0.25):
+        for optimizer in (before, after):
+            set_lr(optimizer, lr)
+        assert [rate.item() for rate in rates] == [0.5 * lr, lr]
+        assert all(g["lr"] is rate for g, rate in zip(after.param_groups, rates, strict=True))
+        for p, q in zip(params, others, strict=True):
+            q.data.copy_(p)
+        moved = [q.detach().clone() for q in others]
+        for optimizer, own in ((before, params), (after, others)):
+            set_gradients(own, 7)
+            guarded_step(optimizer, torch.zeros(()))
+        for p, q, start in zip(params, others, moved, strict=True):
+            torch.testing.assert_close(q, p)
+            assert (q - start).abs().max() > 0.05 * lr
 
 
 def test_checkpoints_of_older_versions_load() -> None:

@@ -14,6 +14,7 @@ import soundfile as sf
 import torch
 from matplotlib.collections import QuadMesh
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from fastat import cli
@@ -213,7 +214,7 @@ def test_same_score_as_evaluation_of_the_packed_clip(run: Path, tmp_path: Path) 
     tagger = Tagger(run)
     for row, name in enumerate(packed.names(result.rows)):
         found = tagger.tag(tmp_path / name, read_waveform(tmp_path / name))
-        assert found.probabilities[0, :2] == pytest.approx(result.probabilities[row], abs=1e-6)
+        assert found.probabilities[0, :2] == pytest.approx(expit(result.logits[row]), abs=1e-6)
 
 
 class Loudness(nn.Module):
@@ -265,6 +266,30 @@ def test_the_timeline_shows_the_loud_half(
     assert ticks["1k"] == pytest.approx(_bin_of(1000, FEATURES["logmel64"]))
     loud = np.asarray(image.get_array()).mean(0)  # [T]
     assert loud[: len(loud) // 2 - 2].max() + 30 < loud[len(loud) // 2 + 2 :].min()
+
+
+class Certain(nn.Module):
+    """Logits of 18, 25 and 40 and up, whose probabilities are all 1 in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        loud = 20.0 * (x.mean((1, 2)) + 0.5)
+        never = torch.full_like(loud, -9.0)
+        return torch.stack([never + 27, never + 34, loud + 60, never, never], 1)
+
+
+def test_certain_tags_are_ranked_by_their_logits(
+    loudness: ModelMeta, half_loud: Path, fastat: Fastat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastat.predict.load_model", lambda run, device: (Certain(), loudness))
+    _, out, _ = fastat("predict", "any", half_loud, "--json", "--top", 3)
+    (document,) = json.loads(out)
+    for tags in (document["tags"], *(window["tags"] for window in document["windows"])):
+        assert [tag["id"] for tag in tags] == [loudness.classes[k].id for k in (2, 1, 0)]
+        assert [tag["probability"] for tag in tags] == [1.0] * 3
+    _, out, _ = fastat("predict", "any", half_loud, "--top", 1)
+    (line,) = (x for x in out.splitlines() if loudness.classes[2].name in x)
+    start = int(line.split()[-1].split("-")[0].removeprefix("0:"))
+    assert start >= 10, "its strongest window is in the loud half"
 
 
 def test_hop_gives_the_windows_asked_for(
@@ -489,28 +514,32 @@ def test_each_of_several_files_has_its_picture(
 
 def prediction(starts: list[float], ends: list[float], values: list[float]) -> Prediction:
     return Prediction(
-        Path("x"), ends[-1], np.array(starts), np.array(ends), np.array([values], np.float32).T
+        Path("x"),
+        ends[-1],
+        np.array(starts),
+        np.array(ends),
+        logit(np.array([values], np.float32)).T,
     )
 
 
 def test_timeline_of_windows_end_to_end_with_a_tail() -> None:
     found = prediction([0, 10, 15], [10, 20, 25], [0.25, 0.5, 0.75])
     values, edges = timeline(found, [0])
-    assert values.tolist() == [[0.25, 0.5, 0.75]]
+    assert values == pytest.approx(np.array([[0.25, 0.5, 0.75]]))
     assert edges.tolist() == [0, 10, 17.5, 25]
 
 
 def test_timeline_of_overlapping_windows() -> None:
     found = prediction([0, 2, 4], [10, 12, 14], [0.25, 0.5, 0.75])
     values, edges = timeline(found, [0])
-    assert values.tolist() == [[0.25, 0.5, 0.75]]
+    assert values == pytest.approx(np.array([[0.25, 0.5, 0.75]]))
     assert edges.tolist() == [0, 6, 8, 14]
 
 
 def test_timeline_with_gaps_shows_them() -> None:
     found = prediction([0, 30, 50], [10, 40, 60], [0.25, 0.5, 0.75])
     values, edges = timeline(found, [0])
-    np.testing.assert_array_equal(values, [[0.25, np.nan, 0.5, np.nan, 0.75]])
+    np.testing.assert_allclose(values, [[0.25, np.nan, 0.5, np.nan, 0.75]], rtol=1e-6)
     assert edges.tolist() == [0, 10, 30, 40, 50, 60]
 
 

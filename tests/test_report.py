@@ -164,9 +164,9 @@ def test_a_trained_run(tiny_sets: TinySets, tmp_path: Path, out: Path) -> None:
     assert row["run"] == "mine" and row["epochs"] == "2 of 2"
     assert row["best mAP"] == f"{best['mAP']:.3f}" and row["AUC"] == f"{best['AUC']:.3f}"
     with h5py.File(run / "predictions.h5") as file:
-        probability, target = file["probability"][:], file["target"][:]
+        logit, target = file["logit"][:], file["target"][:]
     classes = page.data["data-classes-0"]
-    want = [average_precision_score(target[:, k], probability[:, k]) for k in range(3)]
+    want = [average_precision_score(target[:, k], logit[:, k]) for k in range(3)]
     assert classes["ap"] == pytest.approx(want, abs=6e-5)
     assert np.mean(classes["ap"]) == pytest.approx(best["mAP"], abs=1e-4)
     assert classes["positives"] == target.sum(0).tolist() and classes["clips"] == 15
@@ -275,8 +275,8 @@ def test_figure_2(tmp_path: Path, out: Path) -> None:
     write_run(tmp_path / "a")
     page = report(out, tmp_path / "a", quality=write_quality(tmp_path / "qa.csv"))
     (trace,) = page.chart("figure-2")["traces"]
-    probability, target = scores(0)
-    ap = [average_precision_score(target[:, k], probability[:, k]) for k in range(4)]
+    logit, target = scores(0)
+    ap = [average_precision_score(target[:, k], logit[:, k]) for k in range(4)]
     quality = [1.0, 0.8, 0.5, 0.25]
     for threshold, value in zip(trace["x"], trace["y"], strict=True):
         assert value == pytest.approx(
@@ -413,7 +413,7 @@ def _other_sizes(run: Path) -> None:
 
 def _not_finite(run: Path) -> None:
     with h5py.File(run / "predictions.h5", "a") as file:
-        file["probability"][0, 0] = np.nan
+        file["logit"][0, 0] = np.nan
 
 
 GAPS: dict[str, tuple[Callable[[Path], object], str]] = {

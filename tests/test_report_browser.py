@@ -99,8 +99,8 @@ def texts(page: Any, selector: str) -> list[str]:
 
 
 def average_precisions(seed: int) -> list[float]:
-    probability, target = scores(seed)
-    return [average_precision_score(target[:, k], probability[:, k]) for k in range(4)]
+    logit, target = scores(seed)
+    return [average_precision_score(target[:, k], logit[:, k]) for k in range(4)]
 
 
 def lines(page: Any, chart: str) -> list[str]:

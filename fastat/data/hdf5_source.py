@@ -59,7 +59,7 @@ def read_rows(source: Path, num_classes: int) -> Iterator[Row]:
         UserError: not an HDF5 file of one of the two layouts, or of another number of classes.
     """
     try:
-        with h5py.File(source) as file:
+        with h5py.File(source, locking=False) as file:
             audio, target, names = _datasets(source, file)
             packed = _is_packed(source, target, num_classes)
             for start in range(0, len(audio), BLOCK_ROWS):
@@ -108,7 +108,7 @@ class Hdf5Rows:
             if self._file is not None:
                 self._file.close()
             self._path, self._file = "", None
-            self._file = h5py.File(path, rdcc_nbytes=CACHE_BYTES)
+            self._file = h5py.File(path, locking=False, rdcc_nbytes=CACHE_BYTES)
             self._path = path
         return self._file
 

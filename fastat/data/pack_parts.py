@@ -34,6 +34,7 @@ from fastat.data.pack_index import appended, index_of, label_counts
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
+    NOTE_ERRORS,
     STATE_FILE,
     Claim,
     FinishedShard,
@@ -255,15 +256,17 @@ def _drop_empty(plan: Plan, own: Plan) -> None:
 
 def _read_note(plan: Plan, part: Part) -> _Note | None:
     """What a part says it finished; None while it is not."""
+    path = plan.directory / STATE_FOLDER / f"{part.name}.json"
     try:
-        text = (plan.directory / STATE_FOLDER / f"{part.name}.json").read_text("utf-8")
+        fields = json.loads(path.read_text("utf-8"))
+        shards = [FinishedShard.from_json(shard, path) for shard in fields["shards"]]
+        bad = [BadFile(*file) for file in fields["bad"]]
     except FileNotFoundError:
         return None
-    fields = json.loads(text)
-    shards = [FinishedShard.from_json(shard) for shard in fields["shards"]]
+    except NOTE_ERRORS as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete {plan.directory}") from error
     folder = part.of(plan).directory
-    paths = [folder / shard.file for shard in shards]
-    return _Note(shards, paths, [BadFile(*bad) for bad in fields["bad"]])
+    return _Note(shards, [folder / shard.file for shard in shards], bad)
 
 
 def _unfinished(plan: Plan, part: Part) -> list[int]:

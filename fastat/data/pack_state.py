@@ -17,8 +17,12 @@ from fastat.data.pack_bad import BAD_FILE
 from fastat.data.shard_writer import PART_SUFFIX
 from fastat.data.shards import INDEX_FILE, STATE_FOLDER, ShardInfo, read_index, shard_file
 from fastat.errors import UserError
+from fastat.versions import check_keys
 
 STATE_FILE = "state.json"
+
+NOTE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a damaged note of finished shards raises."""
 
 
 class Claim(NamedTuple):
@@ -63,8 +67,13 @@ class FinishedShard(NamedTuple):
         return ShardInfo(self.file, self.rows, self.bytes, self.crc32, self.codec)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """From ``_asdict`` after a way through JSON."""
+    def from_json(cls, fields: dict[str, Any], path: Path) -> Self:
+        """From ``_asdict`` after a way through the JSON file ``path``.
+
+        Raises:
+            Failure: another version of fastat wrote it.
+        """
+        check_keys(path, fields, cls)
         bad = [BadFile(*file) for file in fields["bad"]]
         moments = {name: tuple(m) for name, m in fields["moments"].items()}
         return cls(**fields | {"bad": bad, "moments": moments})
@@ -119,7 +128,9 @@ def read_claim(directory: Path) -> Claim | None:
     """Who packs into the folder; None for nobody."""
     path = directory / STATE_FOLDER / STATE_FILE
     try:
-        return Claim(**json.loads(path.read_text("utf-8")))
+        document = json.loads(path.read_text("utf-8"))
+        check_keys(path, document, Claim)
+        return Claim(**document)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError) as error:
@@ -200,7 +211,10 @@ class PackState:
             note = self.state / (shard.name + ".json")
             if not (shard.is_file() and note.is_file()):
                 return
-            finished = FinishedShard.from_json(json.loads(note.read_text("utf-8")))
+            try:
+                finished = FinishedShard.from_json(json.loads(note.read_text("utf-8")), note)
+            except NOTE_ERRORS as error:
+                raise UserError(f"{note}: damaged ({error!r}); delete {self.directory}") from error
             if shard.stat().st_size != finished.bytes:
                 return
             yield finished

@@ -72,7 +72,7 @@ class ShardPart:
         head = self._head()
         with self.path.open("r+b") as raw:
             raw.write(head)
-        with _hdf5_errors(self.path), h5py.File(self.path, "r+") as file:
+        with _hdf5_errors(self.path), h5py.File(self.path, "r+", locking=False) as file:
             for name, array in rows.datasets().items():
                 file.create_dataset(name, data=array)
         fsync(self.path)
@@ -94,7 +94,10 @@ class ShardPart:
             if self.codec == "flac"
             else (b"waveform", "<i2", (self.num_rows, self.clip_samples))
         )
-        with _hdf5_errors(path), h5py.File(path, "w", libver=("earliest", "v110")) as file:
+        with (
+            _hdf5_errors(path),
+            h5py.File(path, "w", libver=("earliest", "v110"), locking=False) as file,
+        ):
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             layout.set_layout(h5py.h5d.CONTIGUOUS)
             # The dataset takes its place in the file at once, without being written.

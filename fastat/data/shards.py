@@ -46,6 +46,7 @@ from zlib_ng import zlib_ng
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError, first_line
+from fastat.versions import check_keys
 
 SAMPLE_RATE = 16_000
 FORMAT = "fastat packed set"
@@ -324,6 +325,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 
     Raises:
         UserError: there is none, or it is not of this format and version.
+        Failure: another version of fastat wrote it.
     """
     path = directory / INDEX_FILE
     if not directory.is_dir():
@@ -344,6 +346,11 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected the index of a packed set")
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
+    # One whose checksum is wrong is damaged; who uses it says so.
+    shards = index.get("shards")
+    if isinstance(shards, list) and index.get("checksum") in (None, checksum(index)):
+        for entry in shards:
+            check_keys(path, entry, ShardInfo)
     return index
 
 
@@ -389,7 +396,7 @@ def read_shard(
     if size != info.bytes:
         raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:
             waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
             layout = (waveform.shape, waveform.dtype, waveform.chunks)
             offset = waveform.id.get_offset()

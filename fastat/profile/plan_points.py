@@ -228,7 +228,8 @@ class _Kept:
                 self.date = str(document["date"])
             except (ValueError, TypeError, KeyError) as error:
                 raise Failure(
-                    f"{path} is damaged: {error}; --measure-again measures its points anew"
+                    f"{path} is damaged, or of another version of fastat: {error}; --measure-again "
+                    "measures its points anew"
                 ) from error
 
     def has(self, case: Case) -> bool:

@@ -26,7 +26,7 @@ class ClassCurve:
     """NaN, too, for a class without a negative."""
     hits: NDArray[np.int64]  # [P] positives among the clips chosen
     chosen: NDArray[np.int64]  # [P] clips that score at least the threshold
-    thresholds: NDArray[np.float32]  # [P] falling
+    thresholds: NDArray[np.float32]  # [P] falling, logits
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def class_curves(predictions: Predictions) -> Curves:
     """The curves of every class that ``predictions.h5`` has."""
     p = predictions
     curves = [
-        class_curve(np.ascontiguousarray(score), target)
-        for score, target in zip(p.probability.T, p.target.T, strict=True)
+        class_curve(np.ascontiguousarray(logit), target)
+        for logit, target in zip(p.logit.T, p.target.T, strict=True)
     ]
     return Curves(p.ids, p.class_names, p.names, curves)

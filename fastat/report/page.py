@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from scipy.special import expit
 
 from fastat.errors import UserError
 from fastat.label_quality import quantile_thresholds, read_quality
@@ -172,7 +173,7 @@ def class_data(run: Run, series: int) -> dict[str, Any]:
             [
                 c.hits.tolist(),
                 c.chosen.tolist(),
-                [float(f"{t:.3g}") for t in c.thresholds.tolist()],
+                [float(f"{p:.3g}") for p in expit(c.thresholds).tolist()],
             ]
             for c in p.curves
         ],

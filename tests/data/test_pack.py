@@ -587,6 +587,15 @@ def test_names_with_any_bytes(tmp_path: Path) -> None:
     assert line["path"] == str(folder / "a" / f"bad {good}")
 
 
+def test_a_state_of_another_version_is_no_damage(tmp_path: Path) -> None:
+    table = write_table(tmp_path, 3)
+    state = tmp_path / "set" / ".pack" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"inputs": "x", "warp": 9}))
+    with pytest.raises(Failure, match=r"state\.json.*'warp'.*another version"):
+        pack(table, tmp_path / "set", workers=1)
+
+
 def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
     table = write_table(tmp_path, 2)
     for text in ("not json", "[]", "[" * 100_000, "{}"):

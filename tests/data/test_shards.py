@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from fastat.data.pack import pack
 from fastat.data.row_reader import ROWS_PER_JOB
-from fastat.data.shards import PackedSet
+from fastat.data.shards import PackedSet, checksum
+from fastat.data.verify import verify
 from fastat.errors import Failure, UserError
 from tests.data.audio import write_table
 
@@ -230,6 +231,17 @@ def test_an_impossible_number_of_rows_is_damage(copy: Path, rows: int) -> None:
     (copy / "dataset.json").write_text(json.dumps(index))
     with pytest.raises(Failure, match="damaged"):
         PackedSet.open(copy)
+
+
+def test_a_key_of_another_version_is_no_damage(copy: Path) -> None:
+    index = json.loads((copy / "dataset.json").read_text())
+    index["shards"][1]["warp"] = 9
+    index["checksum"] = checksum(index)
+    (copy / "dataset.json").write_text(json.dumps(index))
+    for opens in (PackedSet.open, verify):
+        with pytest.raises(Failure, match=r"dataset\.json.*'warp'.*another version") as raised:
+            opens(copy)
+        assert "damaged" not in str(raised.value)
 
 
 def test_fingerprint_is_of_the_content(made: Path, copy: Path, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Files are read and written without locks, and a run folder where there are none.
+
+Some file systems have no locks: Lustre mounted without flock, some FUSE and network mounts.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastat.data.hdf5_source import Hdf5Rows, read_rows
+from fastat.data.shard_writer import HEAD_BYTES, ShardPart
+from fastat.data.shards import ClassInfo, PackedSet, ShardRows
+from fastat.errors import Failure, UserError
+from fastat.predictions import read_predictions, save_predictions
+from fastat.run_folder import RunLock, locks_work
+from tests.conftest import TinySets
+from tests.data.test_hdf5_source import NUM_CLASSES, write_panns
+from tests.test_train import trainer
+
+
+@contextmanager
+def locked(*paths: Path) -> Iterator[None]:
+    """Somebody else's locks: who asks for a lock of these files fails."""
+    files = [path.open("rb") for path in paths]
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+    for file in files:
+        file.close()
+
+
+def test_predictions_are_read_without_a_lock(tmp_path: Path) -> None:
+    path, logit = tmp_path / "p.h5", np.zeros((2, 1), np.float32)
+    save_predictions(path, logit, logit > 0, ["a.wav", "b.wav"], [ClassInfo("x", "X")])
+    with locked(path):
+        assert read_predictions(path).names == ["a.wav", "b.wav"]
+
+
+def test_a_packed_set_is_read_without_a_lock(tiny_sets: TinySets) -> None:
+    with locked(*tiny_sets.eval.glob("*.h5")):
+        packed = PackedSet.open(tiny_sets.eval)
+        packed.read_rows(np.arange(15), np.empty((15, 16_000), np.int16))
+        packed.close()
+
+
+def test_hdf5_sources_are_read_without_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "panns.h5"
+    write_panns(path, 32_000)
+    with locked(path):
+        assert len(list(read_rows(path, NUM_CLASSES))) == 5
+        assert len(Hdf5Rows().decode(f"{path}#0"))
+
+
+def test_a_shard_is_written_without_a_lock(tmp_path: Path) -> None:
+    part = ShardPart(tmp_path, 0, "pcm16", 4, 100, 10_000)
+    part.add_row(8)
+    part.path.write_bytes(bytes(HEAD_BYTES + 8))
+    one = np.zeros(1)
+    rows = ShardRows(
+        num_samples=one.astype(np.int32),
+        target=np.zeros((1, 1), np.uint8),
+        audio_name=np.array([b"a.wav"]),
+        audio_path=np.array([b"/a.wav"]),
+        start_seconds=one,
+        row_crc=one.astype(np.uint32),
+    )
+    with locked(part.path):
+        assert part.seal(rows).rows == 1
+
+
+# --------------------------------------------------------------------------- the run folder
+@pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_run_folder_is_taken_and_it_is_said_once(tmp_path: Path) -> None:
+    notes: list[str] = []
+    lock = RunLock(tmp_path / "run", notes.append)
+    lock.acquire()
+    with lock:
+        assert (tmp_path / "run").is_dir()
+    (note,) = notes
+    assert str(tmp_path / "run") in note and "second training" in note
+
+
+@pytest.mark.parametrize("no_locks", [errno.EOPNOTSUPP], indirect=True)
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_training_goes_on(
+    tiny_sets: TinySets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tiny_sets, tmp_path / "run", steps=1).run_epochs()
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "no locks" in x)
+    assert "second training" in line
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_another_error_of_the_lock_is_not_the_lack_of_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunLock(tmp_path, print), pytest.raises(UserError, match="another training"):
+        RunLock(tmp_path, print).acquire()
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(Failure, match="Input/output error"):
+        RunLock(tmp_path, print).acquire()
+
+
+def test_locks_of_a_folder(tmp_path: Path) -> None:
+    assert locks_work(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_no_locks_in_a_folder(tmp_path: Path) -> None:
+    assert not locks_work(tmp_path)
+    assert not list(tmp_path.iterdir())
