@@ -1,17 +1,23 @@
 # make demo   from nothing to a trained tagger on the built-in practice set
 # make test   linters, types and the test suite; make test-full adds the long counts
+# make test-older   the main path once more, with what is chosen on a processor of AVX2 alone
 # make test-oldest  the kernels' tests with the oldest torch and Triton (part of test-full)
 # make bench  every benchmark, each beside its peer, then the tables; FASTAT_BENCH_FULL=1: at full size
 
 PYTHON ?= python3
 BIN := .venv/bin
+# uv, where it is installed, takes a fraction of pip's time.
+UV := $(shell command -v uv)
+new_venv = $(if $(UV),$(UV) venv --clear --python $(PYTHON),$(PYTHON) -m venv) $(1)
+install = $(if $(UV),$(UV) pip install --python $(1)/bin/python,$(1)/bin/pip install)
 # Two processes with a thread each get through the tests in less time than one with two.
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: demo test test-full test-oldest bench clean
+.PHONY: demo test test-full test-older test-oldest bench clean
 
 demo: .venv/.installed
-	$(BIN)/fastat train --proc A4 --model cnn_trans
+	$(BIN)/fastat train --proc A4 --model cnn_trans --epochs 6
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -19,9 +25,12 @@ test: .venv/.installed-test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not full" $(PYTEST_ARGS)
 
-test-full: .venv/.installed-test test-oldest
+test-full: .venv/.installed-test test-older test-oldest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not quiet" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m quiet $(PYTEST_ARGS)
+
+test-older: .venv/.installed-test
+	$(OLDER) $(BIN)/python -m pytest tests/test_main_path.py tests/system
 
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
@@ -31,18 +40,19 @@ bench: .venv/.installed-test
 	$(BIN)/python -m bench.compare
 
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable . --constraint constraints.txt
+	@echo "Installing torch, DALI and the rest into .venv: 7 GB, which takes minutes."
+	$(call new_venv,.venv)
+	$(call install,.venv) --editable . --constraint constraints.txt
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	$(BIN)/pip install --quiet --editable ".[test]" --constraint constraints.txt
+	$(call install,.venv) --editable ".[test]" --constraint constraints.txt
 	touch $@
 
 # Triton 3.6's interpreter does not run on numpy 2.4.
 .venv-oldest/.installed: Makefile
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet torch==2.11.0 triton==3.6.0 "numpy<2.4" scipy timm \
+	$(call new_venv,.venv-oldest)
+	$(call install,.venv-oldest) torch==2.11.0 triton==3.6.0 "numpy<2.4" scipy timm \
 		pytest pytest-timeout pytest-xdist
 	touch $@
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 
@@ -45,6 +46,21 @@ def atomic_path(path: Path, *, over_folder: bool = False) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def new_folder(path: Path) -> Path:
+    """Makes the folder ``path``, or where that exists already ``path``-2, ``path``-3, and so on.
+
+    No two processes get the same one.
+    """
+    for number in count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("count() never ends")
 
 
 def atomic_write_text(path: Path, text: str) -> None:

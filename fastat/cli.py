@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from fastat import __version__
 from fastat.commands.data import demo, extract, pack
+from fastat.commands.doctor import doctor
 from fastat.commands.paper import models, procs
 from fastat.commands.profile import profile
 from fastat.commands.report import report
@@ -18,7 +20,6 @@ from fastat.errors import Failure, RankZeroFailed, UserError, one_line
 
 app = typer.Typer(
     name="fastat",
-    help="Train audio taggers fast, and see what every choice costs.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -38,7 +39,26 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "compare": compare,
     "landscape": landscape,
     "report": report,
+    "doctor": doctor,
 }
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fastat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train audio taggers fast, and see what every choice costs."""
+
+
 PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """A command that hands to ``fastat train`` what it does not know."""
 for name, command in COMMANDS.items():

@@ -22,6 +22,8 @@ RECORDED = (
     "soundfile",
     "soxr",
     "nvidia-dali-cuda130",
+    "timm",
+    "av",
 )
 
 

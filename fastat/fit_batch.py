@@ -8,17 +8,23 @@ from typing import Any
 import torch
 
 from fastat.config import TrainConfig
-from fastat.data.shards import read_index, sizes_of
+from fastat.data.shards import PackedSet, read_index, sizes_of
 from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
-from fastat.host import ranks_here
-from fastat.memory import Workload, largest_batch, memory_limit
+from fastat.host import free_memory, ranks_here
+from fastat.memory import Workload, estimated_bytes, largest_batch, memory_limit
 from fastat.procedures import procedure_of, small_set_sizes
 from fastat.system.device import default_device, device_name
 
 EVEN = 8
 """A rank's clips are a multiple of this, which matrix units like, where there are that many."""
+
+MOST_BYTES = 32 << 10
+"""More than a step takes for each value of its features: 2 to 20 kB by ``estimated_bytes``, the
+most for the AST at stride 4."""
+WEIGHTS_BYTES = 2 << 30
+"""More than weights, gradients and Adam's moments of any model take."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,28 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> Fitted:
     if small is not None and overrides["batch"] == wanted:
         note += f"; no more are taken for a small set ({num_clips:,} clips)"
     return Fitted(overrides, note)
+
+
+def memory_warning(config: TrainConfig, packed: PackedSet, num_ranks: int) -> str | None:
+    """One line where a training on the CPU takes more memory than is free; None where it fits.
+
+    A system without swap kills the process in that case, and says nothing.
+    """
+    cpu = torch.device("cpu")
+    work = workload(config, packed.clip_samples, len(packed.classes))
+    batch = config.batch // num_ranks
+    free = free_memory() // ranks_here()
+    free -= _cached_bytes(config, work, packed.num_clips, cpu)
+    if batch * work.num_frames * work.num_mels * MOST_BYTES + WEIGHTS_BYTES <= free:
+        return None  # without the seconds that an estimate takes
+    needed = estimated_bytes(work, batch)
+    if needed <= free:
+        return None
+    return (
+        f"a step of {batch:,} clips needs about {needed / 2**30:.1f} GiB, and only "
+        f"{max(free, 0) / 2**30:.1f} GiB are free: the system may kill this training; "
+        "a smaller --batch needs less, and --batch auto takes what fits"
+    )
 
 
 def workload(config: TrainConfig, clip_samples: int, num_classes: int) -> Workload:

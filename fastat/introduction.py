@@ -6,6 +6,7 @@ import torch
 
 from fastat.config import TrainConfig
 from fastat.distributed import Ranks
+from fastat.fit_batch import memory_warning
 from fastat.network import Network
 from fastat.system.device import device_name, precision_warning
 from fastat.training_data import TrainingData
@@ -43,6 +44,8 @@ def introduction(
         f"{config.epochs} epochs of {data.sampler.steps_per_epoch:,} steps, "
         f"batch {config.batch}, LR {config.lr:g} -> {run}",
     ]
+    if device.type == "cpu" and (warning := memory_warning(config, data.train_set, ranks.size)):
+        notes.append(warning)
     if data.eval_set is None:
         notes.append("no --eval set: training without scoring")
     return notes

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastat.atomic import new_folder
 from fastat.compiling import keep_compiled
 from fastat.config import AUTO, TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
@@ -54,24 +55,25 @@ def run_training(
         resume = True
     keep_compiled(cache_folder() / "compiled")
     make = partial(configure_ranks, proc, model, overrides, out, resume=resume)
+    folder = out
     try:
         with leaving_at_once():
             if not launched():
-                config, out, notes = make()
+                config, folder, notes = make()
                 from fastat.train import train
 
-                train(config, out, notes, resume=resume)
+                train(config, folder, notes, resume=resume)
                 return 0
             from fastat.distributed import peers_may_fail, started
             from fastat.train import train
 
             with started() as ranks:
                 with peers_may_fail(ranks):
-                    config, out, notes = make(ranks)
-                train(config, out, notes, resume=resume, ranks=ranks)
+                    config, folder, notes = make(ranks)
+                train(config, folder, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
-        again = f"fastat train --resume --out {shlex.quote(str(out))}"
-        saved = f"saved in {out}; go on with: {again}"
+        again = f"fastat train --resume --out {shlex.quote(str(folder))}"
+        saved = f"saved in {folder}; go on with: {again}"
         why = saved if stop.saved else "there was nothing to save"
         if os.environ.get("RANK", "0") == "0":
             print(f"fastat: stopped; {why}", file=sys.stderr)
@@ -80,6 +82,11 @@ def run_training(
         if os.environ.get("RANK", "0") == "0":
             print("fastat: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
+    finally:
+        if out is None and folder is not None and os.environ.get("RANK", "0") == "0":
+            from fastat.run_folder import remove_if_unused
+
+            remove_if_unused(folder)
     return 0
 
 
@@ -134,6 +141,7 @@ def configure(
     """The configuration of a run to start or to go on with, its folder, and notes on it.
 
     Args:
+        out: the folder; None: a new one under runs/, which is made once everything else fits.
         overrides: TrainConfig fields that the user set. With the batch AUTO as without a batch,
             which is still to be found; with the precision AUTO, the one that suits the device.
 
@@ -173,7 +181,6 @@ def configure(
             raise UserError("--eval without --data: say which set to train on")
         train_set, eval_set = practice_sets()
         overrides |= {"data": str(train_set.resolve()), "eval": str(eval_set.resolve())}
-    out = out or Path("runs") / f"{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     import torch
 
@@ -199,6 +206,8 @@ def configure(
     if not auto:  # the batch that is found will be a multiple
         _check_parts(config)
     _check_model(config, clip_samples)
+    if out is None:
+        out = new_folder(Path("runs") / f"{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
     return config, out, notes
 
 

@@ -27,7 +27,7 @@ def create_adam(
     learning rate of each group is a tensor on the device, see ``set_lr``.
     """
     on_cuda = device.type == "cuda"
-    fused_adam, why = _apex_fused_adam() if on_cuda else (None, "apex needs CUDA")
+    fused_adam, name = choose_adam(device)
     optimizer: torch.optim.Optimizer
     if fused_adam is not None:
         optimizer = fused_adam(
@@ -41,16 +41,22 @@ def create_adam(
         for group in optimizer.param_groups:
             # Not there until the first step, which would count even if it is not taken.
             group["step"] = torch.zeros(1, dtype=torch.int, device=group["params"][0].device)
-        whose = "NVIDIA apex FusedAdam"
     else:
         optimizer = torch.optim.Adam(
             params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=on_cuda
         )
-        whose = f"torch fused Adam ({why})"
     if on_cuda:
         for group in optimizer.param_groups:  # one each: they would share the default
             group["lr"] = torch.tensor(float(lr), device=group["params"][0].device)
-    return optimizer, whose
+    return optimizer, name
+
+
+def choose_adam(
+    device: torch.device,
+) -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
+    """apex's FusedAdam, or None for torch's; and the name of what is taken, with the reason."""
+    fused_adam, why = _apex_fused_adam() if device.type == "cuda" else (None, "apex needs CUDA")
+    return fused_adam, "NVIDIA apex FusedAdam" if fused_adam else f"torch fused Adam ({why})"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

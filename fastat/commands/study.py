@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from fastat.atomic import new_folder
 from fastat.commands import Json, Precision, table_console
 from fastat.config import check_precision
 from fastat.errors import UserError
@@ -111,14 +112,16 @@ def ablate(
         raise UserError("ablate starts its trainings itself, and this runs under torchrun: --gpus")
     if data is not None and eval_ is None:
         raise UserError("the runs are compared by their scores: --data needs --eval")
-    out = out or Path("runs") / f"ablate-{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (out / "config.json").exists():
+    if out is not None and (out / "config.json").exists():
         raise UserError(f"{out} is a run: --out takes a folder for the runs of the ablation")
     arguments = ["--proc", proc, "--model", model]
     for option, path in (("--data", data), ("--eval", eval_)):
         arguments += [] if path is None else [option, str(path)]
     arguments += context.args
     given = _check_passed_on(context, arguments)
+    if out is None:
+        name = f"ablate-{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = new_folder(Path("runs") / name)
     try:
         train_all(arguments, out, auto_batch=given["batch"] == AUTO)
     except Stopped as stop:

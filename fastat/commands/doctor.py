@@ -1,0 +1,126 @@
+"""The command ``fastat doctor``."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from fastat.commands import Json
+
+VARIABLES = ("FASTAT_", "CUDA_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "TORCH", "TRITON_")
+"""How the names of environment variables begin that change what a run does."""
+
+
+def doctor(json_: Json = False) -> None:
+    """Show what this machine has, and what a run would use and why: for a bug report.
+
+    Example: `fastat doctor`
+    """
+    found = examine()
+    if json_:
+        print(json.dumps(found))
+        return
+    lines = _lines(found)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:{width}}  {value}")
+
+
+def examine() -> dict[str, Any]:
+    """What ``--json`` prints."""
+    import torch
+
+    from fastat.environment import environment
+    from fastat.host import cores_of_rank, free_memory
+    from fastat.launch import cache_folder
+    from fastat.optim import choose_adam
+    from fastat.system.device import choose_kernels, default_device
+
+    device = default_device()
+    gpus = [
+        {
+            "name": torch.cuda.get_device_name(i),
+            "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(i))),
+            "memory_gib": torch.cuda.get_device_properties(i).total_memory / 2**30,
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
+    return environment(device) | {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
+        "gpus": gpus,
+        "cuda_of_torch": torch.version.cuda,
+        "compile": device.type == "cuda",
+        "kernels": sorted(choose_kernels("auto", device)),
+        "optimizer": choose_adam(device)[1],
+        "cores": cores_of_rank(),
+        "threads": torch.get_num_threads(),
+        "free_memory_gib": free_memory() / 2**30,
+        "ffmpeg": _ffmpeg(),
+        "c_compiler": compiler and _first_line([compiler, "--version"]),
+        "cache": _cache(cache_folder()),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+    }
+
+
+def _ffmpeg() -> str | None:
+    """The version of FFmpeg's libavcodec in PyAV; None without PyAV."""
+    try:
+        import av
+    except ImportError:
+        return None
+    return "libavcodec " + ".".join(map(str, av.library_versions["libavcodec"]))
+
+
+def _first_line(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.partition("\n")[0]
+
+
+def _cache(folder: Path) -> dict[str, Any]:
+    """The cache folder, or the nearest folder above it that exists: space, and whether files in it
+    can be locked; None where it cannot be written."""
+    from fastat.run_folder import locks_work
+
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        locks = locks_work(there)
+    except OSError:
+        locks = None
+    return {
+        "folder": str(folder),
+        "locks": locks,
+        "free_gib": shutil.disk_usage(there).free / 2**30,
+    }
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """``examine``'s findings as a person reads them: a name and a value each."""
+    versions = {k: v or "not installed" for k, v in found["versions"].items()}
+    commit = f", commit {found['commit'][:7]}" if found["commit"] else ""
+    precision, cache = found["auto_precision"], found["cache"]
+    locks = {True: "file locks work", False: "no file locks", None: "cannot be written"}
+    device = found["numerics"]
+    for gpu in found["gpus"]:
+        device += f"; {gpu['memory_gib']:.0f} GiB, compute capability {gpu['compute_capability']}"
+    compiling = "on" if found["compile"] else "off: left to GPUs unless --compile asks for it"
+    return [
+        ("fastat", f"{versions.pop('fastat')}{commit}, Python {found['python']}"),
+        ("system", f"{found['system']}, {found['libc']}"),
+        ("device", device),
+        ("cores", f"{found['cores']} for this process, {found['threads']} threads of torch"),
+        ("memory", f"{found['free_memory_gib']:.1f} GiB free"),
+        ("precision", f"{precision['precision']}: {precision['reason']}"),
+        ("optimizer", found["optimizer"]),
+        ("compile", compiling),
+        ("Triton kernels", ", ".join(found["kernels"]) or "none"),
+        ("C compiler", found["c_compiler"] or "none: torch.compile needs one"),
+        ("FFmpeg", found["ffmpeg"] or "none: pip install av reads m4a, webm and the like"),
+        ("cache", f"{cache['folder']}: {cache['free_gib']:.0f} GiB free, {locks[cache['locks']]}"),
+        *versions.items(),
+        *found["variables"].items(),
+    ]
