@@ -20,8 +20,8 @@ from fastat.system.device import default_device, device_name
 EVEN = 8
 """A rank's clips are a multiple of this, which matrix units like, where there are that many."""
 
-MOST_BYTES = 32 << 10
-"""More than a step takes for each value of its features: 2 to 20 kB by ``estimated_bytes``, the
+MOST_BYTES = 64 << 10
+"""More than a step takes for each value of its features: 2 to 34 kB by ``estimated_bytes``, the
 most for the AST at stride 4."""
 WEIGHTS_BYTES = 2 << 30
 """More than weights, gradients and Adam's moments of any model take."""

@@ -9,11 +9,16 @@ import pytest
 
 from fastat import fit_batch as fitting
 from fastat.config import TrainConfig, resolve
+from fastat.data.shards import PackedSet
 from fastat.distributed import Ranks
 from fastat.errors import Failure, UserError
+from fastat.features import FEATURES
 from fastat.fit_batch import fit_batch
 from fastat.launch import configure_ranks
-from fastat.memory import estimated_bytes
+from fastat.memory import Workload, estimated_bytes
+from fastat.models import MODELS
+from fastat.procedures import PROCEDURES
+from fastat.train import train
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 from tests.ranks import run_ranks
 
@@ -149,3 +154,48 @@ def test_auto_on_the_command_line(tiny_sets: TinySets, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["batch"] == 4
     done = fastat(*args, "--out", tmp_path / "other", "--batch", "all", code=2)
     assert "--batch takes a number of clips or auto, got 'all'" in one_line(done)
+
+
+# ------------------------------------------------------------------------------ a warning
+def test_a_step_that_does_not_fit_is_warned_of(
+    tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where the system would kill the training."""
+    config = config_of(tiny_sets, batch=256)
+    needed = estimated_bytes(fitting.workload(config, 16_000, 3), 256)
+    packed = PackedSet.open(tiny_sets.train)
+    monkeypatch.setattr(fitting, "free_memory", lambda: int(0.9 * needed))
+    warning = fitting.memory_warning(config, packed, num_ranks=1)
+    assert warning is not None
+    assert "256 clips" in warning and f"{needed / 2**30:.1f} GiB" in warning
+    assert fitting.memory_warning(config, packed, num_ranks=2) is None
+    monkeypatch.setattr(fitting, "free_memory", lambda: int(1.1 * needed))
+    assert fitting.memory_warning(config, packed, num_ranks=1) is None
+
+
+def test_a_run_says_that_it_will_not_fit(
+    tiny_sets: TinySets,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = replace(config_of(tiny_sets, num_clips=36), steps=1)
+    monkeypatch.setattr(fitting, "free_memory", lambda: 1 << 20)
+    train(config, tmp_path / "run", [], resume=False)
+    assert "the system may kill this training" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("proc", ["A2", "A4"])
+@pytest.mark.parametrize("model", [*MODELS, "ast at stride 4"])
+def test_what_is_not_estimated_would_fit(model: str, proc: str) -> None:
+    """The quick bound is above every estimate."""
+    options = {"fstride": 4, "tstride": 4} if "stride" in model else {}
+    feature = FEATURES[PROCEDURES[proc].feature]
+    work = Workload(
+        model=model.split()[0], num_mels=feature.num_mels, num_frames=feature.num_frames(160_000),
+        num_classes=527, options=options, clip_samples=160_000,
+    )  # fmt: skip
+    for batch in (1, 8):
+        values = batch * work.num_frames * work.num_mels
+        assert estimated_bytes(work, batch) < values * fitting.MOST_BYTES + fitting.WEIGHTS_BYTES

@@ -6,6 +6,7 @@ import pwd
 import sys
 import tempfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 import fastat.launch
+from fastat.atomic import new_folder
 from fastat.config import TrainConfig
 from fastat.data import demo, shards
 from fastat.errors import Failure, UserError
-from fastat.launch import cache_folder, configure, practice_sets
+from fastat.launch import cache_folder, configure, practice_sets, run_training
 from tests.conftest import TinySets
 
 
@@ -178,6 +180,45 @@ def test_a_damaged_set_is_one_line(tiny_sets: TinySets, tmp_path: Path) -> None:
         (tmp_path / "dataset.json").write_text(json.dumps(damaged))
         with pytest.raises(Failure, match=f"dataset.json: damaged: {reason}"):
             configure("A4", "cnn_trans", {"data": tmp_path}, Path("run"), resume=False)
+
+
+# ------------------------------------------------------------------------------ run folders
+def test_default_folders_are_always_new(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for two trainings that start in the same second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20261128-120000")
+    folders = [
+        configure("A4", "crnn", {"data": tiny_sets.train}, None, resume=False)[1] for _ in range(3)
+    ]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
+    assert {folder.parent for folder in folders} == {Path("runs")}
+
+
+def test_no_two_processes_get_one_folder(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(new_folder, [tmp_path / "runs" / "a"] * 40))
+    assert len(set(folders)) == 40
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_training_that_did_not_begin_leaves_no_default_folder(
+    named: bool, tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def train(config: TrainConfig, run: Path, notes: list[str], **_: Any) -> None:
+        run.mkdir(exist_ok=True)
+        (run / ".lock").touch()
+        raise Failure("a shard is damaged")
+
+    monkeypatch.setattr("fastat.train.train", train)
+    out = tmp_path / "mine" if named else None
+    with pytest.raises(Failure, match="a shard is damaged"):
+        run_training("A4", "crnn", {"data": tiny_sets.train}, out, resume=False)
+    assert list((tmp_path / "runs").glob("*")) == []
+    assert (tmp_path / "mine").exists() == named
 
 
 # ------------------------------------------------------------------------------ the cache folder

@@ -1,7 +1,8 @@
-"""``fastat train`` without data: the practice set, made, packed and trained on."""
+"""``make demo``: the practice set, made, packed and trained on."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,22 @@ import pytest
 
 from fastat.data.shards import PackedSet
 
+ROOT = Path(__file__).parents[1]
+
 
 def train_on_practice_set(folder: Path, *args: object) -> list[dict[str, float]]:
-    """Runs the README's command with its cache in ``folder``; returns the epochs' metrics."""
-    command = [sys.executable, "-m", "fastat.cli", "train", "--proc", "A4", "--model", "cnn_trans"]
+    """Runs what ``make demo`` does after installing, with its cache in ``folder``; returns the
+    epochs' metrics."""
+    makefile = ["make", "--dry-run", "--no-print-directory", "demo"]
+    lines = subprocess.run(makefile, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    program, *words = shlex.split(lines.splitlines()[-1])
+    assert program.endswith("fastat") and words[0] == "train"
+    command = [sys.executable, "-m", "fastat.cli", *words]
     out = ["--out", str(folder / "run"), *map(str, args)]
     env = os.environ | {"FASTAT_CACHE": str(folder / "cache")}
     subprocess.run([*command, *out], check=True, env=env, timeout=1500)
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in metrics]
 
 
 def test_two_steps_of_the_whole_model(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to make the set in.")] = Path("practice"),
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
 ) -> None:
-    """Make the built-in practice set: synthesised ten-second scenes in AudioSet's file formats.
+    """Make the built-in practice set: synthesised four-second scenes in AudioSet's file formats.
 
     Example: `fastat demo --out practice`
     """

@@ -24,7 +24,7 @@ from fastat.data.sounds import SOUNDS, Signal, Sound, coloured_noise, equalise
 from fastat.errors import UserError
 from fastat.progress import progress
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 """Raised whenever the same seed would give other bytes."""
 
 CLIP_SECONDS = 4

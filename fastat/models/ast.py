@@ -129,8 +129,7 @@ class Ast(TaggingModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, F] float32 -> [B, K] float32 logits."""
-        logits: Tensor = self.head(self.embed(x))
-        return logits.float()
+        return self.classify(self.embed(x))
 
 
 def patch_grid(num_mels: int, num_frames: int, fstride: int, tstride: int) -> tuple[int, int]:

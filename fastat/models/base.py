@@ -33,6 +33,13 @@ class TaggingModel(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, F] float32 -> [B, K] float32 logits."""
 
+    def classify(self, embedding: Tensor) -> Tensor:
+        """[B, E] -> [B, K] float32, by ``head`` outside autocast: logits that are rounded to
+        bfloat16 tie, and clips are ranked by them."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            logits: Tensor = self.head(embedding.float())
+        return logits
+
     def run(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         """``blocks`` one after the other."""
         for block in blocks:

@@ -161,5 +161,4 @@ class Conformer(TaggingModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, F] float32 -> [B, K] float32 logits."""
-        logits: Tensor = self.head(self.embed(x))
-        return logits.float()
+        return self.classify(self.embed(x))

@@ -238,8 +238,8 @@ def test_full_set_is_what_is_promised(full: Path) -> None:
         ("WAV", "FLOAT"),
         ("FLAC", "PCM_16"),
     }
-    assert {info.frames / info.samplerate for info in infos} == {10.0}
-    assert {row.end - row.start for row in rows} == {10.0}
+    assert {info.frames / info.samplerate for info in infos} == {4.0}
+    assert {row.end - row.start for row in rows} == {4.0}
     forms = set()
     for row in rows:
         names = {"id": row.ytid, "Yid": f"Y{row.ytid}"}
@@ -266,13 +266,13 @@ def test_samples_are_sound(full: Path) -> None:
 def test_each_sound_fills_a_clip(sound: Sound, seed: int) -> None:
     """At any rate: finite, no silence of two seconds, nothing above what 16 kHz can hold."""
     for rate in (16_000, 44_100):
-        x = sound.synth(default_rng(seed), rate, 10 * rate)
-        assert x.shape == (10 * rate,) and x.dtype == np.float32 and np.isfinite(x).all()
-        power = np.square(x).reshape(5, -1).mean(1)
+        x = sound.synth(default_rng(seed), rate, 4 * rate)
+        assert x.shape == (4 * rate,) and x.dtype == np.float32 and np.isfinite(x).all()
+        power = np.square(x).reshape(2, -1).mean(1)
         assert power.min() > 0.02 * power.max()
         if sound.id not in ("/p/white_noise", "/p/pink_noise", "/p/tick"):
             spectrum = np.square(np.abs(np.fft.rfft(x)))
-            assert spectrum[80_000:].sum() < 0.01 * spectrum.sum()
+            assert spectrum[32_000:].sum() < 0.01 * spectrum.sum()
 
 
 def test_noise_has_the_stated_colour() -> None:
@@ -302,7 +302,7 @@ def test_goes_through_pack(small: Path, tmp_path: Path) -> None:
     assert [info.id for info in packed.classes] == read_class_ids(small)
     assert [info.name for info in packed.classes] == [sound.name for sound in SOUNDS]
     assert packed.label_counts.tolist() == SMALL[0].counts().tolist()
-    assert set(packed.num_samples.tolist()) == {160_000}
+    assert set(packed.num_samples.tolist()) == {64_000}
     packed.close()
 
 
@@ -310,17 +310,17 @@ def test_goes_through_pack(small: Path, tmp_path: Path) -> None:
 
 
 class Heard:
-    """The full set as the model gets it: log-mels [N, 400, 64] and targets [N, K] of a split."""
+    """The full set as the model gets it: log-mels [N, 160, 64] and targets [N, K] of a split."""
 
     def __init__(self, folder: Path, split: str) -> None:
         ids = read_class_ids(folder)
         rows = read_segments(folder, split)
-        waves = np.zeros((len(rows), 160_000), np.float32)
+        waves = np.zeros((len(rows), 64_000), np.float32)
         for wave, row in zip(waves, rows, strict=True):
             samples, rate = sf.read(row.path, dtype="float32", always_2d=True)
             mono = soxr.resample(samples.mean(1), rate, 16_000)[: len(wave)]
             wave[: len(mono)] = mono - mono.mean()
-        log_mel = Frontend("logmel64").log_mel
+        log_mel = Frontend("logmel64", clip_samples=64_000).log_mel
         # In blocks: clip by clip the front end takes six times as long.
         blocks = [log_mel(block) for block in torch.from_numpy(waves).split(64)]
         self.log_mel: NDArray[np.float32] = torch.cat(blocks).numpy()
@@ -336,7 +336,7 @@ def heard(full: Path) -> dict[str, Heard]:
 def test_labelled_sounds_can_be_found(heard: dict[str, Heard]) -> None:
     """Simple detectors of what a label means rank the clips that carry it first."""
     clips = heard["train"]
-    middle = clips.log_mel[:, 100:300]
+    middle = clips.log_mel[:, 40:120]
     # A sine never stops: the quietest moments of one band stand out of its neighbours'.
     steady = np.percentile(middle, 10, axis=1)
     around = np.lib.stride_tricks.sliding_window_view(
@@ -348,7 +348,7 @@ def test_labelled_sounds_can_be_found(heard: dict[str, Heard]) -> None:
     tick = np.percentile(rise, 95, axis=1) - np.percentile(rise, 70, axis=1)
     # White noise switches the treble on and off, about half the time each.
     treble = np.sort(middle[:, :, 50:].mean(2), axis=1)
-    switched = treble[:, 140] - treble[:, 60]
+    switched = treble[:, 56] - treble[:, 24]
     for mid, score, least in (
         ("/p/sine_wave", line, 0.9),
         ("/p/tick", tick, 0.9),

@@ -252,6 +252,16 @@ class Step:
             loss_of(model, x, y)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_do_not_tie_under_autocast(name: str) -> None:
+    """Clips are ranked by their logits: float32 has more of them than bfloat16."""
+    model = small(name).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        logits = model(torch.randn(4, 64, 64))
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_changes_nothing_but_memory(name: str, autocast: bool) -> None:
