@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # uv, where it is installed, takes a fraction of pip's time.
 UV := $(shell command -v uv)
-new_venv = $(if $(UV),$(UV) venv --clear --python $(PYTHON),$(PYTHON) -m venv) $(1)
+new_venv = $(if $(UV),$(UV) venv --allow-existing --python $(PYTHON),$(PYTHON) -m venv) $(1)
 install = $(if $(UV),$(UV) pip install --python $(1)/bin/python,$(1)/bin/pip install)
 # Two processes with a thread each get through the tests in less time than one with two.
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal

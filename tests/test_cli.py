@@ -177,7 +177,7 @@ def test_no_clip_of_a_known_class(checkpoint: Path, tiny_sets: TinySets, tmp_pat
     ("args", "message"),
     [
         (("--batch", 0), "--batch must be at least 1"),
-        (("--precision", "fp8"), "--precision must be one of bf16, fp16, fp32"),
+        (("--precision", "fp8"), "--precision must be one of auto, bf16, fp16, fp32"),
         (("--predictions", "."), "--predictions takes a file"),
         (("--per-class", "nowhere/x.csv"), "--per-class nowhere/x.csv: there is no folder"),
     ],

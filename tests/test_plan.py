@@ -175,10 +175,10 @@ def test_a_small_set_keeps_its_rule() -> None:
 @pytest.mark.parametrize(
     ("change", "want"),
     [
-        ({}, "--proc A3 --model ast --stride 6x6 --data packed/train --eval packed/eval"),
-        ({"fstride": 8, "tstride": 8}, "--proc A3 --model ast --data"),
-        ({"batch": 40}, "--stride 6x6 --batch 40 --data"),
-        ({"accumulate": 4}, "--stride 6x6 --accumulate 4 --data"),
+        ({}, "--stride 6x6 --precision fp32 --data packed/train --eval packed/eval"),
+        ({"fstride": 8, "tstride": 8}, "--proc A3 --model ast --precision"),
+        ({"batch": 40}, "--stride 6x6 --batch 40 --precision"),
+        ({"accumulate": 4}, "--stride 6x6 --accumulate 4 --precision"),
     ],
 )
 def test_the_command_line(change: dict[str, Any], want: str) -> None:

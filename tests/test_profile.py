@@ -323,14 +323,14 @@ def test_tables(strides: str | None, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     "device, changed, want",
     [
-        ("cpu", {"batch": 4, "compiled": False}, ""),
-        ("cuda", {"batch": 448, "compiled": True}, ""),
-        ("cuda", {"batch": 448, "compiled": False}, " --no-compile"),
-        ("cpu", {"batch": 77, "compiled": True}, " --batch 77 --compile"),
+        ("cpu", {"batch": 4, "compiled": False}, " --precision fp32"),
+        ("cuda", {"batch": 448, "compiled": True}, " --precision fp32"),
+        ("cuda", {"batch": 448, "compiled": False}, " --precision fp32 --no-compile"),
+        ("cpu", {"batch": 77, "compiled": True}, " --batch 77 --precision fp32 --compile"),
         (
             "cuda",
-            {"batch": 448, "compiled": True, "precision": "fp32", "activation_checkpointing": True},
-            " --precision fp32 --set model.activation_checkpointing=true",
+            {"batch": 448, "compiled": True, "precision": "bf16", "activation_checkpointing": True},
+            " --precision bf16 --set model.activation_checkpointing=true",
         ),
     ],
 )
