@@ -201,8 +201,10 @@ def load_meta(checkpoint: Path) -> ModelMeta:
                 f"not {meta.num_mels} x {meta.num_frames}"
             )
         return meta
+    except OSError as error:
+        raise Failure(f"{path} cannot be read: {error.strerror}") from error
     except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+        ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
     ) as error:  # fmt: skip
         raise Failure(f"{path} is damaged: {error!r}") from error
 
@@ -241,6 +243,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         Failure: the file is missing or damaged.
     """
     path = checkpoint / WEIGHTS_FILE
+    if path.is_file() and not os.access(path, os.R_OK):  # to safetensors there is none
+        raise Failure(f"{path} cannot be read: Permission denied")
     try:
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:

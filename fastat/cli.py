@@ -1,5 +1,6 @@
 """The commands. A user's mistake is one line, exit code 2; a failure one line, exit code 1."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fastat.commands.report import report
 from fastat.commands.study import ablate, compare, landscape
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
+from fastat.compiling import compiler_failed, compiler_said
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
 
 app = typer.Typer(
@@ -64,12 +66,19 @@ PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 for name, command in COMMANDS.items():
     app.command(name, context_settings=PASSES_ON if command is ablate else None)(command)
 
+OUT_OF_MEMORY = "out of memory: a smaller --batch or fewer workers need less"
+
 # What typer raises for a wrong command line; it exports only this subclass of it.
 USAGE_ERROR: Any = next(c for c in typer.BadParameter.mro() if c.__name__ == "ClickException")
 
 
 def main() -> None:
     """The ``fastat`` command."""
+    _prepare_standard_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # on which MKL ends the process, with a riddle
+        _fail("the current folder has been deleted: change to one that exists", 2)
     try:
         # standalone_mode off: usage errors come here, to be one line like every other mistake
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -81,14 +90,43 @@ def main() -> None:
         _fail(str(error), 2)
     except Failure as error:
         _fail(str(error), 1)
+    except RuntimeError as error:
+        from fastat.environment import memory_is_full  # imports torch, which raised this
+
+        if memory_is_full(error):
+            _fail(OUT_OF_MEMORY, 1)
+        if not compiler_failed(error):
+            raise
+        _fail(f"torch.compile failed ({compiler_said(error)}); --no-compile does without it", 1)
     except MemoryError:
-        _fail("out of memory: a smaller --batch or fewer workers need less", 1)
+        _fail(OUT_OF_MEMORY, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _prepare_standard_streams() -> None:
+    """Makes the standard streams take everything that is printed.
+
+    One that is closed becomes /dev/null: the next file opened would take its number, and what
+    libraries print would end up in that file. File names may hold bytes that are no text, and
+    names of classes what the terminal's encoding does not have.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            assert opened == number
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _fail(message: str, code: int) -> None:

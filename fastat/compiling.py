@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from fastat.errors import first_line
+
 
 def keep_compiled(folder: Path) -> None:
     """Has torch keep compiled graphs and kernels in ``folder``; before anything is compiled.
@@ -13,6 +15,17 @@ def keep_compiled(folder: Path) -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def compiler_failed(error: RuntimeError) -> bool:
+    """Whether torch.compile raised ``error``: it has no C compiler, or its cache has no room."""
+    return type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc")
+
+
+def compiler_said(error: RuntimeError) -> str:
+    """What was wrong, of the pages that torch.compile says."""
+    lines = str(error).splitlines()
+    return next((line.strip() for line in lines if "error:" in line), first_line(error))
 
 
 class CompileClock:

@@ -182,7 +182,9 @@ class TrainConfig:
             _check_types(document)
             check_keys(path, document, cls, lambda: writer_of(path.parent))
             return cls(**document)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except OSError as error:
+            raise Failure(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise Failure(f"{path} is damaged: {error}") from error
 
 

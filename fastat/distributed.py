@@ -201,10 +201,13 @@ def started() -> Iterator[Ranks]:
     """The ranks that torchrun, or what sets the same variables, started; ends their groups.
 
     Raises:
-        UserError: more processes on this host than GPUs.
+        UserError: more processes on this host than GPUs, or variables that mean nothing.
     """
+    size = _number("WORLD_SIZE", 1, 2**31)
+    _number("RANK", 0, size)
+    _number("MASTER_PORT", 0, 2**16)
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = _number("LOCAL_RANK", 0, size) if "LOCAL_RANK" in os.environ else 0
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started {local + 1} or more processes on a host of "
@@ -221,6 +224,18 @@ def started() -> Iterator[Ranks]:
     group = cast(dist.ProcessGroup, dist.group.WORLD)
     yield Ranks(rank, size, group, group)
     dist.destroy_process_group()  # not after an error: it may wait for a rank that is gone
+
+
+def _number(name: str, low: int, end: int) -> int:
+    """The whole number in an environment variable. Raises UserError outside [low, end)."""
+    text = os.environ[name]
+    number = int(text) if text.isdecimal() else -1
+    if not low <= number < end:
+        raise UserError(
+            f"the environment variable {name}, which torchrun sets, must be a whole number of at "
+            f"least {low} and below {end}, got {text!r}"
+        )
+    return number
 
 
 def _fresh_part(store: Store, rank: int, size: int) -> Store:

@@ -49,7 +49,8 @@ def run_training(
     Raises:
         UserError, Failure: as ``configure`` and ``train``.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts.isdecimal() and int(restarts) > 0:
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
@@ -261,17 +262,30 @@ def _check_model(config: TrainConfig, clip_samples: int) -> None:
 # ------------------------------------------------------------------------------ the practice set
 def cache_folder() -> Path:
     """Where the practice set and compiled kernels are kept: FASTAT_CACHE, else the user's cache
-    folder, else, for a user without a home, a temporary folder.
+    folder, else, where that cannot be, a temporary folder.
 
     Raises:
-        UserError: that temporary folder is another user's.
+        UserError: FASTAT_CACHE cannot be written, or that temporary folder is another user's.
     """
-    if folder := os.environ.get("FASTAT_CACHE"):
-        return Path(folder)
+    if named := os.environ.get("FASTAT_CACHE"):
+        if not _can_be_written(Path(named)):
+            raise UserError(
+                f"FASTAT_CACHE must be a folder that can be written, or that can be made: {named} "
+                "is none"
+            )
+        return Path(named)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
     except RuntimeError:  # HOME is not set, and the system does not know the user
         return _temporary_cache()
+    # The home of a container's user is often the root folder, or none.
+    return folder if _can_be_written(folder) else _temporary_cache()
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether ``folder``, or the nearest folder above it that exists, lets this user in."""
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _temporary_cache() -> Path:
@@ -283,12 +297,13 @@ def _temporary_cache() -> Path:
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise UserError(
-            f"{folder} is to be the cache folder, since there is no home folder, and it is not "
-            "this user's: FASTAT_CACHE=DIR takes another"
+            f"{folder} is to be the cache folder, since the home folder cannot be written, and it "
+            "is not this user's: FASTAT_CACHE=DIR takes another"
         )
     folder.chmod(0o700)
     print(
-        f"fastat: there is no home folder: {folder} is the cache folder (FASTAT_CACHE moves it)",
+        f"fastat: the home folder cannot be written: {folder} is the cache folder (FASTAT_CACHE "
+        "moves it)",
         file=sys.stderr,
     )
     os.environ["FASTAT_CACHE"] = str(folder)

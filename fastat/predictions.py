@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -49,10 +50,12 @@ def read_predictions(path: Path) -> Predictions:
                 path=path,
                 logit=np.asarray(file["logit"][:], np.float32),
                 target=np.asarray(file["target"][:], np.bool_),
-                names=file["audio_name"].asstr(errors="replace")[:].tolist(),
-                ids=file["class_id"].asstr(errors="replace")[:].tolist(),
-                class_names=file["class_name"].asstr(errors="replace")[:].tolist(),
+                names=_texts(file["audio_name"]),
+                ids=_texts(file["class_id"]),
+                class_names=_texts(file["class_name"]),
             )
+    except PermissionError as error:
+        raise Failure(f"{file_path} cannot be read: Permission denied") from error
     except (*H5PY_ERRORS, MemoryError) as error:
         raise Failure(f"{file_path} is damaged, or no predictions: {first_line(error)}") from error
     shape = (len(found.names), len(found.ids))
@@ -68,6 +71,13 @@ def read_predictions(path: Path) -> Predictions:
     if not np.isfinite(found.logit).all():
         raise Failure(f"{file_path} is damaged: a logit is not finite")
     return found
+
+
+def _texts(dataset: Any) -> list[str]:
+    if dataset.ndim != 1:
+        raise ValueError(f"expected one row of {dataset.name}, got the shape {dataset.shape}")
+    texts: list[str] = dataset.asstr(errors="replace")[:].tolist()
+    return texts
 
 
 def save_predictions(

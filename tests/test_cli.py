@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from fastat.checkpoint import ModelMeta, load_model
 from fastat.cli import COMMANDS, main
@@ -20,7 +25,7 @@ from fastat.predictions import read_predictions
 from fastat.procedures import PROCEDURES
 from fastat.report.curves import class_curves
 from fastat.run_checkpoints import write_checkpoint
-from tests.conftest import TinySets, fastat, one_line, write_tiny_audio
+from tests.conftest import QUIET, TinySets, fastat, one_line, write_tiny_audio
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +221,80 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in one_line(fastat(*args, code=2))
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------ odd surroundings
+def in_shell(script: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """``script``, in which "$@" is the command ``fastat ARGS``."""
+    command = ["sh", "-c", script, "sh", sys.executable, "-m", "fastat.cli", *map(str, args)]
+    root = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # also from another folder
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | QUIET | root | env, timeout=300
+    )
+
+
+def test_closed_standard_streams(checkpoint: Path, tiny_sets: TinySets, tmp_path: Path) -> None:
+    clip = next(tiny_sets.audio.rglob("*.wav"))
+    done = in_shell('exec "$@" >&- <&-', "predict", checkpoint, clip)
+    assert (done.returncode, done.stderr) == (0, "")
+    out = ("--out", tmp_path / "set", "--workers", 1, "--clip-seconds", 1)
+    done = in_shell('exec "$@" >&- 2>&- <&-', "pack", tiny_sets.audio, *out)
+    assert done.returncode == 0
+    assert PackedSet.open(tmp_path / "set").num_clips == 36
+
+
+def test_file_names_that_are_no_text(tiny_sets: TinySets, tmp_path: Path) -> None:
+    clip = tmp_path / os.fsdecode(b"caf\xe9 \xff.wav")
+    shutil.copy(next(tiny_sets.audio.rglob("*.wav")), clip)
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        out = tmp_path / os.fsdecode(b"\xff") / encoding
+        args = (clip, "--feature", "logmel64", "--out", out)
+        done = in_shell('"$@" > "$OUT"', "extract", *args, OUT=str(tmp_path / encoding),
+                        PYTHONIOENCODING=encoding)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(list(out.glob("*.npy"))) == 1
+    assert os.fsencode(tmp_path) + b"/\xff" in (tmp_path / "utf-8:strict").read_bytes()
+
+
+def test_the_current_folder_was_deleted(tmp_path: Path) -> None:
+    done = in_shell(f'mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir "$PWD" && "$@"', "procs")
+    assert done.returncode == 2
+    assert "deleted" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "2"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "-1")],
+)
+def test_variables_of_torchrun_that_mean_nothing(name: str, value: str) -> None:
+    good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    done = in_shell('"$@"', "train", "--proc", "A4", "--model", "ast", **good | {name: value})
+    assert done.returncode == 2
+    assert name in done.stderr and value in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CppCompileError(["g++", "x.cpp"], "x.h:1: fatal error: Python.h: none"), "Python.h"),
+        (InvalidCxxCompiler(), "--no-compile"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+    ],
+)
+def test_torchs_failures_are_one_line(
+    error: RuntimeError,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastat.evaluate.load_model", fails)
+    monkeypatch.setattr("sys.argv", ["fastat", "eval", str(tmp_path), "--data", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

@@ -241,6 +241,7 @@ def test_damaged_layouts(tmp_path: Path) -> None:
         {"logit": np.full_like(good.logit, np.nan)},
         {"ids": ["/m/0"] * 5},
         {"names": good.names[:7]},
+        {"names": [good.names]},
     ):
         path = write(tmp_path / "x.h5", replace(good, **change))
         with pytest.raises(Failure, match=r"x\.h5 is damaged"):

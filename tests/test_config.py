@@ -541,6 +541,12 @@ def test_a_stored_value_of_another_type(tmp_path: Path, key: str, value: object)
         TrainConfig.load(path)
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(Failure, match=r"config\.json cannot be read: Is a directory"):
+        TrainConfig.load(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize(
     ("env", "writer"),
     [

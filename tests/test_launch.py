@@ -251,11 +251,28 @@ def test_without_a_home_the_cache_is_a_temporary_folder(
 def test_the_cache_folder_that_is_named_needs_no_home(
     no_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder() == Path("/x/fastat")
-    monkeypatch.setenv("FASTAT_CACHE", "/y")
-    assert cache_folder() == Path("/y")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_home / "x"))
+    assert cache_folder() == no_home / "x" / "fastat"
+    monkeypatch.setenv("FASTAT_CACHE", str(no_home / "y"))
+    assert cache_folder() == no_home / "y"
     assert not list(no_home.iterdir())
+
+
+def test_a_home_that_cannot_be_written_has_no_cache(
+    no_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the home of a user id that a container was given."""
+    (no_home / "file").touch()
+    monkeypatch.setenv("HOME", str(no_home / "file"))
+    assert cache_folder() == no_home / f"fastat-{os.getuid()}"
+
+
+def test_a_cache_folder_that_cannot_be(no_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (no_home / "file").touch()
+    for path in (no_home / "file", no_home / "file" / "x"):
+        monkeypatch.setenv("FASTAT_CACHE", str(path))
+        with pytest.raises(UserError, match=f"FASTAT_CACHE.*{path}"):
+            cache_folder()
 
 
 @pytest.mark.parametrize("kind", ["other user", "link", "file"])

@@ -402,6 +402,8 @@ def read_shard(
             offset = waveform.id.get_offset()
             names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
             rows = ShardRows(*(_read_small(file[name], info) for name in names))
+    except PermissionError as error:
+        raise Failure(f"{path}: cannot be read: Permission denied") from error
     except H5PY_ERRORS as error:
         raise Failure(f"{path}: damaged: {first_line(error)}") from error
     expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)

@@ -187,6 +187,17 @@ def test_damage_outside_the_rows_shows_at_opening(
     assert "\n" not in str(caught.value)
 
 
+def test_what_may_not_be_read_is_not_called_damaged(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Unable to synchronously open file")
+
+    monkeypatch.setattr(h5py, "File", refused)
+    with pytest.raises(Failure, match=r"shard-00000\.h5: cannot be read: Permission denied"):
+        PackedSet.open(copy)
+
+
 def test_broken_files_show_at_opening(copy: Path) -> None:
     shard = copy / "shard-00001.h5"
     data = shard.read_bytes()
