@@ -27,6 +27,7 @@ from fastat.profile.costmodel import (
 from fastat.profile.measure import Case, measure
 from fastat.profile.noise import noise_set
 from fastat.profile.plan_points import Setup, Works, cases_to_measure
+from fastat.system.device import auto_precision
 from tests.conftest import SMALL_MODELS
 
 CPU = torch.device("cpu")
@@ -191,7 +192,9 @@ def test_real_steps_are_predicted(tmp_path: Path, device: torch.device) -> None:
     others, predicted, against those measured. Every round measures all of them, so that the weather
     is the same for all."""
     packed = noise_set(tmp_path, num_clips=128, clip_samples=40_000, num_classes=50)
-    setup = Setup(device, "bf16", False, packed.clip_samples, len(packed.classes))
+    setup = Setup(
+        device, auto_precision(device).precision, False, packed.clip_samples, len(packed.classes)
+    )
     works = Works(packed.clip_samples, len(packed.classes))
     scale = 1 if device.type == "cpu" else 8
 

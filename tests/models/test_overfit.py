@@ -14,7 +14,7 @@ from fastat.extract import read_waveform
 from fastat.frontend import Frontend
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
-from fastat.system.device import autocast
+from fastat.system.device import auto_precision, autocast
 
 NUM_CLIPS = 8
 MAX_STEPS = 60
@@ -81,7 +81,7 @@ def create(name: str, options: dict[str, Any]) -> TaggingModel:
 
 
 def loss_of(model: TaggingModel, x: Tensor, y: Tensor) -> Tensor:
-    with autocast(x.device, "bf16"):
+    with autocast(x.device, auto_precision(x.device).precision):
         return F.binary_cross_entropy_with_logits(model(x), y)
 
 
