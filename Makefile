@@ -7,12 +7,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # uv, where it is installed, takes a fraction of pip's time.
-UV := $(shell command -v uv)
-new_venv = $(if $(UV),$(UV) venv --allow-existing --python $(PYTHON),$(PYTHON) -m venv) $(1)
+UV := $(shell command -v uv 2>/dev/null)
+new_venv = $(if $(UV),$(UV) venv --seed --allow-existing --python $(PYTHON),$(PYTHON) -m venv) $(1)
 install = $(if $(UV),$(UV) pip install --python $(1)/bin/python,$(1)/bin/pip install)
 # Two processes with a thread each get through the tests in less time than one with two.
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
-OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+OLDER := CUDA_VISIBLE_DEVICES= ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
 .PHONY: demo test test-full test-older test-oldest bench clean
 
@@ -34,7 +34,7 @@ test-older: .venv/.installed-test
 	$(OLDER) $(BIN)/python -m pytest tests/test_main_path.py tests/system
 
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) tests/kernels tests/system $(PYTEST_ARGS)
 
 bench: .venv/.installed-test
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(PYTEST_ARGS)

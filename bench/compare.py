@@ -30,7 +30,7 @@ OURS = ("ours", "kernels")
 words behind it ("ours split") it is a variant that is only timed, and not in the table."""
 SLOWER = 0.9
 TARGETS_ARE_FOR = "H200"
-KEY = ("op", "shape", "passes", "impl")
+KEY = ("op", "shape", "passes", "impl", "precision")
 AREAS = ("steps", "models", "kernels", "data")
 
 Key = tuple[str, ...]

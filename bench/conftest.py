@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench import ceilings
+from bench.results import PRECISION, folder
 from bench.results import ceilings as known_ceilings
-from bench.results import folder
 from bench.timing import on_one_stream
 
 
@@ -26,8 +26,11 @@ def one_stream() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def measured_ceilings(request: pytest.FixtureRequest) -> None:
-    """Where there are none of this device; ``python -m bench.ceilings`` measures them again."""
-    if not known_ceilings() and not request.config.getoption("benchmark_disable"):
+    """Where there are none of this device in its precision; ``python -m bench.ceilings`` measures
+    them again."""
+    if known_ceilings().get("precision") != PRECISION and not request.config.getoption(
+        "benchmark_disable"
+    ):
         ceilings.main(folder())
 
 

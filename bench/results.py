@@ -20,7 +20,7 @@ DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
 DEVICE_NAME = device_name(DEVICE)
 PRECISION = auto_precision(DEVICE).precision
-"""Of every benchmark, unless it says another: the one that suits the device."""
+"""Precision that benchmarks run in, unless one states its own: the one that suits the device."""
 DTYPE = DTYPES[PRECISION]
 
 FULL = os.environ.get("FASTAT_BENCH_FULL") == "1"

@@ -4,7 +4,7 @@
 
 The launches are those that tests/kernels lists for ahead-of-time compilation; their labels say
 "problem @ configuration", and the first configuration of a problem is the one that launchers take.
-Problems in float32 and float16 are left out: training is in bfloat16. Every
+Problems in float32 and float16 are left out: GPUs that Triton supports train in bfloat16. Every
 time is appended to tune.jsonl in the folder of the results as it is taken; an operator's problems
 are printed last, the quickest configuration marked.
 """

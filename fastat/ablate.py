@@ -107,10 +107,12 @@ def train_all(arguments: list[str], out: Path, *, auto_batch: bool) -> None:
                 print(f"ablate: {i} of {len(OFF) + 1}, without {part}", file=sys.stderr)
                 # Settings come last: they win over all that is in the arguments.
                 for key, value in (OFF[part][1] | found).items():
-                    off += ["--set", f"{key}={json.dumps(value)}"]
+                    text = value if isinstance(value, str) else json.dumps(value)
+                    off += ["--set", f"{key}={text}"]
             trainings.run([*arguments, *off, "--resume", "--out", str(run)])
-            if part == BASELINE and auto_batch:
-                found = _fitted(TrainConfig.load(run / "config.json"))
+            if part == BASELINE:  # whose device chose for all
+                config = TrainConfig.load(run / "config.json")
+                found = {"precision": config.precision} | (_fitted(config) if auto_batch else {})
 
 
 def _fitted(config: TrainConfig) -> dict[str, Any]:

@@ -53,14 +53,24 @@ def new_folder(path: Path) -> Path:
 
     No two processes get the same one.
     """
-    for number in count(1):
-        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path
+    for number in count(2):
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
+            break
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("count() never ends")
+            folder = path.with_name(f"{path.name}-{number}")
+    return folder
+
+
+def remove_if_unused(run: Path) -> None:
+    """Removes a run folder that holds at most a lock: its training ended before it began.
+
+    What cannot be removed stays, since an error here would hide the one that ended the training.
+    """
+    if run.is_dir() and {path.name for path in run.iterdir()} <= {".lock"}:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

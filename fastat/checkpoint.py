@@ -243,7 +243,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         Failure: the file is missing or damaged.
     """
     path = checkpoint / WEIGHTS_FILE
-    if path.is_file() and not os.access(path, os.R_OK):  # to safetensors there is none
+    if path.is_file() and not os.access(path, os.R_OK):  # safetensors would call it missing
         raise Failure(f"{path} cannot be read: Permission denied")
     try:
         state: dict[str, Tensor] = load_file(path)

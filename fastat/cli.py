@@ -77,7 +77,7 @@ def main() -> None:
     _prepare_standard_streams()
     try:
         os.getcwd()
-    except FileNotFoundError:  # on which MKL ends the process, with a riddle
+    except FileNotFoundError:  # MKL would abort with an unclear message
         _fail("the current folder has been deleted: change to one that exists", 2)
     try:
         # standalone_mode off: usage errors come here, to be one line like every other mistake

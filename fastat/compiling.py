@@ -23,7 +23,7 @@ def compiler_failed(error: RuntimeError) -> bool:
 
 
 def compiler_said(error: RuntimeError) -> str:
-    """What was wrong, of the pages that torch.compile says."""
+    """The line of torch.compile's error that names the cause."""
     lines = str(error).splitlines()
     return next((line.strip() for line in lines if "error:" in line), first_line(error))
 

@@ -83,7 +83,7 @@ class TrainConfig:
     """Mean and standard deviation from the training "set", or the "authors" values."""
     model_options: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
-    """Of the model's products; what `--precision auto` came to."""
+    """Of matrix products and convolutions; "auto" is resolved already."""
     compile: bool = False
     cuda_graphs: bool = True
     """On CUDA, replay the training step as one graph, where it can be captured."""

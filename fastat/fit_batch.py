@@ -21,10 +21,10 @@ EVEN = 8
 """A rank's clips are a multiple of this, which matrix units like, where there are that many."""
 
 MOST_BYTES = 64 << 10
-"""More than a step takes for each value of its features: 2 to 34 kB by ``estimated_bytes``, the
-most for the AST at stride 4."""
+"""Upper bound of a step's bytes for each value of its features (batch x frames x mel bins): by
+``estimated_bytes`` they are 2 to 34 kB, the most for the AST at stride 4."""
 WEIGHTS_BYTES = 2 << 30
-"""More than weights, gradients and Adam's moments of any model take."""
+"""Upper bound of the bytes of weights, gradients and Adam's moments of any model."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,12 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> Fitted:
 def memory_warning(config: TrainConfig, packed: PackedSet, num_ranks: int) -> str | None:
     """One line where a training on the CPU takes more memory than is free; None where it fits.
 
-    A system without swap kills the process in that case, and says nothing.
+    Called once the data are open, when the log-mels that --cache keeps are in memory. A system
+    without swap would kill the process without a word.
     """
-    cpu = torch.device("cpu")
     work = workload(config, packed.clip_samples, len(packed.classes))
     batch = config.batch // num_ranks
     free = free_memory() // ranks_here()
-    free -= _cached_bytes(config, work, packed.num_clips, cpu)
     if batch * work.num_frames * work.num_mels * MOST_BYTES + WEIGHTS_BYTES <= free:
         return None  # without the seconds that an estimate takes
     needed = estimated_bytes(work, batch)
@@ -123,7 +122,7 @@ def memory_warning(config: TrainConfig, packed: PackedSet, num_ranks: int) -> st
         return None
     return (
         f"a step of {batch:,} clips needs about {needed / 2**30:.1f} GiB, and only "
-        f"{max(free, 0) / 2**30:.1f} GiB are free: the system may kill this training; "
+        f"{free / 2**30:.1f} GiB are free: the system may kill this training; "
         "a smaller --batch needs less, and --batch auto takes what fits"
     )
 

@@ -44,8 +44,9 @@ def introduction(
         f"{config.epochs} epochs of {data.sampler.steps_per_epoch:,} steps, "
         f"batch {config.batch}, LR {config.lr:g} -> {run}",
     ]
-    if device.type == "cpu" and (warning := memory_warning(config, data.train_set, ranks.size)):
-        notes.append(warning)
+    if ranks.first and device.type == "cpu":
+        warning = memory_warning(config, data.train_set, ranks.size)
+        notes += [] if warning is None else [warning]
     if data.eval_set is None:
         notes.append("no --eval set: training without scoring")
     return notes

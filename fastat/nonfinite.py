@@ -38,7 +38,7 @@ from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.frontend import Augment, Frontend
 from fastat.run_checkpoints import step_name
-from fastat.system.device import autocast, default_device, set_products
+from fastat.system.device import autocast, choose_precision, default_device, set_products
 
 MAX_IN_A_ROW = 10
 MAX_ROLLBACKS = 3
@@ -216,7 +216,8 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
         raise UserError(f"{folder} is no recorded step: expected RUN/nonfinite/step-...")
     device = default_device()
     model, meta = load_model(folder, device)
-    set_products(meta.trained["precision"])
+    precision = choose_precision(meta.trained["precision"], device)
+    set_products(precision)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             # Of one layer training is the same, and cuDNN goes backward through no other.
@@ -231,7 +232,7 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
         features = frontend(tensors["waveform"], num_samples, augment)
     found = []
     for i in range(len(target)):
-        with autocast(device, meta.trained["precision"]):
+        with autocast(device, precision):
             logits = model(features[i : i + 1])
         loss = F.binary_cross_entropy_with_logits(logits.float(), target[i : i + 1])
         model.zero_grad()

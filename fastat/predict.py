@@ -152,8 +152,8 @@ class Tagger:
                 out.append(values.float().cpu())
                 if advance is not None:
                     advance(len(batch))
-        over_all: NDArray[np.float32] = torch.cat(out).numpy()
-        return over_all
+        outputs: NDArray[np.float32] = torch.cat(out).numpy()
+        return outputs
 
     def tag(
         self,

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -141,12 +140,6 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def remove_if_unused(run: Path) -> None:
-    """Removes a run folder that holds at most a lock: its training ended before it began."""
-    if {path.name for path in run.iterdir()} <= {".lock"}:
-        shutil.rmtree(run)
 
 
 def check_writable(run: Path) -> None:

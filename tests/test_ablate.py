@@ -177,4 +177,4 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     done = fastat("ablate", "--proc", "A4", "--model", "crnn", *args, code=2)
     assert message in one_line(done)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("runs/*"))

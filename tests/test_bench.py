@@ -34,7 +34,8 @@ def compare(*args: object) -> subprocess.CompletedProcess[str]:
 
 def row(impl: str, ms: float, run: str = "now", **more: object) -> dict[str, object]:
     known = {
-        "run": run, "device": DEVICE, "commit": "abc1234", "area": "kernels", "op": "attention",
+        "run": run, "device": DEVICE, "precision": "bf16", "commit": "abc1234",
+        "area": "kernels", "op": "attention",
         "shape": "80x345x12x64", "passes": "fwd",
     }  # fmt: skip
     return known | {"impl": impl, "ms": ms} | more

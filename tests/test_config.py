@@ -492,7 +492,7 @@ def test_what_may_change_on_resume() -> None:
         ("balance", False),
         ("time_mask", 0),
         ("schedule", "constant"),
-        ("precision", "fp32"),
+        ("precision", "bf16"),
         ("warmup_steps", 5),
         ("model_options", {"embedding": 128}),
         ("accumulate", 2),

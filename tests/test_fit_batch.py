@@ -123,18 +123,19 @@ def test_the_rate_goes_with_the_batch_and_a_resume_keeps_both(
     given = {"data": tiny_sets.train, "batch": "auto", "model_options": {"embedding": 64}}
     found = fitting.Fitted({"batch": 12, "model_options": {"activation_checkpointing": True}}, "!")
     monkeypatch.setattr(fitting, "fit_batch", lambda config, ranks: found)
-    config, out, notes = configure_ranks("A4", "cnn_trans", given, tmp_path / "run", resume=False)
+    out = tmp_path / "run"
+    config, notes = configure_ranks("A4", "cnn_trans", given, out, resume=False)
     assert config.batch == 12 and notes[0] == "!"
     assert config.model_options["activation_checkpointing"] is True
     assert config.model_options["embedding"] == 64
-    by_hand, _, _ = configure_ranks(
+    by_hand, _ = configure_ranks(
         "A4", "cnn_trans", given | {"batch": 12}, tmp_path / "run", resume=False
     )
     assert config.lr == by_hand.lr
     out.mkdir()
     config.save(out / "config.json")
     monkeypatch.setattr(fitting, "fit_batch", lambda *_: pytest.fail("measured again"))
-    again, _, _ = configure_ranks(None, None, {"batch": "auto"}, out, resume=True)
+    again, _ = configure_ranks(None, None, {"batch": "auto"}, out, resume=True)
     assert again == config
 
 
@@ -143,7 +144,7 @@ def test_the_procedures_batch_need_not_be_a_multiple_of_accumulate(
 ) -> None:
     """4 clips a step, for a set of 36; in 3 parts, 3 of them."""
     given = {"data": tiny_sets.train, "batch": "auto", "accumulate": 3}
-    config, _, notes = configure_ranks("A4", "cnn_trans", given, tmp_path / "run", resume=False)
+    config, notes = configure_ranks("A4", "cnn_trans", given, tmp_path / "run", resume=False)
     assert config.batch == 3 and notes[0].startswith("batch auto: 3 clips fit in")
 
 

@@ -84,7 +84,7 @@ def test_eval_prints_them(
     table, per_class = tmp_path / "q.csv", tmp_path / "ap.csv"
     table.write_text("label_id,num_rated,num_true\nbuzz,10,10\nclick,10,5\n")
     done = evaluate_checkpoint(
-        tmp_path / "run", tiny_sets.eval, batch=64, precision="bf16", predictions=None,
+        tmp_path / "run", tiny_sets.eval, batch=64, precision="auto", predictions=None,
         per_class=per_class, label_quality=table,
     )["label_quality"]  # fmt: skip
     ap = [float(x.split(",")[3]) for x in per_class.read_text().splitlines()[1:]]
@@ -97,6 +97,6 @@ def test_eval_prints_them(
     table.write_text("label_id,num_rated,num_true\nother,10,10\n")
     with pytest.raises(UserError, match="has none of the scored classes"):
         evaluate_checkpoint(
-            tmp_path / "run", tiny_sets.eval, batch=64, precision="bf16", predictions=None,
+            tmp_path / "run", tiny_sets.eval, batch=64, precision="auto", predictions=None,
             per_class=None, label_quality=table,
         )  # fmt: skip

@@ -290,7 +290,10 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
     config = TrainConfig.load(run / "config.json")
     assert config.eval is not None
-    surface, _ = surface_of(run, Path(config.eval), clips=6, batch=6, seed=0)
+    assert found["precision"] == config.precision
+    surface, _ = surface_of(
+        run, Path(config.eval), clips=6, batch=4, seed=0, precision=config.precision
+    )
     assert found["loss"] == pytest.approx(surface.loss(), rel=1e-5)  # the same clips
     study.landscape(
         [run, run], clips=6, batch=4, points=5, tolerance=1e-5, max_iterations=2, trace=2
@@ -326,8 +329,8 @@ def test_the_picture_shows_what_was_found() -> None:
         losses = (scale, 0.1, 2 * scale)
         return Landscape(
             run=f"runs/{name}", model="crnn", parameters=1, data="set", clips=1, classes=1,
-            loss=0.1, sharpness=Sharpness(scale, 0.1, converged, (scale,)), trace=None,
-            slice=Slice((-1.0, 0.0, 1.0), losses),
+            precision="fp32", loss=0.1, sharpness=Sharpness(scale, 0.1, converged, (scale,)),
+            trace=None, slice=Slice((-1.0, 0.0, 1.0), losses),
         )  # fmt: skip
 
     slices, bars = draw([found("a$b$", 0.3, True), found("crnn-b", 40.0, False)]).axes

@@ -18,7 +18,7 @@ from fastat.atomic import new_folder
 from fastat.config import TrainConfig
 from fastat.data import demo, shards
 from fastat.errors import Failure, UserError
-from fastat.launch import cache_folder, configure, practice_sets, run_training
+from fastat.launch import cache_folder, configure, practice_sets, run_folder_of, run_training
 from tests.conftest import TinySets
 
 
@@ -47,7 +47,7 @@ def configured(
     sets: TinySets, proc: str = "A4", model: str = "cnn_trans", **overrides: Any
 ) -> TrainConfig:
     given = {"data": sets.train} | overrides
-    config, _, _ = configure(proc, model, given, Path("run"), resume=False)
+    config, _ = configure(proc, model, given, Path("run"), resume=False)
     return config
 
 
@@ -149,13 +149,12 @@ def test_paths_are_kept_absolute(
     """Whether they come from an option (a path) or from --set (text)."""
     monkeypatch.chdir(tiny_sets.train.parent)
     given = {"data": "train", "eval": Path("eval"), "init": "run"}
-    config, _, _ = configure("A4", "cnn_trans", given, Path("run"), resume=False)
+    config, _ = configure("A4", "cnn_trans", given, Path("run"), resume=False)
     root = tiny_sets.train.parent.resolve()
     got = (config.data, config.eval, config.init)
     assert got == (str(root / "train"), str(root / "eval"), str(root / "run"))
     config.save(tmp_path / "config.json")
-    again, out, notes = configure(None, None, given, tmp_path, resume=True)
-    assert (again, out, notes) == (config, tmp_path, [])
+    assert configure(None, None, given, tmp_path, resume=True) == (config, [])
 
 
 def test_accumulation_must_divide_the_batch_that_the_set_gets(
@@ -189,9 +188,7 @@ def test_default_folders_are_always_new(
     """Also for two trainings that start in the same second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda *_: "20261128-120000")
-    folders = [
-        configure("A4", "crnn", {"data": tiny_sets.train}, None, resume=False)[1] for _ in range(3)
-    ]
+    folders = [run_folder_of(configured(tiny_sets), None) for _ in range(3)]
     assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
     assert {folder.parent for folder in folders} == {Path("runs")}
 
@@ -200,6 +197,13 @@ def test_no_two_processes_get_one_folder(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(new_folder, [tmp_path / "runs" / "a"] * 40))
     assert len(set(folders)) == 40
+
+
+def test_a_folder_whose_parent_leads_nowhere(tmp_path: Path) -> None:
+    """As where the disk behind a link is not mounted."""
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(OSError, match="runs"):
+        new_folder(tmp_path / "runs" / "a")
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -5,6 +5,7 @@
 
 import json
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def test_from_nothing_to_a_tagged_sound(tmp_path: Path) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     suited = auto_precision(device)
-    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" and device.type == "cpu":
+    older = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" and platform.machine() == "x86_64"
+    if older and device.type == "cpu":
         assert suited.precision == "fp32"
     config = json.loads((run / "config.json").read_text())
     assert config["precision"] == suited.precision

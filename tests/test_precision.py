@@ -48,8 +48,7 @@ def checkpoint(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def configured(sets: TinySets, out: Path, **overrides: str) -> tuple[TrainConfig, list[str]]:
-    config, _, notes = configure("A4", "crnn", {"data": sets.train} | overrides, out, resume=False)
-    return config, notes
+    return configure("A4", "crnn", {"data": sets.train} | overrides, out, resume=False)
 
 
 @pytest.mark.usefixtures("fp32_suits")
@@ -75,7 +74,7 @@ def test_a_resumed_run_keeps_its_precision(tiny_sets: TinySets, tmp_path: Path) 
     config, _ = configured(tiny_sets, tmp_path, precision="bf16")
     config.save(tmp_path / "config.json")
     for given in ({}, {"precision": "auto"}, {"precision": "bf16"}):
-        again, _, _ = configure(None, None, given, tmp_path, resume=True)
+        again, _ = configure(None, None, given, tmp_path, resume=True)
         assert again.precision == "bf16"
     with pytest.raises(UserError, match="precision may not change"):
         configure(None, None, {"precision": "fp32"}, tmp_path, resume=True)

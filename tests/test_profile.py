@@ -289,7 +289,8 @@ def test_batch_auto_is_the_largest_that_fits(
 
 
 @pytest.mark.parametrize("most, want", [(448, 448), (447, 224), (0, 224)])
-def test_the_default_batch_of_a_gpu(most: int, want: int) -> None:
+def test_the_default_batch_of_a_gpu(most: int, want: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "supports_triton", lambda device: device.type == "cuda")
     [choice] = choices(["A4"], ["crnn"], None, [])
     settings = run.Settings(clips=1000)
     case = run.make_case(choice, torch.device("cuda"), settings)

@@ -5,13 +5,13 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from fastat.commands import Json
+from fastat.errors import UserError
 
 VARIABLES = ("FASTAT_", "CUDA_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "TORCH", "TRITON_")
-"""How the names of environment variables begin that change what a run does."""
+"""Prefixes of the environment variables that change what a run does."""
 
 
 def doctor(json_: Json = False) -> None:
@@ -35,9 +35,8 @@ def examine() -> dict[str, Any]:
 
     from fastat.environment import environment
     from fastat.host import cores_of_rank, free_memory
-    from fastat.launch import cache_folder
     from fastat.optim import choose_adam
-    from fastat.system.device import choose_kernels, default_device
+    from fastat.system.device import choose_kernels, default_device, supports_triton
 
     device = default_device()
     gpus = [
@@ -48,21 +47,21 @@ def examine() -> dict[str, Any]:
         }
         for i in range(torch.cuda.device_count())
     ]
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     return environment(device) | {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
         "gpus": gpus,
         "cuda_of_torch": torch.version.cuda,
-        "compile": device.type == "cuda",
+        "compile": supports_triton(device),
         "kernels": sorted(choose_kernels("auto", device)),
         "optimizer": choose_adam(device)[1],
         "cores": cores_of_rank(),
         "threads": torch.get_num_threads(),
         "free_memory_gib": free_memory() / 2**30,
         "ffmpeg": _ffmpeg(),
-        "c_compiler": compiler and _first_line([compiler, "--version"]),
-        "cache": _cache(cache_folder()),
+        "c_compiler": _compiler("CC", "cc", "gcc"),
+        "cpp_compiler": _compiler("CXX", "c++", "g++"),
+        "cache": _cache(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
     }
 
@@ -76,26 +75,29 @@ def _ffmpeg() -> str | None:
     return "libavcodec " + ".".join(map(str, av.library_versions["libavcodec"]))
 
 
-def _first_line(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.partition("\n")[0]
+def _compiler(variable: str, *names: str) -> str | None:
+    """What the compiler that torch would take says of itself; None where there is none."""
+    for name in (os.environ.get(variable), *names):
+        if name and (program := shutil.which(name)):
+            done = subprocess.run([program, "--version"], capture_output=True, text=True)
+            return done.stdout.partition("\n")[0]
+    return None
 
 
-def _cache(folder: Path) -> dict[str, Any]:
-    """The cache folder, or the nearest folder above it that exists: space, and whether files in it
-    can be locked; None where it cannot be written."""
+def _cache() -> dict[str, Any]:
+    """The cache folder: its space, and whether files in it can be locked. ``problem`` says why it
+    cannot be used."""
+    from fastat.launch import cache_folder
     from fastat.run_folder import locks_work
 
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     try:
+        folder = cache_folder()
+        there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
         locks = locks_work(there)
-    except OSError:
-        locks = None
-    return {
-        "folder": str(folder),
-        "locks": locks,
-        "free_gib": shutil.disk_usage(there).free / 2**30,
-    }
+    except (UserError, OSError) as error:
+        return {"folder": None, "locks": None, "free_gib": None, "problem": str(error)}
+    free = shutil.disk_usage(there).free / 2**30
+    return {"folder": str(folder), "locks": locks, "free_gib": free, "problem": None}
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -103,11 +105,12 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     versions = {k: v or "not installed" for k, v in found["versions"].items()}
     commit = f", commit {found['commit'][:7]}" if found["commit"] else ""
     precision, cache = found["auto_precision"], found["cache"]
-    locks = {True: "file locks work", False: "no file locks", None: "cannot be written"}
+    locks = "file locks work" if cache["locks"] else "no file locks"
+    space = cache["problem"] or f"{cache['folder']}: {cache['free_gib']:.0f} GiB free, {locks}"
     device = found["numerics"]
     for gpu in found["gpus"]:
         device += f"; {gpu['memory_gib']:.0f} GiB, compute capability {gpu['compute_capability']}"
-    compiling = "on" if found["compile"] else "off: left to GPUs unless --compile asks for it"
+    compiling = "on" if found["compile"] else "off, the default on this device"
     return [
         ("fastat", f"{versions.pop('fastat')}{commit}, Python {found['python']}"),
         ("system", f"{found['system']}, {found['libc']}"),
@@ -118,9 +121,10 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("optimizer", found["optimizer"]),
         ("compile", compiling),
         ("Triton kernels", ", ".join(found["kernels"]) or "none"),
-        ("C compiler", found["c_compiler"] or "none: torch.compile needs one"),
+        ("C compiler", found["c_compiler"] or "none: Triton needs one"),
+        ("C++ compiler", found["cpp_compiler"] or "none: torch.compile needs one on a CPU"),
         ("FFmpeg", found["ffmpeg"] or "none: pip install av reads m4a, webm and the like"),
-        ("cache", f"{cache['folder']}: {cache['free_gib']:.0f} GiB free, {locks[cache['locks']]}"),
+        ("cache", space),
         *versions.items(),
         *found["variables"].items(),
     ]

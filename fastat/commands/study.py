@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fastat.atomic import new_folder
+from fastat.atomic import new_folder, remove_if_unused
 from fastat.commands import Json, Precision, table_console
 from fastat.config import check_precision
 from fastat.errors import UserError
@@ -119,12 +119,14 @@ def ablate(
         arguments += [] if path is None else [option, str(path)]
     arguments += context.args
     given = _check_passed_on(context, arguments)
-    if out is None:
+    if new := out is None:
         name = f"ablate-{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
         out = new_folder(Path("runs") / name)
     try:
         train_all(arguments, out, auto_batch=given["batch"] == AUTO)
     except Stopped as stop:
+        if new:
+            remove_if_unused(out)
         if stop.exit_code in STOPPED and out.is_dir():
             again = f"--out {shlex.quote(str(out))}"
             print(f"fastat: go on with the same command and {again}", file=sys.stderr)
@@ -242,6 +244,8 @@ def landscape(
         sets.append(data if data is not None else evaluation_set_of(run))
         read_index(sets[-1])
     chosen = choose_precision(precision, default_device())
+    if (precision, chosen) == ("auto", "fp16"):
+        chosen = "fp32"  # second derivatives are smaller than float16's least numbers
     found = []
     for run, packed in zip(runs, sets, strict=True):
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,10 @@ class TaggingModel(nn.Module, ABC):
     def classify(self, embedding: Tensor) -> Tensor:
         """[B, E] -> [B, K] float32, by ``head`` outside autocast: logits that are rounded to
         bfloat16 tie, and clips are ranked by them."""
+        if embedding.is_meta:  # which has no autocast
+            return cast(Tensor, self.head(embedding))
         with torch.autocast(embedding.device.type, enabled=False):
-            logits: Tensor = self.head(embedding.float())
-        return logits
+            return cast(Tensor, self.head(embedding.float()))
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         """``blocks`` one after the other."""

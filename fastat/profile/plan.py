@@ -29,7 +29,7 @@ from fastat.profile.costmodel import BAR, CostModel, Point, Trust, Work, left_ou
 from fastat.profile.plan_choices import paper_map
 from fastat.profile.plan_points import Points, Setup, Works, cases_to_measure, points
 from fastat.profile.run import Settings, opened
-from fastat.system.device import device_name
+from fastat.system.device import device_name, supports_triton
 
 SCHEMA = "fastat.plan/1"
 
@@ -211,7 +211,7 @@ def train_command(candidate: Candidate, settings: Settings, device: torch.device
     if c.accumulate > 1:
         words += ["--accumulate", str(c.accumulate)]
     words += ["--precision", settings.precision]
-    if settings.compile is not None and settings.compile != (device.type == "cuda"):
+    if settings.compile is not None and settings.compile != supports_triton(device):
         words.append("--compile" if settings.compile else "--no-compile")
     words += ["--data", "packed/train" if settings.data is None else str(settings.data)]
     if settings.data is None:
@@ -243,7 +243,7 @@ def plan(
     if settings.data is not None:
         with closing(PackedSet.open(settings.data)) as packed:
             sizes = packed.clip_samples, len(packed.classes)
-    compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    compiled = supports_triton(device) if settings.compile is None else settings.compile
     if compiled:
         keep_compiled(cache_folder() / "compiled")
     setup = Setup(device, settings.precision, compiled, *sizes)

@@ -22,6 +22,7 @@ from fastat.profile.noise import noise_set
 from fastat.profile.rows import Document, count, document, make_row
 from fastat.profile.trace import SHOWN, trace
 from fastat.progress import progress
+from fastat.system.device import supports_triton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def make_case(choice: Choice, device: torch.device, settings: Settings) -> Case:
         options=options,
         batch=batch if isinstance(batch, int) else 1,
         precision=settings.precision,
-        compile=device.type == "cuda" if compiled is None else compiled,
+        compile=supports_triton(device) if compiled is None else compiled,
         activation_checkpointing=settings.activation_checkpointing or less_memory,
     )
 

@@ -1,1 +1,1 @@
-"""What everything else stands on: the device and what suits it."""
+"""The device that commands run on, and the precision and kernels chosen for it."""

@@ -19,7 +19,8 @@ from fastat_kernels.choice import parse_kernels
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 AMPERE = (8, 0)
-"""The first compute capability with bfloat16 products; Triton supports none before it either."""
+"""Compute capability of the first NVIDIA GPUs with bfloat16 units. Triton does not support older
+ones."""
 
 CPU_BF16 = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm's BF16"}
 """Names in ``torch.cpu.get_capabilities()`` of the instructions that multiply bfloat16."""
@@ -86,7 +87,10 @@ def _onednn_has_bf16() -> bool:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """``asked``, or what "auto" means on ``device``; warns on standard error of a slow choice."""
+    """``asked``, or what "auto" means on ``device``.
+
+    Prints a warning to standard error where a precision that was asked for is slow.
+    """
     if asked == "auto":
         return auto_precision(device).precision
     if warning := precision_warning(asked, device):
@@ -95,15 +99,17 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 
 def precision_warning(precision: str, device: torch.device) -> str | None:
-    """One line when ``device`` emulates ``precision``; None when it does not."""
+    """One line when ``device`` is many times slower at ``precision`` than at another; else None."""
     suited = auto_precision(device)
-    on_cpu = device.type == "cpu"
-    emulated = precision == "bf16" != suited.precision or (precision == "fp16" and on_cpu)
-    if not emulated:
+    if precision == "fp16":
+        slow = device.type == "cpu"
+    else:
+        slow = precision == "bf16" and suited.precision != "bf16"
+    if not slow:
         return None
     return (
-        f"{precision} is emulated here and many times slower than --precision {suited.precision}: "
-        f"{suited.reason}"
+        f"{precision} is slow on this device, and --precision {suited.precision} many times "
+        f"faster: {suited.reason}"
     )
 
 
@@ -121,7 +127,12 @@ def set_products(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
-# ------------------------------------------------------------------------------ kernels
+# ------------------------------------------------------------------------------ Triton
+def supports_triton(device: torch.device) -> bool:
+    """Whether Triton compiles for ``device``: our kernels, and torch.compile on a GPU, need it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+
+
 def choose_kernels(choice: str, device: torch.device) -> frozenset[str]:
     """The operators that run as Triton kernels under ``--set kernels=choice`` on ``device``.
 
@@ -129,12 +140,12 @@ def choose_kernels(choice: str, device: torch.device) -> frozenset[str]:
         UserError: kernels were asked for by name on a GPU that Triton does not support.
     """
     names = parse_kernels(choice)
-    if not names or device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE:
+    if supports_triton(device):
         return names
-    if choice == "auto":
-        return frozenset()
-    major, minor = torch.cuda.get_device_capability(device)
-    raise UserError(
-        f"kernels={choice}: Triton kernels need a GPU of compute capability 8.0 or later, "
-        f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
-    )
+    if device.type == "cuda" and names and choice != "auto":
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"kernels={choice}: Triton kernels need a GPU of compute capability 8.0 or later, "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+        )
+    return frozenset()

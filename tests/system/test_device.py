@@ -1,6 +1,7 @@
 """The precision that suits a device, and what is said of one that does not."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from fastat.system.device import (
     choose_kernels,
     choose_precision,
     precision_warning,
+    supports_triton,
 )
-from fastat_kernels.choice import OPERATORS, WINNERS
+from fastat_kernels import choice
+from fastat_kernels.choice import OPERATORS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OLDER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -103,20 +106,28 @@ def test_emulated_on_a_gpu(set_gpu: Callable[[int, int], None]) -> None:
     assert precision_warning("fp16", CUDA) is precision_warning("bf16", CUDA) is None
 
 
-def test_kernels_need_a_gpu_that_triton_supports(set_gpu: Callable[[int, int], None]) -> None:
+def test_kernels_need_a_gpu_that_triton_supports(
+    set_gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "WINNERS", frozenset({"attention"}))
     set_gpu(7, 5)
-    assert choose_kernels("auto", CUDA) == choose_kernels("none", CUDA) == frozenset()
+    assert not supports_triton(CUDA) and not supports_triton(CPU)
+    for device in (CUDA, CPU):
+        assert choose_kernels("auto", device) == choose_kernels("none", device) == frozenset()
+    assert choose_kernels("all", CPU) == frozenset()
     with pytest.raises(UserError, match="Some GPU has 7.5"):
         choose_kernels("all", CUDA)
     set_gpu(8, 0)
-    assert choose_kernels("auto", CUDA) == WINNERS
+    assert supports_triton(CUDA)
+    assert choose_kernels("auto", CUDA) == {"attention"}
     assert choose_kernels("all", CUDA) == set(OPERATORS)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limit is for x86")
 def test_an_older_processor_by_environment() -> None:
-    """On any x86 machine these two variables are an older processor, as far as a choice goes."""
+    """Under these two variables the choice is that of an older processor."""
     code = "import torch; from fastat.system.device import auto_precision as choose; "
     code += "print(choose(torch.device('cpu')).precision)"
-    env = os.environ | OLDER_PROCESSOR
+    env = os.environ | OLDER_PROCESSOR | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "fp32", done.stderr
