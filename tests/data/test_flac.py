@@ -103,7 +103,9 @@ def test_rows_equal_those_of_pcm(made: dict[str, Path]) -> None:
     assert np.array_equal(packed.num_samples, pcm.num_samples)
     assert np.array_equal(packed.targets(every), pcm.targets(every))
     assert packed.sources(every) == pcm.sources(every)
-    assert packed.stats == pcm.stats
+    assert packed.stats.keys() == pcm.stats.keys()
+    for name, stats in packed.stats.items():  # by other blocks, whose transforms round differently
+        assert stats == pytest.approx(pcm.stats[name], rel=1e-5)
     packed.close()
     pcm.close()
 

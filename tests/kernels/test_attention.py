@@ -145,6 +145,7 @@ def check_kernels(
     p: float,
     fwd: Config | None = None,
     bwd: Config | Split | None = None,
+    floor: float | None = None,
 ) -> None:
     B, N, _, H, _ = qkv.shape
     seed = draw_seed(qkv.device) if p else None
@@ -152,7 +153,7 @@ def check_kernels(
     dqkv = _bwd_triton(dout, qkv, out, lse, seed, p, config=bwd)
     keep = None if seed is None else _keep_ref(seed, B, N, H, p)
     got = {"out": out, "qkv": dqkv}
-    assert_as_good_as_eager(lambda x: eager(x, keep, p), (qkv,), dout, got)
+    assert_as_good_as_eager(lambda x: eager(x, keep, p), (qkv,), dout, got, floor=floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -208,9 +209,14 @@ def test_scores_of_any_size(device: torch.device) -> None:
     qkv[:, :, 0] = 30.0
     qkv[:, :, 1] = qkv[:, :, 1] * 0.1 - 30
     dout = torch.randn(B, N, H * D, device=device)
+    q, k = qkv[:, :, 0], qkv[:, :, 1]
+    # A score's own rounding is a relative error of its weight. It depends on the order in which a
+    # processor sums, and so does whether eager's errors happen to be small.
+    largest = (q.abs().amax(-1) * k.abs().sum(-1)).max().item() / D**0.5
+    floor = 4 * torch.finfo(torch.float32).eps * largest
     for bwd in (SMALL, Split(SMALL, SMALL)):
         with np.errstate(over="ignore", invalid="ignore"):  # in rows that are not stored
-            check_kernels(qkv, dout, 0.0, SMALL, bwd)
+            check_kernels(qkv, dout, 0.0, SMALL, bwd, floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
