@@ -143,13 +143,14 @@ shutil.copy(prepared, run / "config.json")
 
 @pytest.mark.parametrize("less_memory", [False, True])
 @pytest.mark.parametrize("auto", [False, True])
-def test_the_batch_that_the_baseline_finds_serves_all(
+def test_what_the_baselines_device_decides_serves_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto: bool, less_memory: bool
 ) -> None:
-    """Each run's own search may end elsewhere, and then more than the part differs."""
+    """The batch and the precision: chosen anew for each run, on another day or device, they may
+    differ, and then more than the part does."""
     monkeypatch.chdir(tmp_path)
     options = {"activation_checkpointing": True} if less_memory else {}
-    overrides = {"data": "x", "batch": 72, "model_options": options}
+    overrides = {"data": "x", "batch": 72, "precision": "fp16", "model_options": options}
     config, _ = resolve("A4", "cnn_trans", overrides, num_clips=1_000_000, clip_seconds=10.0)
     config.save(Path("config.json"))
     program = [sys.executable, "-c", RECORDING, "config.json"]
@@ -158,6 +159,7 @@ def test_the_batch_that_the_baseline_finds_serves_all(
     first, *others = Path("arguments").read_text().splitlines()
     assert "--set" not in first and len(others) == len(OFF)
     for line in others:
+        assert "--set precision=fp16" in line
         assert ("--set batch=72" in line) == auto
         assert ("--set model.activation_checkpointing=true" in line) == (auto and less_memory)
 

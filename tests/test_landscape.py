@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -345,3 +346,25 @@ def test_the_picture_shows_what_was_found() -> None:
     assert [t.get_text() for t in bars.get_yticklabels()] == ["a$b$ (crnn)", "crnn-b"]
     assert any(t.get_text() == "40 *" for t in bars.texts)
     assert draw([found("a", 0.3, True)]).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(("suited", "want"), [("bf16", "bf16"), ("fp16", "fp32")])
+def test_second_derivatives_are_not_left_to_float16(
+    suited: str,
+    want: str,
+    tiny_sets: TinySets,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[str] = []
+
+    def landscape(*_: object, precision: str, **__: object) -> NoReturn:
+        given.append(precision)
+        raise Failure("seen")
+
+    monkeypatch.setattr("fastat.system.device.choose_precision", lambda asked, device: suited)
+    monkeypatch.setattr("fastat.landscape.landscape", landscape)
+    options = {"tolerance": 0.02, "max_iterations": 1, "trace": 0, "points": 3}
+    with pytest.raises(Failure, match="seen"):
+        study.landscape([run], data=tiny_sets.eval, clips=4, batch=4, **options)  # type: ignore[arg-type]
+    assert given == [want]

@@ -183,3 +183,21 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert left.value.code == 0
     name, version = capsys.readouterr().out.split()
     assert name == "fastat" and version[0].isdigit()
+
+
+def test_doctor_reports_a_cache_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked when something is wrong, so nothing that is wrong may stop it."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTAT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compilers
+    for options in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["fastat", "doctor", *options])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 0
+    *lines, document = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("cache") and "FASTAT_CACHE" in line for line in lines)
+    found = json.loads(document)
+    assert found["cache"]["problem"] and found["c_compiler"] is None
