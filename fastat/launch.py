@@ -180,7 +180,8 @@ def configure(
             )
         return resumed(TrainConfig.load(out / "config.json"), proc, model, overrides), []
     if proc is None or model is None:
-        raise UserError("a new run needs --proc (A1, A2, A3, A4) and --model")
+        missing = f"{out} holds no run to resume, and " if resume else ""
+        raise UserError(f"{missing}a new run needs --proc (A1, A2, A3, A4) and --model")
     _check_early(proc, model, overrides)
     if out is not None:
         from fastat.run_folder import check_writable

@@ -46,7 +46,7 @@ def sound(path: Path, seconds: float) -> Path:
 def test_a_row_for_each_window(name: str, tmp_path: Path) -> None:
     run = saved_run(tmp_path / "run", name, SMALL_MODELS[name])
     path = sound(tmp_path / "sound.wav", 2.5)
-    fastat("extract", path, "--embedding", run, "--out", tmp_path / "out")
+    fastat("extract", path, "--embedding", run, "--out", tmp_path / "out", "--precision", "fp32")
     got = np.load(tmp_path / "out" / "sound.npy")
 
     model, meta = load_model(run)

@@ -66,7 +66,7 @@ def test_a_run_takes_what_is_asked_for(tiny_sets: TinySets, tmp_path: Path) -> N
     config, notes = configured(tiny_sets, tmp_path / "run", precision="bf16")
     assert config.precision == "bf16" and not any("this CPU" in note for note in notes)
     (warning,) = device_notes(config, CPU)
-    assert "bf16" in warning and "--precision fp32" in warning
+    assert "bf16" in warning and "fp32" in warning
 
 
 @pytest.mark.usefixtures("fp32_suits")

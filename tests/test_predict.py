@@ -127,7 +127,7 @@ def test_windows_end_to_end_or_overlapping_leave_no_sample_out() -> None:
 def test_scores_are_computed_in_float32(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tf32 CUDA's convolutions would round them to three digits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    Tagger(run)
+    Tagger(run, "fp32")
     assert not torch.backends.cudnn.allow_tf32
 
 
@@ -138,7 +138,7 @@ def test_scores_are_the_models_on_the_files_windows(
     """Against a loop that reads the file with another reader and scores one window at a time."""
     run = saved_run(tmp_path / "run", meta_of(feature, clip_seconds=2.0))
     path = wav(tmp_path / "a.wav", 5.5)
-    code, out, _ = fastat("predict", run, path, "--json", "--top", 99)
+    code, out, _ = fastat("predict", run, path, "--json", "--top", 99, "--precision", "fp32")
     assert code == 0
     (document,) = json.loads(out)
 
@@ -169,7 +169,7 @@ def by_class(tags: list[dict[str, Any]], key: str = "probability") -> list[float
 
 
 def test_a_short_file_is_padded_with_its_length_known(run: Path, tmp_path: Path) -> None:
-    tagger = Tagger(run)
+    tagger = Tagger(run, "fp32")
     samples = (noise(3.0)[:, 0] * 32768).astype(np.int16) + np.int16(500)  # an offset to remove
     found = tagger.tag(tmp_path / "x", samples)
     assert (found.starts.tolist(), found.ends.tolist(), found.seconds) == ([0.0], [3.0], 3.0)
@@ -211,7 +211,7 @@ def test_same_score_as_evaluation_of_the_packed_clip(run: Path, tmp_path: Path) 
         batch=2,
     )
     assert result is not None
-    tagger = Tagger(run)
+    tagger = Tagger(run, "fp32")
     for row, name in enumerate(packed.names(result.rows)):
         found = tagger.tag(tmp_path / name, read_waveform(tmp_path / name))
         assert found.probabilities[0, :2] == pytest.approx(expit(result.logits[row]), abs=1e-6)

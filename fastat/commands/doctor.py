@@ -90,12 +90,16 @@ def _cache() -> dict[str, Any]:
     from fastat.launch import cache_folder
     from fastat.run_folder import locks_work
 
+    unusable = {"folder": None, "locks": None, "free_gib": None}
     try:
         folder = cache_folder()
-        there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    except UserError as error:
+        return unusable | {"problem": str(error)}
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
         locks = locks_work(there)
-    except (UserError, OSError) as error:
-        return {"folder": None, "locks": None, "free_gib": None, "problem": str(error)}
+    except OSError as error:
+        return unusable | {"problem": f"{folder} cannot be written: {error.strerror}"}
     free = shutil.disk_usage(there).free / 2**30
     return {"folder": str(folder), "locks": locks, "free_gib": free, "problem": None}
 
@@ -115,14 +119,14 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("fastat", f"{versions.pop('fastat')}{commit}, Python {found['python']}"),
         ("system", f"{found['system']}, {found['libc']}"),
         ("device", device),
-        ("cores", f"{found['cores']} for this process, {found['threads']} threads of torch"),
+        ("cores", f"{found['cores']} for this process; threads of torch: {found['threads']}"),
         ("memory", f"{found['free_memory_gib']:.1f} GiB free"),
         ("precision", f"{precision['precision']}: {precision['reason']}"),
         ("optimizer", found["optimizer"]),
         ("compile", compiling),
         ("Triton kernels", ", ".join(found["kernels"]) or "none"),
-        ("C compiler", found["c_compiler"] or "none: Triton needs one"),
-        ("C++ compiler", found["cpp_compiler"] or "none: torch.compile needs one on a CPU"),
+        ("C compiler", found["c_compiler"] or "none: Triton kernels would need one"),
+        ("C++ compiler", found["cpp_compiler"] or "none: --compile would need one on a CPU"),
         ("FFmpeg", found["ffmpeg"] or "none: pip install av reads m4a, webm and the like"),
         ("cache", space),
         *versions.items(),

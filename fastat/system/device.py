@@ -108,8 +108,8 @@ def precision_warning(precision: str, device: torch.device) -> str | None:
     if not slow:
         return None
     return (
-        f"{precision} is slow on this device, and --precision {suited.precision} many times "
-        f"faster: {suited.reason}"
+        f"{precision} is slow on this device ({suited.reason}); {suited.precision} would be many "
+        "times faster"
     )
 
 
