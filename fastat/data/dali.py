@@ -21,7 +21,7 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from fastat.data import dali_check
-from fastat.data.dali_check import BadClip, Header
+from fastat.data.dali_check import BadClip, Decoder, Header
 from fastat.data.loader import Batch, augment_of, mixed_targets, prefetch, to_device
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import SAMPLE_RATE, PackedSet
@@ -50,14 +50,14 @@ class DaliSource:
         feature: ``logmel64``: batches hold log-mels, already mixed; others and None: int16
             waveforms.
         batch: clips in the largest plan.
-        threads: of DALI, and of the check.
+        threads: of DALI.
         device: where batches land, and with CUDA where DALI does all but decoding.
         max_bad: share of the set's clips that DALI may be unable to take.
         remove_mean: as ``Frontend``'s; only log-mels need it.
         queue: steps that DALI works ahead.
 
-    Every file is looked at first (``dali_check``). With several processes, start this in one of
-    them before the others: they then find its result.
+    DALI decodes every file once first (``dali_check``). With several processes, start this in one
+    of them before the others: they then find its result.
 
     Raises:
         UserError: DALI is not installed, or more than ``max_bad`` of the clips are bad.
@@ -83,7 +83,7 @@ class DaliSource:
         self._graph = _import_graph()
         self.packed, self.device = packed, device
         self.log_mel = feature == "logmel64"
-        self.clips = dali_check.check(packed, threads)
+        self.clips = dali_check.check(packed, self._graph, threads)
         self.bad, self.usable = self.clips.bad, self.clips.usable
         if len(self.bad) > max_bad * packed.num_clips:
             reasons = Counter(clip.reason.split(":")[0] for clip in self.bad)
@@ -198,13 +198,15 @@ class DaliSource:
     def explain(self, plans: Iterable[StepPlan], error: RuntimeError) -> Failure:
         """Which file of ``plans`` made DALI fail."""
         rows = np.concatenate([rows for plan in plans for rows in (plan.rows, plan.partners)])
-        paths = list(dict.fromkeys(path for path, _ in self.packed.sources(rows)))
-        for path in paths:
-            header = dali_check.look(path)
-            if not isinstance(header, Header):
-                return Failure(f"{path} changed after it was checked: {header}")
-        lines = [line.strip() for line in str(error).splitlines() if "rror" in line]
-        return Failure(f"DALI failed: {(lines or [str(error)])[-1]} (files {paths[0]}, ...)")
+        paths = [path for path, _ in self.packed.sources(rows)]
+        decoder = Decoder(self._graph, self._readers, threads=1)
+        nothing = Header(*[0] * len(Header._fields))
+        for row, path in zip(rows.tolist(), paths, strict=True):
+            (header,) = decoder.look([path], [nothing])
+            if header != Header(*self.clips.headers[row].tolist()):
+                now = header if isinstance(header, str) else "it is another file now"
+                return Failure(f"{path} changed after it was checked: {now}")
+        return Failure(f"DALI failed: {self._graph.said(error)} (files {paths[0]}, ...)")
 
 
 class _Run:

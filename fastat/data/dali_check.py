@@ -1,46 +1,43 @@
 """Which files of a packed set DALI can take, found before its pipeline starts.
 
-DALI ends the pipeline at the first file it cannot decode, so every file is decoded whole here once,
-with libsndfile, which is also what DALI decodes with. What was found good is kept in the set's
-folder (``dali_checked.npz``) with each file's size and time of change, so that the next run only
-looks at files that changed since; the bad ones are listed in ``dali_bad.csv``, as packing does in
-``bad.csv``.
+DALI ends the pipeline at the first file that it cannot decode, so DALI itself is asked to decode
+every file here once. It has a libsndfile of its own, and reads some files otherwise than packing
+did: a file that it makes shorter than the packed row is bad too. What was found good is kept in
+the set's folder (``dali_checked.npz``) with each file's size and time of change, so that the next
+run only looks at files that changed since; the bad ones are listed in ``dali_bad.csv``, as packing
+does in ``bad.csv``.
 """
 
 import csv
 import os
+import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import NamedTuple
+from itertools import groupby, islice
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
 
 from fastat.atomic import atomic_path
-from fastat.data.decode import UNKNOWN_FRAMES, BadAudio, decode
 from fastat.data.hdf5_source import is_row
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.progress import progress
 
 CHECKED_FILE = "dali_checked.npz"
 BAD_FILE = "dali_bad.csv"
-FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "AIFF", "AU", "CAF")
-"""libsndfile's names. DALI documents WAV, FLAC and OGG (Vorbis, Opus); the others are containers of
-the same samples and were tried with DALI 2.4. Its libsndfile has no MP3 decoder."""
-NO_SUBTYPES = ("DWVW", "MPEG")
-"""Codings inside those that DALI does not decode."""
 MAX_VALUES = 2**31 - 1
 """Samples times channels of a file, which DALI holds decoded as a whole."""
-PIECE_SECONDS = 60
+BATCH, BATCH_VALUES = 64, 2**26
+"""Files decoded at a time, and their samples times channels (256 MB), unless one has more."""
+CHUNK_ROWS = 2048
 MARGIN_SECONDS = 1
 """Read beyond a cut at other rates than 16 kHz, for the resampler, as ``decode`` does."""
-CHUNK_ROWS = 2048
 
 
 class Header(NamedTuple):
@@ -74,6 +71,8 @@ class Clips:
     rate: NDArray[np.int32]
     """Hz."""
     channels: NDArray[np.int32]
+    headers: NDArray[np.int64]
+    """[N, 5] of the files, as ``Header``."""
     bad: list[BadClip]
 
     @property
@@ -81,22 +80,29 @@ class Clips:
         return self.rate > 0
 
 
-def check(packed: PackedSet, threads: int) -> Clips:
-    """Looks at the original file of every row of ``packed``, ``threads`` files at a time."""
+def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
+    """Has DALI decode the original file of every row of ``packed``, on ``threads`` threads.
+
+    Args:
+        graph: ``dali_graph``, which only a machine with DALI can import.
+    """
     N = packed.num_clips
-    known = _load(packed)
-    kept = np.zeros((N, len(Header._fields)), np.int64)
+    fingerprint = f"{packed.fingerprint} DALI {graph.DALI_VERSION}"
+    known = _load(packed, fingerprint)
+    kept = np.zeros_like(known)
     first, length, skip, rate, channels = np.zeros((5, N), np.int32)
-    clips = Clips(first, length, skip, rate, channels, bad=[])
+    clips = Clips(first, length, skip, rate, channels, headers=kept, bad=[])
+    files = _by_file(packed)
     with (
-        ThreadPoolExecutor(threads, "fastat-check") as pool,
+        ThreadPoolExecutor(threads, "fastat-check") as readers,
         progress("checking files for DALI", N) as advance,
     ):
-        for start in range(0, N, CHUNK_ROWS):
-            rows = np.arange(start, min(start + CHUNK_ROWS, N))
-            files = list(_by_file(packed, rows))
-            headers = pool.map(lambda file: look(file[0], Header(*known[file[1][0][0]])), files)
-            for (path, places), header in zip(files, headers, strict=True):
+        decoder = Decoder(graph, readers, threads)
+        while part := list(islice(files, BATCH)):
+            headers = decoder.look(
+                [path for path, _ in part], [Header(*known[places[0][0]]) for _, places in part]
+            )
+            for (path, places), header in zip(part, headers, strict=True):
                 for row, start_seconds in places:
                     reason = header if isinstance(header, str) else ""
                     if isinstance(header, Header):
@@ -104,63 +110,135 @@ def check(packed: PackedSet, threads: int) -> Clips:
                         reason = _place(clips, packed, row, start_seconds, header)
                     if reason:
                         clips.bad.append(BadClip(row, path, reason))
-            advance(len(rows))
+                advance(len(places))
     try:
         if not np.array_equal(known, kept):
-            _save(packed, kept)
+            _save(packed, fingerprint, kept)
         _list_bad(packed, clips.bad)
     except OSError as error:
         _note(f"cannot write to {packed.directory} ({error.strerror}): the check is not kept")
     return clips
 
 
-def look(path: str, known: Header | None = None) -> Header | str:
-    """The file's header, or why DALI cannot take it; decodes the file unless it is as ``known``."""
+class _File(NamedTuple):
+    """A file for DALI to decode."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    values: int
+    """Samples times channels by its header; 0 where our libsndfile cannot read it."""
+
+
+class Decoder:
+    """Asks DALI what it makes of files, which ``readers`` read."""
+
+    def __init__(self, graph: ModuleType, readers: ThreadPoolExecutor, threads: int) -> None:
+        self._graph, self._readers, self._threads = graph, readers, threads
+        self._pipe = self._build()
+
+    def look(self, paths: Sequence[str], known: Sequence[Header]) -> list[Header | str]:
+        """Each file's header, or why DALI cannot take it; up to ``BATCH`` files.
+
+        Args:
+            known: what an earlier look found, zeros for nothing; a file that did not change since
+                is not decoded again.
+        """
+        found = list(self._readers.map(_examine, paths, known))
+        decoded = iter(self._decode([file for file in found if isinstance(file, _File)]))
+        return [next(decoded) if isinstance(file, _File) else file for file in found]
+
+    def _decode(self, files: list[_File]) -> list[Header | str]:
+        if not files:
+            return []
+        reason = ""
+        if len(files) == 1 or sum(file.values for file in files) <= BATCH_VALUES:
+            try:
+                encoded = list(self._readers.map(_bytes, files))
+                self._pipe.feed_input("encoded", encoded)
+                samples, rates = self._pipe.run()
+            except FileNotFoundError:
+                reason = "missing"
+            except OSError as error:
+                reason = f"unreadable: {error.strerror}"
+            except RuntimeError as error:
+                reason = f"unreadable: DALI: {self._graph.said(error)}"
+                self._pipe = self._build()  # a pipeline ends with its first error
+            else:
+                return [
+                    _header(file, samples.at(i), float(rates.at(i))) for i, file in enumerate(files)
+                ]
+        if len(files) == 1:
+            return [reason]
+        middle = len(files) // 2
+        return self._decode(files[:middle]) + self._decode(files[middle:])
+
+    def _build(self) -> Any:
+        pipe = self._graph.decode_pipeline(
+            "float32",
+            batch_size=BATCH,
+            num_threads=self._threads,
+            device_id=None,
+            prefetch_queue_depth=1,
+        )
+        pipe.build()
+        return pipe
+
+
+def _examine(path: str, known: Header) -> _File | Header | str:
+    """What there is to know about a file without decoding it; ``known`` if it did not change."""
     if is_row(path):
         return "unreadable: a row of an HDF5 file, DALI reads audio files"
     try:
         status = os.stat(path)
-        unchanged = (status.st_size, status.st_mtime_ns)
-        if known is not None and known.rate and (known.size, known.mtime_ns) == unchanged:
-            return known
-        if status.st_size == 0:
-            return "empty: 0 bytes"
-        info = sf.info(path)
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         return f"unreadable: {error.strerror}"
-    except sf.LibsndfileError as error:
-        return f"unreadable: DALI decodes {', '.join(FORMATS)}; {error.error_string}"
-    except TypeError:  # soundfile asks for rate and coding of headerless files, *.raw
-        return "unreadable: a file without a header"
-    if info.format not in FORMATS or info.subtype.startswith(NO_SUBTYPES):
-        return f"unreadable: DALI does not decode {info.format} ({info.subtype})"
-    if info.frames >= UNKNOWN_FRAMES:
-        return "unreadable: its header does not say how long it is"
-    if info.frames * info.channels > MAX_VALUES:
-        return f"unreadable: {info.frames} samples x {info.channels} channels, DALI takes 2^31"
-    if info.frames == 0:
-        return "empty: no samples"
+    if known.rate and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return known
+    if not stat.S_ISREG(status.st_mode):
+        return "unreadable: not a file"
+    if status.st_size == 0:
+        return "empty: 0 bytes"
     try:
-        for start in range(0, -(-info.frames // info.samplerate), PIECE_SECONDS):
-            decode(Path(path), info.samplerate, start, PIECE_SECONDS)
-    except BadAudio as error:
-        return str(error)
-    return Header(status.st_size, status.st_mtime_ns, info.samplerate, info.channels, info.frames)
+        info = sf.info(os.fsencode(path))
+        values = info.frames * info.channels
+    except (sf.LibsndfileError, TypeError):  # TypeError: soundfile asks for the rate of *.raw
+        values = 0
+    if values > MAX_VALUES:
+        return "unreadable: its header promises no number of samples, or more than DALI's 2^31"
+    return _File(path, status.st_size, status.st_mtime_ns, values)
 
 
-def _by_file(
-    packed: PackedSet, rows: NDArray[np.int64]
-) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Each file with its ``rows``, which are neighbours, and their start in seconds."""
-    sources = zip(rows.tolist(), packed.sources(rows), strict=True)
-    for path, group in groupby(sources, key=lambda item: item[1][0]):
-        yield path, [(row, start_seconds) for row, (_, start_seconds) in group]
+def _bytes(file: _File) -> NDArray[np.uint8]:
+    return np.fromfile(file.path, np.uint8)
+
+
+def _header(file: _File, samples: NDArray[np.float32], rate: float) -> Header | str:
+    """Of a file that DALI decoded to ``samples`` [n, C]."""
+    frames, channels = samples.shape
+    if frames == 0:
+        return "empty: no samples"
+    if not np.isfinite(samples).all():
+        return "non-finite: NaN or infinite samples"
+    return Header(file.size, file.mtime_ns, int(rate), channels, frames)
+
+
+def _by_file(packed: PackedSet) -> Iterator[tuple[str, list[tuple[int, float]]]]:
+    """Each file with its rows, which are neighbours, and their start in seconds."""
+    for start in range(0, packed.num_clips, CHUNK_ROWS):
+        rows = np.arange(start, min(start + CHUNK_ROWS, packed.num_clips))
+        sources = zip(rows.tolist(), packed.sources(rows), strict=True)
+        for path, group in groupby(sources, key=lambda item: item[1][0]):
+            yield path, [(row, start_seconds) for row, (_, start_seconds) in group]
 
 
 def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, header: Header) -> str:
-    """Notes where the row lies in its file; why it cannot, if the file is not the one packed."""
+    """Notes where the row lies in its file; why not, if DALI does not find there what was packed.
+
+    The file changed since packing, or packing read it with another decoder.
+    """
     rate = header.rate
     start = round(start_seconds * SAMPLE_RATE)
     there = min(round(header.frames * SAMPLE_RATE / rate) - start, packed.clip_samples)
@@ -168,7 +246,7 @@ def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, head
     # Resamplers differ by a sample about where a file ends.
     if abs(there - packed_samples) > (0 if rate == SAMPLE_RATE else 2):
         return (
-            f"changed since packing: {max(there, 0) / SAMPLE_RATE:.4f} s from "
+            f"length differs: DALI decodes {max(there, 0) / SAMPLE_RATE:.4f} s from "
             f"{start_seconds:g} s on, packed were {packed_samples / SAMPLE_RATE:.4f} s"
         )
     # From a whole second: there the resampled grid has a sample at any rate.
@@ -182,26 +260,26 @@ def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, head
     return ""
 
 
-def _load(packed: PackedSet) -> NDArray[np.int64]:
-    """What an earlier check of this set kept, [N, 5] headers; zeros where nothing is known."""
+def _load(packed: PackedSet, fingerprint: str) -> NDArray[np.int64]:
+    """What an earlier check kept, [N, 5] headers; zeros where nothing is known."""
     path = packed.directory / CHECKED_FILE
     nothing = np.zeros((packed.num_clips, len(Header._fields)), np.int64)
     if not path.exists():
         return nothing
     try:
         with np.load(path, allow_pickle=False) as file:
-            fingerprint, headers = str(file["fingerprint"]), file["headers"]
+            checked, headers = str(file["fingerprint"]), file["headers"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         _note(f"{path} is not readable ({error}): checking every file again")
         return nothing
-    if fingerprint != packed.fingerprint or headers.shape != nothing.shape:
+    if checked != fingerprint or headers.shape != nothing.shape:
         return nothing
     return np.asarray(headers, np.int64)
 
 
-def _save(packed: PackedSet, headers: NDArray[np.int64]) -> None:
+def _save(packed: PackedSet, fingerprint: str, headers: NDArray[np.int64]) -> None:
     with atomic_path(packed.directory / CHECKED_FILE) as path, path.open("wb") as file:
-        np.savez_compressed(file, fingerprint=packed.fingerprint, headers=headers)
+        np.savez_compressed(file, fingerprint=fingerprint, headers=headers)
 
 
 def _list_bad(packed: PackedSet, bad: list[BadClip]) -> None:

@@ -9,19 +9,23 @@ the same order and, where a rounding could show, with the same arithmetic: chann
 resampling to 16 kHz, rounding to int16; mean removal, mixup, mean removal, log-mel.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from nvidia import dali
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from fastat.data.shards import SAMPLE_RATE
+from fastat.errors import first_line
 from fastat.features import FEATURES
 
+DALI_VERSION: str = dali.__version__
 INT16_STEPS = 32768.0
 ROUND_HALF_EVEN = 1.5 * 2.0**23
 """Added and subtracted, it rounds a float32 below 2^22 to the nearest integer, ties to even, as
@@ -30,6 +34,9 @@ LOWPASS_CUTOFF, LOWPASS_WIDTH, LOWPASS_DECIBELS = 0.9569, 0.086, 128.0
 """Cutoff (-6 dB) and transition as fractions of the lower Nyquist frequency, and stopband
 attenuation: soxr HQ's, fitted to its response to tones, which this follows to 1e-3 of the
 amplitude."""
+
+_SAID = re.compile(r"encountered:\s+(?:Failed to open encoded data: |.* audio file \. )?(.+)")
+"""The reason inside DALI's report."""
 
 DataNode = Any
 Source = Callable[[], Sequence[list[NDArray[np.uint8]] | NDArray[Any]]]
@@ -104,17 +111,24 @@ def clips_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:
     return graph(**options)
 
 
-def flac_pipeline(**options: Any) -> Pipeline:
-    """int16 [samples, channels] of the input ``encoded``: audio files as uint8 [bytes], which must
-    stay where they are until their batch is done."""
+def decode_pipeline(dtype: Literal["int16", "float32"], **options: Any) -> Pipeline:
+    """Samples ([n, C] in ``dtype``) and rate (Hz) of the input ``encoded``: audio files as uint8
+    [bytes], which must stay where they are until their batch is done."""
+    kind = types.INT16 if dtype == "int16" else types.FLOAT
 
     @pipeline_def  # type: ignore[untyped-decorator]
-    def graph() -> DataNode:
+    def graph() -> tuple[DataNode, DataNode]:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        samples, _ = fn.decoders.audio(encoded, dtype=types.INT16)
-        return samples
+        samples, rate = fn.decoders.audio(encoded, dtype=kind)
+        return samples, rate
 
     return graph(**options)
+
+
+def said(error: RuntimeError) -> str:
+    """What DALI's error says went wrong, without where in the graph."""
+    match = _SAID.search(str(error))
+    return match[1] if match else first_line(error)
 
 
 def log_mel_pipeline(spec: Spec, source: Source, **options: Any) -> Pipeline:

@@ -79,7 +79,7 @@ class FlacReader:
 
     def __init__(self, reader: RowReader, num_samples: NDArray[np.int32]) -> None:
         try:
-            from fastat.data.dali_graph import flac_pipeline
+            from fastat.data.dali_graph import decode_pipeline
         except ImportError as error:
             raise UserError(
                 "FLAC shards need NVIDIA DALI (pip install nvidia-dali-cuda130), or a set packed "
@@ -88,7 +88,8 @@ class FlacReader:
         self.reader, self.num_samples = reader, num_samples
         self._batch = ROWS_PER_THREAD * cores_of_rank()
         self._build = partial(
-            flac_pipeline,
+            decode_pipeline,
+            "int16",
             batch_size=self._batch,
             num_threads=cores_of_rank(),
             device_id=None,  # no context on a GPU
@@ -201,11 +202,11 @@ def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
         _CannotDecode: the pipeline is of no more use.
     """
     try:
-        (decoded,) = pipe.share_outputs()
+        decoded, _ = pipe.share_outputs()
     except RuntimeError as error:
-        lines = str(error).partition("encountered:")[2].split("\n")
-        reason = next((line for line in lines if line), str(error))
-        raise _CannotDecode(reason) from error
+        from fastat.data.dali_graph import said
+
+        raise _CannotDecode(said(error)) from error
     bad: dict[int, str] = {}
     for i, (place, count) in enumerate(zip(batch.places, batch.num_samples, strict=True)):
         samples = decoded.at(i)

@@ -10,9 +10,11 @@ import h5py
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 from numpy.typing import NDArray
 
-from fastat.data import dali_check, hdf5_source
+from fastat.data import hdf5_source
+from fastat.data.dali import DaliSource
 from fastat.data.decode import decode, to_int16
 from fastat.data.pack import pack
 from fastat.data.pack_append import append
@@ -250,9 +252,14 @@ def test_bytes_decode_as_files_do(tmp_path: Path) -> None:
 
 
 def test_dali_says_that_it_cannot(classes: Path, tmp_path: Path) -> None:
-    path = f"{tmp_path / 'waveforms.h5'}#3"
     write_panns(tmp_path / "waveforms.h5", None)
-    assert hdf5_source.is_row(path) and hdf5_source.file_of(path) == path[:-2]
-    assert dali_check.look(path) == "unreadable: a row of an HDF5 file, DALI reads audio files"
+    out = tmp_path / "set"
+    pack(tmp_path / "waveforms.h5", out, clip_seconds=0.5, labels=classes, workers=1)
+    with pytest.raises(UserError, match=r"unreadable: a row of an HDF5 file, DALI reads audio"):
+        DaliSource(PackedSet.open(out), None, batch=2, threads=1, device=torch.device("cpu"))
+
+
+def test_which_paths_are_rows() -> None:
+    assert hdf5_source.is_row("a/b.h5#3") and hdf5_source.file_of("a/b.h5#3") == "a/b.h5"
     for name in ("a.wav", "a.h5", "a#3", "a.wav#3", "a.h5#", "a.h5#x", ".h5#1"):
         assert not hdf5_source.is_row(name) and hdf5_source.file_of(name) == name
