@@ -43,7 +43,7 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
         UserError: it fits no layout (says the nearest and what differs), a tensor is not of plain
             finite numbers, or one that is to be dropped is not what it should be.
     """
-    state = _unwrapped(state, source)
+    state = _unwrapped(state)
     layout = nearest_layout(state, source)
     state = {name: _numbers(tensor, name, source) for name, tensor in state.items()}
     ours: dict[str, Tensor] = {}
@@ -86,16 +86,14 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
     )
 
 
-def _unwrapped(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Without wrappers' prefixes."""
-    plain: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        for wrapper in WRAPPERS:
-            name = name.removeprefix(wrapper)
-        if name in plain:
-            raise UserError(f"{source}: {name} is there with and without {' or '.join(WRAPPERS)}")
-        plain[name] = tensor
-    return plain
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes of wrappers that every name begins with, in any order and number."""
+    while state:
+        shared = [w for w in WRAPPERS if all(name.startswith(w) for name in state)]
+        if not shared:
+            break
+        state = {name.removeprefix(shared[0]): tensor for name, tensor in state.items()}
+    return state
 
 
 def _numbers(tensor: Tensor, name: str, source: str) -> Tensor:

@@ -183,9 +183,10 @@ def test_another_feature_adapts_both_axes(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ foreign weights
-def test_the_authors_weights_start_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module.module._orig_mod."])
+def test_the_authors_weights_start_a_run(prefix: str, tmp_path: Path) -> None:
     original = randomise(TransformerEncoder(64, 64, 5))
-    torch.save({f"module.{k}": v for k, v in original.state_dict().items()}, tmp_path / "x.pth")
+    torch.save({f"{prefix}{k}": v for k, v in original.state_dict().items()}, tmp_path / "x.pth")
     options = initial_options(tmp_path / "x.pth", "cnn_trans")
     assert options == {"embedding": 64, "num_layers": 2, "num_heads": 8, "input_scale": 8.0}
     model, meta = make("cnn_trans", **options)
