@@ -76,7 +76,7 @@ def remove_if_unused(run: Path) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8", "surrogateescape")
 
 
 def append(file: io.FileIO, data: bytes) -> None:

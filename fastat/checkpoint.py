@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fastat.atomic import atomic_path
@@ -135,6 +135,12 @@ def save_tensors(
     path.chmod(mode)
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """safetensors' ``load_file``, which takes no path that is not UTF-8."""
+    tensors: dict[str, Tensor] = load(path.read_bytes())
+    return tensors
+
+
 def _file_checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -246,7 +252,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     if path.is_file() and not os.access(path, os.R_OK):  # safetensors would call it missing
         raise Failure(f"{path} cannot be read: Permission denied")
     try:
-        state: dict[str, Tensor] = load_file(path)
+        state = load_tensors(path)
     except (OSError, SafetensorError) as error:
         raise Failure(f"{path} is damaged: {error}") from error
     check_file(path)

@@ -1,6 +1,5 @@
 """The commands. A user's mistake is one line, exit code 2; a failure one line, exit code 1."""
 
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.compiling import compiler_failed, compiler_said
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
+from fastat.streams import prepare_standard_streams
 
 app = typer.Typer(
     name="fastat",
@@ -74,7 +74,7 @@ USAGE_ERROR: Any = next(c for c in typer.BadParameter.mro() if c.__name__ == "Cl
 
 def main() -> None:
     """The ``fastat`` command."""
-    _prepare_standard_streams()
+    prepare_standard_streams()
     try:
         os.getcwd()
     except FileNotFoundError:  # MKL would abort with an unclear message
@@ -106,27 +106,6 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _prepare_standard_streams() -> None:
-    """Makes the standard streams take everything that is printed.
-
-    One that is closed becomes /dev/null: the next file opened would take its number, and what
-    libraries print would end up in that file. File names may hold bytes that are no text, and
-    names of classes what the terminal's encoding does not have.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-            assert opened == number
-            os.set_inheritable(number, True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _fail(message: str, code: int) -> None:

@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastat.errors import one_line
+
 PLAIN_LINE_SECONDS = 15.0
 
 
@@ -64,8 +66,8 @@ class Display:
         self.live.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(Text(text))
+        """A line that stays, whatever names it holds."""
+        self.console.print(Text(one_line(text)))
 
     def status(self, s: Status) -> None:
         """Refreshes the panel, or prints a line when the last is old enough."""

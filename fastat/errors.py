@@ -1,5 +1,6 @@
 """The two kinds of error a command reports in one line, and the hint both may end with."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -24,9 +25,15 @@ LONGEST_LINE = 1000
 """Characters; a value in a message may be a whole damaged file."""
 
 
-def one_line(message: str) -> str:
-    """``message`` as it is printed: without line ends, cut where nobody reads on."""
-    line = " ".join(message.split())
+_LINE_ENDS = re.compile(r"\s*[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def one_line(text: str) -> str:
+    """``text`` as it is printed: without line ends, control characters escaped, cut where nobody
+    reads on. File names may hold any of them."""
+    line = _LINE_ENDS.sub(" ", text.strip())
+    line = _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 

@@ -218,7 +218,10 @@ def _by_quality(
 
 def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:
     """CSV: id, name, positives, AP and AUC; empty where a class has no positive."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["id", "name", "positives", "average_precision", "auc"])
         positives = result.targets.sum(0)

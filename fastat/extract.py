@@ -148,7 +148,7 @@ def write_arrays(
                 out.mkdir(parents=True, exist_ok=True)
                 with atomic_path(out / name) as temporary, temporary.open("wb") as file:
                     np.save(file, array)
-                written.append(f"{out / name}  {len(array)} x {array.shape[1]}")
+                written.append(one_line(f"{out / name}  {len(array)} x {array.shape[1]}"))
             if advance is not None:
                 advance()
     if written:

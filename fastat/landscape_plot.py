@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fastat.landscape import Landscape
-from fastat.outputs import written
-from fastat.plot import INK
+from fastat.plot import INK, save_png, shown
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart."""
@@ -22,9 +21,7 @@ LOG_FROM = 20.0
 
 def plot_landscapes(path: Path, found: Sequence[Landscape]) -> None:
     """Writes the picture as PNG. Raises Failure where it cannot be written."""
-    figure = draw(found)
-    with written(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(draw(found), path)
 
 
 def draw(found: Sequence[Landscape]) -> Figure:
@@ -74,7 +71,7 @@ def _names(found: Sequence[Landscape]) -> list[str]:
     """The runs' folders; with their model where the folder does not say it."""
     names = []
     for result in found:
-        name = Path(result.run).name.encode(errors="replace").decode()
+        name = shown(Path(result.run).name)
         names.append(name if result.model in name else f"{name} ({result.model})")
     return names
 

@@ -26,18 +26,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastat.atomic import atomic_path
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_tensors, write_model
+from fastat.checkpoint import (
+    ModelMeta,
+    build_frontend,
+    load_model,
+    load_tensors,
+    save_tensors,
+    write_model,
+)
 from fastat.data.loader import Batch, Source
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, UserError, one_line
 from fastat.frontend import Augment, Frontend
 from fastat.run_checkpoints import step_name
+from fastat.streams import prepare_standard_streams
 from fastat.system.device import autocast, choose_precision, default_device, set_products
 
 MAX_IN_A_ROW = 10
@@ -182,11 +189,13 @@ class Recorder:
         folder.parent.mkdir(exist_ok=True)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            with (temporary / "clips.csv").open("w", newline="", encoding="utf-8") as file:
+            with (temporary / "clips.csv").open(
+                "w", newline="", encoding="utf-8", errors="surrogateescape"
+            ) as file:
                 csv.writer(file).writerows([CLIPS_HEADER, *lines])
             save_tensors(_tensors(batch), temporary / BATCH_FILE)
             write_model(temporary, self.model.state_dict(), meta)
-            (temporary / "README.txt").write_text(readme)
+            (temporary / "README.txt").write_text(readme, "utf-8", "surrogateescape")
         return [clip for clip, (_, loss) in zip(clips, verdicts, strict=True) if not loss]
 
     def _plan(self, step: int) -> StepPlan:
@@ -222,7 +231,7 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
         if isinstance(module, nn.RNNBase):
             # Of one layer training is the same, and cuDNN goes backward through no other.
             module.train()
-    tensors = {k: v.to(device) for k, v in load_file(folder / BATCH_FILE).items()}
+    tensors = {k: v.to(device) for k, v in load_tensors(folder / BATCH_FILE).items()}
     target, num_samples = tensors["target"], tensors["num_samples"]
     augment = Augment(*(tensors[name] for name in Augment._fields))
     frontend = build_frontend(meta).to(device)
@@ -245,6 +254,7 @@ def reproduce(folder: Path) -> list[tuple[int, bool, bool]]:
 
 def main(arguments: list[str]) -> int:
     """Prints what ``reproduce`` finds; returns the exit code."""
+    prepare_standard_streams()
     if len(arguments) != 1:
         print("usage: python -m fastat.nonfinite RUN/nonfinite/step-...", file=sys.stderr)
         return 2
@@ -252,13 +262,15 @@ def main(arguments: list[str]) -> int:
     try:
         found = reproduce(folder)
     except (UserError, Failure) as error:
-        print(f"fastat: {error}", file=sys.stderr)
+        print(f"fastat: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    with (folder / "clips.csv").open(encoding="utf-8") as file:
+    with (folder / "clips.csv").open(
+        newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
         clips = [row["clip"] for row in csv.DictReader(file)]
     bad = [(clips[i], loss, gradient) for i, loss, gradient in found if not (loss and gradient)]
     for clip, loss, _ in bad:
-        print(f"{clip}: the {'gradient' if loss else 'loss'} is not finite")
+        print(one_line(f"{clip}: the {'gradient' if loss else 'loss'} is not finite"))
     print(f"{len(bad)} of {len(clips)} clips, each taken alone, are not finite")
     return 0
 

@@ -4,6 +4,7 @@ matplotlib's Agg canvas, without pyplot: no display, no global state.
 """
 
 import math
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from fastat.checkpoint import ModelMeta
+from fastat.errors import one_line
 from fastat.extract import log_mel_blocks
 from fastat.features import FEATURES, Feature, hz_to_mel
 from fastat.outputs import written
@@ -36,8 +38,17 @@ def plot_prediction(
     path: Path, found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: int
 ) -> None:
     """Writes the picture of a prediction as PNG. Raises Failure where it cannot be written."""
-    figure = draw(found, waveform, meta, top)
-    with written(path) as temporary:
+    save_png(draw(found, waveform, meta, top), path)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes ``figure``; characters of names that matplotlib's font lacks are boxes in it.
+
+    Raises:
+        Failure: it cannot be written.
+    """
+    with warnings.catch_warnings(), written(path) as temporary:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(temporary, format="png")
 
 
@@ -203,8 +214,13 @@ def _hz(hz: int) -> str:
 
 
 def _short(name: str, length: int = NAME_LENGTH) -> str:
-    name = name.encode(errors="replace").decode()
+    name = shown(name)
     return name if len(name) <= length else name[: length - 1].rstrip() + "…"
+
+
+def shown(name: str) -> str:
+    """A name of a file or class as a picture can show it."""
+    return one_line(name).encode(errors="replace").decode()
 
 
 def _length(seconds: float) -> str:

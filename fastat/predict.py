@@ -30,7 +30,7 @@ from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.config import check_precision
 from fastat.data.decode import BadAudio
-from fastat.errors import UserError
+from fastat.errors import UserError, one_line
 from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
@@ -304,22 +304,21 @@ def sparkline(values: NDArray[np.float32], width: int = SPARKLINE_WIDTH) -> str:
 
 
 def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
-    """Prints a file's tags: a table on a terminal, plain text elsewhere."""
+    """Prints a file's tags: a table on a terminal that has its characters, else plain text."""
     count = len(found.starts)
     windows = "1 window" if count == 1 else f"{count} windows"
     length = f"{found.seconds:.3g} s" if found.seconds < 10 else clock(found.seconds)
-    # A file name may hold bytes that are no text.
-    name = str(found.path).encode(errors="replace").decode()
+    name, names = one_line(str(found.path)), [one_line(c.name) for c in meta.classes]
     if not first:
         print()
-    if not sys.stdout.isatty():
+    if not (sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf")):
         print(f"{name}  ({length}, {windows})")
         tags = found.strongest(top)
-        width = max(len(meta.classes[k].name) for k in tags)
+        width = max(len(names[k]) for k in tags)
         for k in tags:
             peak = int(found.logits[:, k].argmax())
             when = f"  {clock(found.starts[peak])}-{clock(found.ends[peak])}" if count > 1 else ""
-            print(f"  {found.overall[k]:.3f}  {meta.classes[k].name:{width if when else 0}}{when}")
+            print(f"  {found.overall[k]:.3f}  {names[k]:{width if when else 0}}{when}")
         return
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     table.title = Text.assemble((name, "bold"), (f"  {length}, {windows}", "dim"))
@@ -332,7 +331,7 @@ def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
         table.add_column("peak", justify="right")
     for k in found.strongest(top):
         p = float(found.overall[k])
-        cells: list[Text | Bar | str] = [Text(meta.classes[k].name), Bar(1.0, 0.0, p, color="cyan")]
+        cells: list[Text | Bar | str] = [Text(names[k]), Bar(1.0, 0.0, p, color="cyan")]
         cells.append(f"{p:.3f}")
         if count > 1:
             over_time = found.probabilities[:, k]

@@ -76,7 +76,7 @@ def read_predictions(path: Path) -> Predictions:
 def _texts(dataset: Any) -> list[str]:
     if dataset.ndim != 1:
         raise ValueError(f"expected one row of {dataset.name}, got the shape {dataset.shape}")
-    texts: list[str] = dataset.asstr(errors="replace")[:].tolist()
+    texts: list[str] = dataset.asstr(errors="surrogateescape")[:].tolist()
     return texts
 
 
@@ -99,8 +99,12 @@ def save_predictions(
         file["logit"] = logit
         file["probability"] = expit(logit)
         file["target"] = target
-        file.create_dataset("audio_name", data=names, dtype=text)
-        file.create_dataset("class_id", data=[c.id for c in classes], dtype=text)
-        file.create_dataset("class_name", data=[c.name for c in classes], dtype=text)
+        for dataset, texts in (
+            ("audio_name", names),
+            ("class_id", [c.id for c in classes]),
+            ("class_name", [c.name for c in classes]),
+        ):
+            encoded = [x.encode("utf-8", "surrogateescape") for x in texts]
+            file.create_dataset(dataset, data=encoded, dtype=text)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.getbuffer())

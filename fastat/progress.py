@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fastat.errors import one_line
+
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -47,9 +49,10 @@ def _rate(per_second: float, unit: str) -> str:
 @contextmanager
 def progress(title: str, total: int, unit: str = "clips", done: int = 0) -> Iterator[Advance]:
     """A display over ``total`` units, ``done`` of them already done; yields ``advance(n)``."""
+    title = one_line(title)
     if sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             _RateColumn(unit),

@@ -16,7 +16,7 @@ from rich.text import Text
 from fastat.atomic import new_folder, remove_if_unused
 from fastat.commands import Json, Precision, table_console
 from fastat.config import check_precision
-from fastat.errors import UserError
+from fastat.errors import UserError, one_line
 from fastat.outputs import check_output, finite
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def _changes_table(changes: list[dict[str, Any]]) -> Table:
     for change in changes:
         difference = change["difference"]
         table.add_row(
-            Text(change["name"]),
+            Text(one_line(change["name"])),
             f"{change['positives']:,}",
             f"{change['ap_a']:.3f}",
             f"{change['ap_b']:.3f}",

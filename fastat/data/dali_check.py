@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from fastat.atomic import atomic_path
 from fastat.data.hdf5_source import is_row
 from fastat.data.shards import SAMPLE_RATE, PackedSet
+from fastat.errors import one_line
 from fastat.progress import progress
 
 CHECKED_FILE = "dali_checked.npz"
@@ -300,4 +301,4 @@ def _list_bad(packed: PackedSet, bad: list[BadClip]) -> None:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from fastat.data.pack import PackSummary
 from fastat.data.pack_append import AppendSummary
 from fastat.data.pack_bad import BAD_FILE
 from fastat.data.verify import VerifySummary
-from fastat.errors import Failure
+from fastat.errors import Failure, one_line
 
 MAX_DAMAGES = 20
 """Lines of --verify; --json has all."""
@@ -32,7 +32,7 @@ def print_packed(summary: PackSummary, *, as_json: bool) -> None:
     if summary.changed_bad:
         print(f"changed since: {summary.changed_bad} of the bad files; --append tries them again")
     if summary.empty_classes:
-        names = ", ".join(summary.empty_classes[:5])
+        names = one_line(", ".join(summary.empty_classes[:5]))
         more = ", ..." if len(summary.empty_classes) > 5 else ""
         print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
 
@@ -75,7 +75,7 @@ def print_verified(summary: VerifySummary, *, as_json: bool) -> None:
     else:
         for damage in damaged[:MAX_DAMAGES]:
             row = "" if damage.row is None else f", row {damage.row} (clip {damage.clip})"
-            print(f"{damage.file}{row}: {damage.reason}")
+            print(one_line(f"{damage.file}{row}: {damage.reason}"))
         if len(damaged) > MAX_DAMAGES:
             print(f"... {len(damaged) - MAX_DAMAGES:,} more; --json lists all")
     if damaged:

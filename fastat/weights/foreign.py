@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastat.checkpoint import load_tensors
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.weights.layouts import HF_AST
@@ -90,10 +90,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
         try:
-            tensors: dict[str, Tensor] = load_file(path)
+            return load_tensors(path)
         except (OSError, SafetensorError) as error:
             raise Failure(f"{path} is damaged: {error}") from error
-        return tensors
     if path.suffix not in PICKLES:
         raise UserError(
             f"{path}: expected a folder, .safetensors or {', '.join(PICKLES)}, got {path.name!r}"
