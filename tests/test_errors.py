@@ -4,6 +4,7 @@ from fastat.errors import one_line
 
 
 def test_a_message_is_a_line_of_bearable_length() -> None:
-    assert one_line("a\nfile \t of  lines\n") == "a file of lines"
+    assert one_line("a\nfile  of \r\n\t lines\n") == "a file  of lines"
+    assert one_line("a\x1b[31m\x00\x9b\t") == "a\\x1b[31m\\x00\\x9b"
     long = one_line(f"/x/table.csv: got {'x' * 100_000}")
     assert long.startswith("/x/table.csv: got xxx") and len(long) < 1100

@@ -1,0 +1,156 @@
+"""Names of files and classes that are not UTF-8, that the terminal cannot show, or that would break
+a line: every name that gets into a set gets out of it again."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from fastat.checkpoint import load_meta
+from fastat.data.pack import pack
+from fastat.data.shards import PackedSet
+from fastat.errors import one_line
+from fastat.predictions import read_predictions
+from tests.conftest import QUIET, TINY_MODEL
+
+LATIN = os.fsdecode(b"caf\xe9")
+CLASSES = (LATIN, "naïve 中文", "two\nlines", "\x1b[31m[red]$x$ <b>&")
+CLIPS = (f"{LATIN} ", "新", "nl\n", "cr\r\n", "\x1b[2J", "two  spaces", '$c,o"mma_')
+RATE, SECONDS = 16_000, 0.5
+LINE_ENDS = re.compile(r"[\n\r]")
+
+
+class Named(NamedTuple):
+    """A set of clips with odd names, packed and trained on, in folders with odd names."""
+
+    audio: Path
+    packed: Path
+    run: Path
+
+    @property
+    def clips(self) -> list[Path]:
+        """Those of one class."""
+        return sorted((self.audio / CLASSES[0]).iterdir())
+
+
+def fastat(
+    *args: object, code: int = 0, module: str = "fastat.cli", env: dict[str, str] | None = None
+) -> tuple[str, str]:
+    """Runs the command; standard output and error as bytes that are no text are kept in a str."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        capture_output=True,
+        env=os.environ | QUIET | (env or {}),
+        timeout=300,
+    )
+    out, err = os.fsdecode(done.stdout), os.fsdecode(done.stderr)
+    assert done.returncode == code and "Traceback" not in err, f"{done.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def train(named: Named | tuple[Path, Path], out: Path, *more: object, code: int = 0) -> str:
+    sizes = ("--epochs", 1, "--batch", 8, "--no-pretrained")
+    args = ("--proc", "A4", "--model", "cnn_trans", *TINY_MODEL, *sizes, *more)
+    return fastat("train", *args, "--data", named[1], "--out", out, code=code)[1]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Named:
+    root = tmp_path_factory.mktemp("named") / f"{LATIN} ü"
+    rng = np.random.default_rng(0)
+    t = np.arange(int(SECONDS * RATE)) / RATE
+    for k, name in enumerate(CLASSES):
+        (root / "audio" / name).mkdir(parents=True)
+        for clip in CLIPS:
+            wave = 0.3 * np.sin(2 * np.pi * 300 * (k + 1) * t) + 0.01 * rng.standard_normal(len(t))
+            with (root / "audio" / name / f"{clip}{k}.wav").open("wb") as file:
+                sf.write(file, wave, RATE, format="WAV")
+    pack(root / "audio", root / "set", clip_seconds=SECONDS, workers=1)
+    train((root, root / "set"), root / "run", "--eval", root / "set")
+    return Named(root / "audio", root / "set", root / "run")
+
+
+def test_a_run_and_its_scores_keep_every_name(named: Named, tmp_path: Path) -> None:
+    out = tmp_path / LATIN
+    outputs = ("--predictions", f"{out}.h5", "--per-class", f"{out}.csv")
+    fastat("eval", named.run, "--data", named.packed, *outputs)
+    packed = PackedSet.open(named.packed)
+    assert [c.id for c in packed.classes] == sorted(CLASSES)
+    assert load_meta(named.run / "checkpoints" / "best").classes == packed.classes
+    names = packed.names(np.arange(packed.num_clips))
+    for scores in (read_predictions(named.run), read_predictions(Path(f"{out}.h5"))):
+        assert sorted(scores.names) == sorted(names)
+        assert scores.ids == scores.class_names == [c.id for c in packed.classes]
+    with open(f"{out}.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [c.name for c in packed.classes]
+    shown, _ = fastat("compare", named.run, f"{out}.h5", "--resamples", 100)
+    assert all(one_line(name) in shown for name in CLASSES)
+    shown, _ = fastat("compare", named.run, f"{out}.h5", "--resamples", 100, "--json")
+    document = json.loads(shown)
+    assert {change["name"] for change in document["changes"]} == set(CLASSES)
+    fastat("report", named.run, "--out", f"{out}.html")
+    page = Path(f"{out}.html").read_text("utf-8")
+    assert json.dumps(CLASSES[1]) in page and json.dumps(CLASSES[0]) in page
+
+
+def test_a_run_goes_on_from_such_a_folder(named: Named, tmp_path: Path) -> None:
+    train(named, tmp_path / LATIN, "--init", named.run, "--source", "dali", "--steps", 2)
+    fastat("train", "--resume", "--out", tmp_path / LATIN)
+
+
+def test_a_step_that_is_not_finite_keeps_its_names(named: Named, tmp_path: Path) -> None:
+    out = tmp_path / LATIN
+    err = train(named, out, "--lr", "1e30", "--precision", "fp32", "--no-mixup", code=1)
+    assert err.splitlines()[-1].startswith("fastat: ")
+    (step,) = (out / "nonfinite").iterdir()
+    with (step / "clips.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        clips = [row["clip"] for row in csv.DictReader(file)]
+    packed = PackedSet.open(named.packed)
+    assert set(clips) <= set(packed.names(np.arange(packed.num_clips)))
+    shown, _ = fastat(step, module="fastat.nonfinite")
+    assert f"of {len(clips)} clips" in shown.splitlines()[-1]
+    assert all(not LINE_ENDS.search(line) for line in shown.splitlines())
+
+
+TERMINALS = {
+    "utf-8": {"PYTHONIOENCODING": "utf-8:strict"},
+    "ascii": {"PYTHONIOENCODING": "ascii:strict"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_every_terminal_takes_every_name(named: Named, terminal: str, tmp_path: Path) -> None:
+    env = TERMINALS[terminal]
+    shown, _ = fastat("predict", named.run, *named.clips, "--top", 4, env=env)
+    heads = [line for line in shown.split("\n") if line and not line.startswith("  ")]
+    assert len(heads) == len(CLIPS) and "\x1b" not in shown
+    assert any("two  spaces" in head for head in heads)
+    if terminal == "utf-8":
+        paths = [one_line(str(path)) for path in named.clips]
+        assert [head.partition("  (0.5 s")[0] for head in heads] == paths
+    plot = ("--plot", tmp_path / "p.png")
+    text, err = fastat("predict", named.run, *named.clips, *plot, "--json", env=env)
+    files = [os.fsencode(item["file"]) for item in json.loads(text)]
+    assert files == [os.fsencode(path) for path in named.clips]
+    assert "Warning" not in err and len(list(tmp_path.glob("*.png"))) == len(CLIPS)
+
+
+@pytest.mark.parametrize("terminal", ["utf-8", "ascii"])
+def test_a_bad_file_is_one_line_whatever_its_name(
+    named: Named, terminal: str, tmp_path: Path
+) -> None:
+    bad = tmp_path / f"{LATIN}\n\x1b[2J.wav"
+    bad.write_text("text")
+    out, err = fastat("predict", named.run, bad, code=1, env=TERMINALS[terminal])
+    assert out == "" and err.count("\n") == 1 and "\x1b" not in err and f"/{LATIN} " in err
+    _, err = fastat("predict", named.run, f"{bad}2", code=2, env=TERMINALS[terminal])
+    assert err.count("\n") == 1 and "does not exist" in err
