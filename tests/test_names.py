@@ -17,7 +17,7 @@ import soundfile as sf
 from fastat.checkpoint import load_meta
 from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
-from fastat.errors import one_line
+from fastat.errors import UserError, one_line
 from fastat.predictions import read_predictions
 from tests.conftest import QUIET, TINY_MODEL
 
@@ -154,3 +154,12 @@ def test_a_bad_file_is_one_line_whatever_its_name(
     assert out == "" and err.count("\n") == 1 and "\x1b" not in err and f"/{LATIN} " in err
     _, err = fastat("predict", named.run, f"{bad}2", code=2, env=TERMINALS[terminal])
     assert err.count("\n") == 1 and "does not exist" in err
+
+
+@pytest.mark.parametrize("label", ["a\0b", "\ud83d"])
+def test_a_class_that_no_file_can_hold_is_refused(label: str, tmp_path: Path) -> None:
+    sf.write(tmp_path / "a.wav", np.zeros(8000), RATE)
+    data = [{"wav": str(tmp_path / "a.wav"), "labels": label}]
+    (tmp_path / "data.json").write_text(json.dumps({"data": data}))
+    with pytest.raises(UserError, match="class .* holds a NUL character or half"):
+        pack(tmp_path / "data.json", tmp_path / "set", workers=1)

@@ -1,6 +1,7 @@
 """Lists of classes: from AudioSet's CSV, from a packed set, or from the labels themselves."""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from fastat.errors import UserError
 INDEX_COLUMNS = ("index", "class_index", "idx")
 ID_COLUMNS = ("mid", "id", "label", "class")
 NAME_COLUMNS = ("display_name", "name", "class_name", "description")
+_NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+"""The surrogates between these stand for bytes of a file name that are not UTF-8."""
 
 
 class ClassList:
@@ -19,6 +22,9 @@ class ClassList:
         """``source`` says in messages where the list comes from."""
         self.classes = tuple(classes)
         self.source = source
+        for c in self.classes:
+            check_class_name(c.id, source)
+            check_class_name(c.name, source)
         self._numbers: dict[str, int] = {}
         names = [c.name for c in self.classes]
         twice = {name for name in names if names.count(name) > 1}
@@ -98,6 +104,14 @@ class ClassList:
                 f"got {sorted(found)[:3]}..."
             )
         return cls([found[number] for number in range(len(found))], str(path))
+
+
+def check_class_name(name: str, source: str) -> None:
+    """Raises UserError for a name that HDF5 and UTF-8 cannot hold."""
+    if _NO_TEXT.search(name):
+        raise UserError(
+            f"{source}: class {name!r} holds a NUL character or half a surrogate pair: correct it"
+        )
 
 
 def csv_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:

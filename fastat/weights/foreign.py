@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastat.checkpoint import load_tensors
+from fastat.data.classes import check_class_name
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.weights.layouts import HF_AST
@@ -138,6 +139,7 @@ def label_names(foreign: Foreign) -> list[str] | None:
             raise UserError(
                 f"{foreign.source}/{CONFIG}: expected a name as id2label {i}, got {name!r}"
             )
+        check_class_name(name, f"{foreign.source}/{CONFIG}")
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):  # transformers' own filling
         return None
     return names
