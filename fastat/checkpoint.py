@@ -136,9 +136,8 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """safetensors' ``load_file``, which takes no path that is not UTF-8."""
-    tensors: dict[str, Tensor] = load(path.read_bytes())
-    return tensors
+    """A file's tensors, by name; safetensors' ``load_file`` takes no path that is not UTF-8."""
+    return dict(sorted(load(path.read_bytes()).items()))
 
 
 def _file_checksum(path: Path) -> str:
