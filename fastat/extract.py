@@ -23,7 +23,7 @@ BLOCK_FRAMES = 1024
 
 def read_waveform(path: Path) -> NDArray[np.int16]:
     """All samples of a file, [S], mono at 16 kHz, as packing stores them. Raises BadAudio."""
-    return to_int16(decode(path))
+    return to_int16(decode(path).samples)
 
 
 class BadFiles:

@@ -1,19 +1,25 @@
 """One audio file, or the bytes of one -> float32 mono at 16 kHz, or the reason why not.
 
-libsndfile reads what it can (WAV, FLAC, OGG, MP3, AIFF, AU, ...); the rest goes to FFmpeg when the
-extra ``av`` is installed. Channels are averaged and soxr HQ resamples, in blocks: a long file
-costs the memory of its 16 kHz samples, and the result is bit-identical to resampling it in one
-piece.
+Which library reads what:
+
+- MPEG audio (MP3): FFmpeg's decoder, frame by frame (``mpeg``).
+- WAV, FLAC, Ogg, AIFF, AU, CAF and whatever else libsndfile knows: libsndfile. How much a file
+  holds is not taken from its header alone (``containers``, ``integrity``).
+- What libsndfile refuses, such as MP4, WebM, ADTS, 20-bit FLAC and FLAC in Ogg: FFmpeg
+  (``ffmpeg``).
+
+All that a file holds is read, also where several files were joined. Channels are averaged and
+soxr HQ resamples, in blocks: a long file costs the memory of its 16 kHz samples, and the result is
+bit-identical to resampling it in one piece.
 """
 
 import hashlib
-import io
 import itertools
-import os
-import re
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile as sf
@@ -21,8 +27,20 @@ import soxr
 from numpy.typing import NDArray
 
 from fastat.data.bad_audio import BadAudio as BadAudio
+from fastat.data.bad_audio import Note as Note
 from fastat.data.bad_audio import Reason as Reason
-from fastat.data.integrity import NO_MD5, OPUS_RATE, check_ogg, read_flac_header
+from fastat.data.blocks import Block, mono
+from fastat.data.containers import UNKNOWN, Samples, find_samples
+from fastat.data.ffmpeg import FFmpegFile
+from fastat.data.integrity import (
+    OPUS_RATE,
+    FlacHeader,
+    check_ogg,
+    find_next_flac,
+    read_flac_header,
+)
+from fastat.data.mpeg import mpeg_blocks
+from fastat.data.window import Window, opened
 
 BLOCK_SECONDS = 30
 """soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
@@ -34,60 +52,61 @@ SAMPLE_RATES = range(1_000, 1_000_001)
 """Hz; a header that says something else is damaged."""
 UNKNOWN_FRAMES = 1 << 48
 """libsndfile reports a huge number when a stream's header promises none."""
-_HEADER_SIZES = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
+MAX_CLIPPED = 0.01
+"""Share of a file's samples that may lie beyond full scale where it stores floats: more are a wrong
+scale. Lossy codecs overshoot wherever the recording itself was clipped (up to half of the samples
+of a square wave), so that no share of theirs is an error."""
+_FLOATS = ("FLOAT", "DOUBLE")
 _FLAC_WIDTHS = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
 """Bytes of a sample as FLAC's MD5 takes it."""
-_TRY_FFMPEG = (1, 4)
-"""libsndfile's errors: format not recognised, encoding not supported. Any other is damage, which
-FFmpeg would pass over in silence."""
-_STREAMED_SIZES = (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000)
-"""Sizes in the header of a WAV file that was written to a pipe: no promise."""
+_TRY_FFMPEG = (1, 4, 18)
+"""libsndfile's errors: format not recognised, encoding not supported, format not implemented. Any
+other is damage, which FFmpeg would pass over in silence."""
 
 
-class _Span(NamedTuple):
-    """What to read: from a whole second on, at most ``seconds`` (None: to the end)."""
+class Audio(NamedTuple):
+    """What a file holds."""
 
-    first_second: int
-    seconds: float | None
+    samples: NDArray[np.float32]  # [S]
+    """Mono, full scale 1."""
+    notes: tuple[Note, ...]
+    """What is worth knowing about it."""
 
 
-def decode(
-    source: Path | bytes,
-    sample_rate: int = 16_000,
-    start_seconds: float = 0.0,
-    seconds: float | None = None,
-) -> NDArray[np.float32]:
-    """Samples of a file, or of a file's bytes, [S] float32, mono, full scale 1; at most ``seconds``
-    from ``start_seconds`` on.
+def decode(source: Path | bytes, sample_rate: int = 16_000, seconds: float | None = None) -> Audio:
+    """All samples of a file, or of a file's bytes; at most the first ``seconds``.
 
     Raises:
-        BadAudio: missing, unreadable, empty (no sample from ``start_seconds`` on), non-finite, or
-            truncated: its header promises frames, among those asked for, that are not there.
+        BadAudio: missing, unreadable, empty, non-finite, clipped, or truncated (its header promises
+            samples, among those asked for, that are not there).
+        MemoryError: too large for the memory.
     """
-    if isinstance(source, Path):
-        if not source.exists():
-            raise BadAudio("missing")
-        if not source.is_file():  # reading a pipe or a device may never end
-            raise BadAudio("unreadable", "not a file")
-        empty = source.stat().st_size == 0
-    else:
-        empty = not source
-    if empty:
-        raise BadAudio("empty", "0 bytes")
     try:
-        sound = sf.SoundFile(_readable(source))
-    except sf.LibsndfileError as error:
-        if error.code not in _TRY_FFMPEG:
-            raise BadAudio("unreadable", error.error_string) from error
-        return _decode_av(source, error.error_string, sample_rate, start_seconds, seconds)
-    with sound:
-        rate = _checked_rate(sound.samplerate)
-        span = _span(rate, start_seconds, seconds, seek=True)
-        if sound.format == "OGG":
-            upto = None if seconds is None else start_seconds + seconds
-            check_ogg(source, OPUS_RATE if sound.subtype == "OPUS" else rate, upto)
-        blocks = _soundfile_blocks(sound, span, source)
-        return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)
+        if isinstance(source, Path):
+            _check_file(source)
+        elif not source:
+            raise BadAudio("empty", "0 bytes")
+        reader = _Reader(source, seconds)
+        return _resampled(reader, sample_rate, seconds)
+    except (BadAudio, MemoryError):
+        raise
+    except OSError as error:
+        raise BadAudio("unreadable", error.strerror or str(error)) from error
+    # Four libraries read files that anybody may have made. Whatever one of them raises is the
+    # fault of this file, and must not cost the others of the command.
+    except Exception as error:
+        raise BadAudio("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise BadAudio("missing") from None
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise BadAudio("unreadable", "not a file")
+    if status.st_size == 0:
+        raise BadAudio("empty", "0 bytes")
 
 
 def resample_clip(
@@ -95,10 +114,9 @@ def resample_clip(
 ) -> NDArray[np.float32]:
     """Samples that need no decoding, [n] at ``rate`` -> as ``decode`` gives them, at most
     ``seconds``; raises BadAudio as it does."""
-    span = _span(rate, 0.0, seconds, seek=False)
-    end = None if span.seconds is None else int(np.ceil(span.seconds * rate))
-    blocks = iter([x[:end] * np.float32(1 / 32768)])
-    return _resample(blocks, rate, sample_rate, span, 0.0, seconds)
+    end = None if seconds is None else math.ceil(_with_margin(seconds, rate) * rate)
+    blocks = iter([Block(rate, x[:end] * np.float32(1 / 32768))])
+    return _cut(blocks, sample_rate, seconds)
 
 
 def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
@@ -110,45 +128,54 @@ def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
     return scaled.astype(np.int16)
 
 
-def _readable(source: Path | bytes) -> bytes | io.BytesIO:
-    """What libsndfile opens: a path, or a stream over a file's bytes."""
-    return io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)
+# -------------------------------------------------------------------------------------- resampling
+def _with_margin(seconds: float, rate: int) -> float:
+    return seconds + MARGIN_SECONDS + MARGIN_FRAMES / rate
 
 
-def _checked_rate(rate: int) -> int:
-    if rate not in SAMPLE_RATES:
-        raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
-    return rate
+def _resampled(reader: "_Reader", sample_rate: int, seconds: float | None) -> Audio:
+    level = _Level()
+    samples = _cut(level.measured(reader.blocks()), sample_rate, seconds)
+    if level.clipped:
+        share = level.clipped / level.num_samples
+        detail = f"{share:.2%} of its samples are beyond full scale, peak {level.peak:.4g}"
+        if reader.stores_floats and share > MAX_CLIPPED:
+            raise BadAudio("clipped", detail)
+        reader.notes.append(Note("clipped", detail))
+    return Audio(samples, tuple(reader.notes))
 
 
-def _span(rate: int, start_seconds: float, seconds: float | None, *, seek: bool) -> _Span:
-    margin = MARGIN_SECONDS + MARGIN_FRAMES / rate
-    # From a whole second: there the resampled grid has a sample at any rate.
-    first = max(0, int(start_seconds - margin)) if seek else 0
-    return _Span(first, None if seconds is None else start_seconds - first + seconds + margin)
+class _Level:
+    """How far samples go beyond full scale."""
+
+    def __init__(self) -> None:
+        self.num_samples = self.clipped = 0
+        self.peak = 0.0
+
+    def measured(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """The blocks as they are."""
+        for block in blocks:
+            x = block.samples
+            if len(x):
+                self.num_samples += len(x)
+                peak = float(max(x.max(), -x.min()))
+                self.peak = max(self.peak, peak)
+                if peak > 1.0:
+                    self.clipped += int(np.count_nonzero(np.abs(x) > 1.0))
+            yield block
 
 
-def _resample(
-    blocks: Iterator[NDArray[np.float32]],
-    rate: int,
-    sample_rate: int,
-    span: _Span,
-    start_seconds: float,
-    seconds: float | None,
-) -> NDArray[np.float32]:
-    """Mono blocks from ``span`` -> the samples asked for, [S]."""
-    first = next(blocks, np.empty(0, np.float32))
-    second = next(blocks, None)
-    if second is None:
-        samples = first if rate == sample_rate else _soxr(first, rate, sample_rate)
-    else:
-        following: Iterable[NDArray[np.float32]] = itertools.chain((first, second), blocks)
-        if rate != sample_rate:
-            following = _soxr_stream(following, rate, sample_rate)
-        samples = np.concatenate(list(following))
-    start = round(start_seconds * sample_rate) - span.first_second * sample_rate
-    end = None if seconds is None else start + round(seconds * sample_rate)
-    samples = samples[start:end]
+def _cut(blocks: Iterator[Block], sample_rate: int, seconds: float | None) -> NDArray[np.float32]:
+    """Blocks of any rate -> [S] at ``sample_rate``, at most ``seconds``."""
+    resampled = (
+        part
+        for rate, group in itertools.groupby(blocks, key=lambda block: block.rate)
+        for part in _at_rate((block.samples for block in group), rate, sample_rate)
+    )
+    parts = list(resampled)
+    samples = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
+    if seconds is not None:
+        samples = samples[: round(seconds * sample_rate)]
     if len(samples) == 0:
         raise BadAudio("empty", "no samples")
     if not np.isfinite(samples).all():
@@ -156,85 +183,190 @@ def _resample(
     return samples
 
 
-def _soxr(x: NDArray[np.float32], rate: int, sample_rate: int) -> NDArray[np.float32]:
-    resampled: NDArray[np.float32] = soxr.resample(x, rate, sample_rate, quality="HQ")
-    return resampled
+def _at_rate(
+    blocks: Iterator[NDArray[np.float32]], rate: int, sample_rate: int
+) -> Iterable[NDArray[np.float32]]:
+    """Resamples blocks; bit for bit what resampling them in one piece gives."""
+    if rate == sample_rate:
+        return blocks
+    first = next(blocks)
+    second = next(blocks, None)
+    if second is None:
+        return [soxr.resample(first, rate, sample_rate, quality="HQ")]
+    return _streamed(itertools.chain((first, second), blocks), rate, sample_rate)
 
 
-def _soxr_stream(
+def _streamed(
     blocks: Iterable[NDArray[np.float32]], rate: int, sample_rate: int
 ) -> Iterator[NDArray[np.float32]]:
-    """Bit for bit what ``_soxr`` makes of the blocks in one piece."""
     stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
     for block in blocks:
         yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
-def _mono(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[n, C] -> [n], the mean of the channels."""
-    if block.shape[1] == 1:
-        return block[:, 0]
-    # numpy's mean over a short last axis is ten times slower.
-    total = block[:, 0].copy()
-    for channel in range(1, block.shape[1]):
-        total += block[:, channel]
-    total /= block.shape[1]
-    return total
+# ----------------------------------------------------------------------------------------- reading
+class _Reader:
+    """Reads a file, or several that were joined, block by block."""
 
+    def __init__(self, source: Path | bytes, seconds: float | None) -> None:
+        self.source, self.seconds = source, seconds
+        self.seconds_read = 0.0
+        self.notes: list[Note] = []
+        self.stores_floats = False
 
-def _soundfile_blocks(
-    sound: sf.SoundFile, span: _Span, source: Path | bytes
-) -> Iterator[NDArray[np.float32]]:
-    """Mono blocks of ``span``; BadAudio at a frame that the header promises and the file lacks."""
-    rate: int = sound.samplerate
-    for promised, actual in _HEADER_SIZES.findall(sound.extra_info):
-        if int(promised) not in _STREAMED_SIZES and int(promised) > int(actual):
-            raise BadAudio("truncated", f"{actual} of {promised} bytes of audio")
-    known = sound.frames < UNKNOWN_FRAMES
-    position = span.first_second * rate
-    if position:
-        if known and position >= sound.frames:
-            return
-        sound.seek(position)
-    end = sound.frames
-    if span.seconds is not None:
-        end = min(end, position + int(np.ceil(span.seconds * rate)))
-    flac = _FlacSamples(sound, source) if sound.format == "FLAC" else None
-    longest = max(1, min(BLOCK_SECONDS * rate, BLOCK_VALUES // sound.channels))
-    while position < end:
-        length = min(end - position, longest)
+    def blocks(self) -> Iterator[Block]:
+        """The samples up to a little beyond ``seconds``."""
+        start: int | None = 0
+        while start is not None and (self.seconds is None or self.seconds_read < self.seconds):
+            start = yield from self._file_at(start)
+
+    def _file_at(self, start: int) -> Generator[Block, None, int | None]:
+        """The samples of the file that begins at byte ``start``; returns where the next begins."""
+        with ExitStack() as stack:
+            file = stack.enter_context(opened(self.source))
+            flac = read_flac_header(file, start)
+            found = find_samples(file, start)
+            if found.note:
+                self.notes.append(Note("wrong length", found.note))
+            next_file = found.next_file
+            sound = None
+            if flac is None or flac.is_complete:  # libsndfile cannot read to an unknown end
+                try:
+                    sound = stack.enter_context(self._sound(start, next_file, found))
+                except sf.LibsndfileError as error:
+                    if error.code not in _TRY_FFMPEG:
+                        raise BadAudio("unreadable", error.error_string) from error
+            if sound is None:
+                end = None if flac is None else find_next_flac(file, start)
+                return (yield from self._ffmpeg_blocks(file, start, end, found))
+            if sound.format == "MP3":
+                file.seek(start)
+                yield from self._counted(mpeg_blocks(file))
+                return None
+            if sound.format == "OGG":
+                rate = OPUS_RATE if sound.subtype == "OPUS" else sound.samplerate
+                next_file = check_ogg(file, start, rate, self._left(rate))
+                if next_file is not None:
+                    sound = stack.enter_context(self._sound(start, next_file))
+            yield from self._counted(self._sound_blocks(sound, start, found, flac))
+            if flac is not None and self._left(sound.samplerate) > 0:
+                next_file = find_next_flac(file, start)
+            return next_file
+
+    def _ffmpeg_blocks(
+        self, file: BinaryIO, start: int, end: int | None, found: Samples
+    ) -> Generator[Block, None, int | None]:
+        """As ``_file_at``, for a file that libsndfile does not read."""
+        with ExitStack() as stack:
+            source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
+            if source.format == "mp3":  # with something in front that libsndfile does not expect
+                file.seek(start)
+                yield from self._counted(mpeg_blocks(file))
+                return None
+            if source.format == "ogg":
+                rate = OPUS_RATE if source.codec == "opus" else source.rate
+                end = check_ogg(file, start, rate, self._left(rate))
+                if end is not None:
+                    source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
+            self.stores_floats |= source.codec.startswith("pcm_f")
+            yield from self._counted(source.blocks())
+            self.notes.extend(source.notes)
+        return end
+
+    def _window(self, start: int, end: int | None, found: Samples = UNKNOWN) -> Window:
+        # FFmpeg recognises a few formats by the extension alone.
+        name = "audio" + (self.source.suffix if isinstance(self.source, Path) else "")
+        first = found.first if found.head else start
+        return Window(opened(self.source), first, end, found.head, name)
+
+    @contextmanager
+    def _sound(
+        self, start: int, end: int | None, found: Samples = UNKNOWN
+    ) -> Iterator[sf.SoundFile]:
+        """The file at byte ``start``, opened by libsndfile."""
+        if isinstance(self.source, Path) and start == 0 and end is None and not found.head:
+            # By its number: soundfile takes any name that ends in .raw for samples alone.
+            with (
+                self.source.open("rb", buffering=0) as file,
+                sf.SoundFile(file.fileno(), closefd=False) as sound,
+            ):
+                yield sound
+        else:
+            with self._window(start, end, found) as file, sf.SoundFile(file) as sound:
+                yield sound
+
+    def _left(self, rate: int) -> float:
+        """How many seconds more to read; ``rate`` decides about the margin."""
+        if self.seconds is None:
+            return math.inf
+        return _with_margin(self.seconds, rate) - self.seconds_read
+
+    def _counted(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """The blocks as they are, until there are enough."""
+        for block in blocks:
+            if block.rate not in SAMPLE_RATES:
+                raise BadAudio("unreadable", f"a sample rate of {block.rate} Hz")
+            self.seconds_read += len(block.samples) / block.rate
+            yield block
+            if self._left(block.rate) <= 0:
+                return
+
+    def _sound_blocks(
+        self, sound: sf.SoundFile, start: int, found: Samples, flac: FlacHeader | None
+    ) -> Iterator[Block]:
+        """What libsndfile reads; BadAudio at a frame that the header states and the file lacks."""
+        rate: int = sound.samplerate
+        if rate not in SAMPLE_RATES:
+            raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
+        self.stores_floats |= sound.subtype in _FLOATS
+        checked = None if sound.format != "FLAC" else _FlacSamples(sound, flac)
+        left = self._left(rate)
+        end = sound.frames if math.isinf(left) else min(sound.frames, math.ceil(left * rate))
+        longest = max(1, min(BLOCK_SECONDS * rate, BLOCK_VALUES // sound.channels))
+        position = 0
+        while position < end:
+            length = min(end - position, longest)
+            try:
+                if checked is None:
+                    block = sound.read(length, dtype="float32", always_2d=True)
+                else:
+                    block = checked.read(length)
+            except sf.LibsndfileError as error:
+                detail = (
+                    f"decoding stopped in the block at {position / rate:.1f} s: "
+                    f"{error.error_string}"
+                )
+                whole = self._has_last_frame(start, found)
+                raise BadAudio("unreadable" if whole else "truncated", detail) from error
+            position += len(block)
+            if len(block):
+                yield Block(rate, mono(block))
+            if len(block) < length:  # reading on would find what is behind a gap
+                break
+        if position < end and sound.frames < UNKNOWN_FRAMES:
+            raise BadAudio("truncated", f"{position} of {sound.frames} frames")
+        if checked is not None and position == sound.frames:
+            checked.check()
+
+    def _has_last_frame(self, start: int, found: Samples) -> bool:
+        """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
         try:
-            if flac is None:
-                block = sound.read(length, dtype="float32", always_2d=True)
-            else:
-                block = flac.read(length)
-        except sf.LibsndfileError as error:
-            detail = (
-                f"decoding stopped in the block at {position / rate:.1f} s: {error.error_string}"
-            )
-            reason: Reason = "unreadable" if _has_last_frame(sound) else "truncated"
-            raise BadAudio(reason, detail) from error
-        position += len(block)
-        if len(block):
-            yield _mono(block)
-        if len(block) < length:  # reading on would find what is behind a gap
-            break
-    if known and position < end:
-        raise BadAudio("truncated", f"{position} of {sound.frames} frames")
-    if flac is not None and span.first_second == 0 and position == sound.frames:
-        flac.check()
+            with self._sound(start, None, found) as again:  # the first one's decoder gave up
+                again.seek(again.frames - 1)
+                return len(again.read(1)) == 1
+        except sf.LibsndfileError:
+            return False
 
 
 class _FlacSamples:
     """Reads a FLAC file and compares what was read with what its header says."""
 
-    def __init__(self, sound: sf.SoundFile, source: Path | bytes) -> None:
-        self.sound = sound
+    def __init__(self, sound: sf.SoundFile, header: FlacHeader | None) -> None:
+        self.sound, self.header = sound, header
         self.width = _FLAC_WIDTHS[sound.subtype]
-        self.header = read_flac_header(source)
         self.digest = hashlib.md5(usedforsecurity=False)
-        rate = self.header.frame_rate if self.header else None
+        rate = header.frame_rate if header else None
         if rate not in (None, sound.samplerate):
             detail = f"the header says {sound.samplerate} Hz, the first frame {rate}"
             raise BadAudio("unreadable", detail)
@@ -252,84 +384,6 @@ class _FlacSamples:
         return samples
 
     def check(self) -> None:
-        """BadAudio unless the whole file, read from its start, has the MD5 of its header."""
-        if self.header and self.header.md5 not in (NO_MD5, self.digest.digest()):
+        """Raises BadAudio unless the whole file has the MD5 of its header."""
+        if self.header and self.header.md5 != self.digest.digest():
             raise BadAudio("unreadable", "the samples differ from their checksum (MD5)")
-
-
-def _has_last_frame(sound: sf.SoundFile) -> bool:
-    """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
-    name = sound.name
-    source = io.BytesIO(name.getvalue()) if isinstance(name, io.BytesIO) else name
-    try:
-        with sf.SoundFile(source) as again:  # the first one's decoder gave up
-            again.seek(again.frames - 1)
-            return len(again.read(1)) == 1
-    except sf.LibsndfileError:
-        return False
-
-
-def _decode_av(
-    source: Path | bytes, why: str, sample_rate: int, start_seconds: float, seconds: float | None
-) -> NDArray[np.float32]:
-    """As ``decode``, with FFmpeg; ``why`` is what libsndfile said."""
-    try:
-        import av
-    except ImportError:
-        hint = "not readable by libsndfile; with fastat[av] installed FFmpeg would be tried"
-        raise BadAudio("unreadable", f"{why.rstrip('.')} ({hint})") from None
-    try:
-        opened = os.fspath(source) if isinstance(source, Path) else io.BytesIO(source)
-        # Of a damaged frame FFmpeg would make something up; names of tags may be in any encoding.
-        strict = {"err_detect": "crccheck+explode"}
-        with av.open(opened, metadata_errors="ignore", options=strict) as container:
-            if not container.streams.audio:
-                raise BadAudio("unreadable", "no audio stream")
-            stream = container.streams.audio[0]
-            if stream.codec_context is None:
-                raise BadAudio("unreadable", "FFmpeg: no decoder for it")
-            rate = _checked_rate(stream.codec_context.sample_rate)
-            if container.format.name == "ogg":
-                upto = None if seconds is None else start_seconds + seconds
-                check_ogg(source, OPUS_RATE if stream.codec_context.name == "opus" else rate, upto)
-            span = _span(rate, start_seconds, seconds, seek=False)
-            blocks = _av_blocks(container, stream, rate, span)
-            return _resample(blocks, rate, sample_rate, span, start_seconds, seconds)
-    except av.FFmpegError as error:
-        raise BadAudio("unreadable", f"FFmpeg: {error.strerror}") from error
-
-
-def _av_blocks(
-    container: "av.container.InputContainer",  # type: ignore[name-defined]  # noqa: F821
-    stream: "av.AudioStream",  # type: ignore[name-defined]  # noqa: F821
-    rate: int,
-    span: _Span,
-) -> Iterator[NDArray[np.float32]]:
-    import av
-
-    to_float = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
-    position = 0
-    end = None if span.seconds is None else int(np.ceil(span.seconds * rate))
-    for decoded in container.decode(stream):
-        for frame in to_float.resample(decoded):
-            block = frame.to_ndarray().T  # [n, C]
-            position += len(block)
-            yield _mono(block)
-        if end is not None and position >= end:
-            return
-    promised = _promised_seconds(container, stream)
-    if promised is not None and position / rate < promised - 0.5:
-        raise BadAudio("truncated", f"{position / rate:.1f} of {promised:.1f} s")
-
-
-def _promised_seconds(
-    container: "av.container.InputContainer",  # type: ignore[name-defined]  # noqa: F821
-    stream: "av.AudioStream",  # type: ignore[name-defined]  # noqa: F821
-) -> float | None:
-    """The length by MP4's index or Matroska's header; other containers only estimate it."""
-    if "mp4" in container.format.name and stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    alone = len(container.streams) == 1  # Matroska's is the length of its longest stream
-    if "matroska" in container.format.name and alone and container.duration is not None:
-        return float(container.duration) / 1e6  # FFmpeg counts it in microseconds
-    return None

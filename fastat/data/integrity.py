@@ -5,14 +5,15 @@ looks at neither the MD5 of the samples nor whether frames and header mean the s
 file it leaves out the pages that are damaged or gone, and takes any last page for the end.
 """
 
-import io
 import struct
 import zlib
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from fastat.data.bad_audio import BadAudio
+from fastat.data.window import skip_id3
 
+FLAC_BEGINNING = b"fLaC\0\0\0\x22"
+"""Of every native FLAC file: its name and the head of its first block, STREAMINFO."""
 NO_MD5 = bytes(16)
 """What an encoder writes that could not go back to the header."""
 OGG_FIRST, OGG_LAST = 2, 4
@@ -29,38 +30,60 @@ class FlacHeader(NamedTuple):
     """What a FLAC file says of itself that libsndfile does not pass on."""
 
     md5: bytes
+    num_samples: int
+    """0 where the encoder did not know it."""
     frame_rate: int | None
     """Hz, by the first frame; None where the frame leaves it to the header."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether length and MD5 are known; a program that writes to a pipe knows neither."""
+        return self.num_samples > 0 and self.md5 != NO_MD5
 
-def read_flac_header(source: Path | bytes) -> FlacHeader | None:
-    """Of a native FLAC file; None when it does not begin as one."""
-    with _opened(source) as file:
-        start = file.read(10)
-        if start[:3] == b"ID3":
-            size = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(start[:5:-1]))
-            file.seek(10 + size)
-        else:
-            file.seek(0)
-        if file.read(4) != b"fLaC":
+
+def read_flac_header(file: BinaryIO, start: int) -> FlacHeader | None:
+    """Of the native FLAC file that begins at byte ``start``; None when none does."""
+    file.seek(start)
+    skip_id3(file)
+    if file.read(4) != b"fLaC":
+        return None
+    info, last = b"", False
+    while not last:
+        head = file.read(4)
+        if len(head) < 4:
             return None
-        md5, last = NO_MD5, False
-        while not last:
-            head = file.read(4)
-            if len(head) < 4:
-                return None
-            last, kind, size = bool(head[0] & 0x80), head[0] & 0x7F, int.from_bytes(head[1:], "big")
-            if kind == 0:
-                md5 = file.read(size)[18:34]
-            else:
-                file.seek(size, 1)
-        frame = file.read(3)
+        last, kind, size = bool(head[0] & 0x80), head[0] & 0x7F, int.from_bytes(head[1:], "big")
+        if kind == 0:
+            info = file.read(size)
+        else:
+            file.seek(size, 1)
+    frame = file.read(3)
+    if len(info) < 34:
+        return None
     code = frame[2] & 0xF if len(frame) == 3 and frame[0] == 0xFF else 0
-    return FlacHeader(md5, _FLAC_RATES.get(code))
+    number = int.from_bytes(info[13:18], "big")  # the last 36 of these 40 bits
+    return FlacHeader(info[18:34], number & (1 << 36) - 1, _FLAC_RATES.get(code))
 
 
-def check_ogg(source: Path | bytes, rate: int, seconds: float | None) -> None:
-    """Follows the pages of an Ogg file over its first ``seconds`` (None: all).
+def find_next_flac(file: BinaryIO, start: int) -> int | None:
+    """Where another FLAC file was joined to the one that begins at ``start``; None: nowhere."""
+    place = start + len(FLAC_BEGINNING)
+    while True:
+        file.seek(place)
+        data = file.read(1 << 20)
+        found = data.find(FLAC_BEGINNING)
+        if found >= 0:
+            return place + found
+        if len(data) < 1 << 20:
+            return None
+        place += len(data) - len(FLAC_BEGINNING)
+
+
+def check_ogg(file: BinaryIO, start: int, rate: int, seconds: float) -> int | None:
+    """Follows the pages of an Ogg file from byte ``start`` over its first ``seconds``.
+
+    Returns where another file begins that was chained to it; None when there is none, or when the
+    ``seconds`` ended before.
 
     Args:
         rate: of the positions that pages carry, Hz.
@@ -68,32 +91,32 @@ def check_ogg(source: Path | bytes, rate: int, seconds: float | None) -> None:
     Raises:
         BadAudio: a page is damaged or missing, or the file stops before its last page.
     """
-    with _opened(source) as file:
-        expected: dict[int, int] = {}  # the number of each open stream's next page
-        origin = None
-        ended = False
-        while page := _read_page(file, ended):
-            if page.flags & OGG_FIRST:
-                expected[page.serial] = page.number
-            if expected.get(page.serial) != page.number:
-                raise BadAudio("unreadable", f"an Ogg page before byte {file.tell():,} is missing")
-            expected[page.serial] = page.number + 1 & 0xFFFFFFFF
-            if page.flags & OGG_LAST:
-                del expected[page.serial]
-            ended = not expected
-            if 0 < page.position:
-                origin = page.position if origin is None else origin
-                if seconds is not None and page.position - origin >= seconds * rate:
-                    return
-        if not ended:
-            raise BadAudio("truncated", "the last Ogg page is missing")
-
-
-def _opened(source: Path | bytes) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    file.seek(start)
+    expected: dict[int, int] = {}  # the number of each open stream's next page
+    origin = None
+    ended = False
+    while page := _read_page(file, ended):
+        if page.flags & OGG_FIRST:
+            if ended:
+                return page.start
+            expected[page.serial] = page.number
+        if expected.get(page.serial) != page.number:
+            raise BadAudio("unreadable", f"an Ogg page before byte {file.tell():,} is missing")
+        expected[page.serial] = page.number + 1 & 0xFFFFFFFF
+        if page.flags & OGG_LAST:
+            del expected[page.serial]
+        ended = not expected
+        if 0 < page.position:
+            origin = page.position if origin is None else origin
+            if page.position - origin >= seconds * rate:
+                return None
+    if not ended:
+        raise BadAudio("truncated", "the last Ogg page is missing")
+    return None
 
 
 class _Page(NamedTuple):
+    start: int
     flags: int
     position: int
     serial: int
@@ -115,7 +138,7 @@ def _read_page(file: BinaryIO, ended: bool) -> _Page | None:
     flags, position, serial, number, crc = struct.unpack("<BqIII", head[5:26])
     if _ogg_crc(head[:22] + bytes(4) + head[26:] + table + body) != crc:
         raise BadAudio("unreadable", f"the Ogg page at byte {start:,} differs from its checksum")
-    return _Page(flags, position, serial, number)
+    return _Page(start, flags, position, serial, number)
 
 
 def _ogg_crc(data: bytes) -> int:
