@@ -100,7 +100,8 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
             sizes_64 = place + head_size + 8  # behind the size of the file
         length = stated if form.counts_head else head_size + stated
         place += max(head_size, length + -length % form.align)
-    first, field, code = place + head_size + form.lead, place + len(name), form.head[0] + form.head[-1]
+    first, field = place + head_size + form.lead, place + len(name)
+    code = form.head[0] + form.head[-1]
     if sizes_64 is not None and stated == _MAX_32_BITS:
         file.seek(sizes_64)
         field, code = sizes_64, "<Q"
@@ -168,7 +169,7 @@ class _Field(NamedTuple):
         if self.code == "<I" and right > _MAX_32_BITS:
             struct.pack_into(self.code, head, place, _MAX_32_BITS)
             sizes_64 = struct.pack("<4sIQQQI", b"ds64", 28, len(head) + there, there, 0, 0)
-            head = b"RF64" + bytes([0xFF] * 4) + b"WAVE" + sizes_64 + head[12:]
+            head[:12] = b"RF64\xff\xff\xff\xffWAVE" + sizes_64
         else:
             struct.pack_into(self.code, head, place, right)
         return Samples(self.first, bytes(head), note, None)

@@ -37,7 +37,6 @@ NO_SUBTYPES = ("DWVW", "MPEG")
 """Codings inside those that DALI does not decode."""
 MAX_VALUES = 2**31 - 1
 """Samples times channels of a file, which DALI holds decoded as a whole."""
-PIECE_SECONDS = 60
 MARGIN_SECONDS = 1
 """Read beyond a cut at other rates than 16 kHz, for the resampler, as ``decode`` does."""
 CHUNK_ROWS = 2048
@@ -143,8 +142,7 @@ def look(path: str, known: Header | None = None) -> Header | str:
     if info.frames == 0:
         return "empty: no samples"
     try:
-        for start in range(0, -(-info.frames // info.samplerate), PIECE_SECONDS):
-            decode(Path(path), info.samplerate, start, PIECE_SECONDS)
+        decode(Path(path))
     except BadAudio as error:
         return str(error)
     return Header(status.st_size, status.st_mtime_ns, info.samplerate, info.channels, info.frames)

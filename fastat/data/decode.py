@@ -16,10 +16,11 @@ bit-identical to resampling it in one piece.
 import hashlib
 import itertools
 import math
+import stat
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile as sf
@@ -53,9 +54,9 @@ SAMPLE_RATES = range(1_000, 1_000_001)
 UNKNOWN_FRAMES = 1 << 48
 """libsndfile reports a huge number when a stream's header promises none."""
 MAX_CLIPPED = 0.01
-"""Share of a file's samples that may lie beyond full scale where it stores floats: more are a wrong
-scale. Lossy codecs overshoot wherever the recording itself was clipped (up to half of the samples
-of a square wave), so that no share of theirs is an error."""
+"""Share of samples beyond full scale above which a file that stores floats is bad: its scale is
+another one. Lossy codecs overshoot wherever the recording was clipped before, in up to half of the
+samples of a square wave: a file of theirs is never bad, and is noted above this share."""
 _FLOATS = ("FLOAT", "DOUBLE")
 _FLAC_WIDTHS = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
 """Bytes of a sample as FLAC's MD5 takes it."""
@@ -103,7 +104,7 @@ def _check_file(path: Path) -> None:
         status = path.stat()
     except FileNotFoundError:
         raise BadAudio("missing") from None
-    if not path.is_file():  # reading a pipe or a device may never end
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
         raise BadAudio("unreadable", "not a file")
     if status.st_size == 0:
         raise BadAudio("empty", "0 bytes")
@@ -136,11 +137,11 @@ def _with_margin(seconds: float, rate: int) -> float:
 def _resampled(reader: "_Reader", sample_rate: int, seconds: float | None) -> Audio:
     level = _Level()
     samples = _cut(level.measured(reader.blocks()), sample_rate, seconds)
-    if level.clipped:
-        share = level.clipped / level.num_samples
-        detail = f"{share:.2%} of its samples are beyond full scale, peak {level.peak:.4g}"
-        if reader.stores_floats and share > MAX_CLIPPED:
-            raise BadAudio("clipped", detail)
+    share = level.clipped / level.num_samples
+    detail = f"{share:.2%} of its samples are beyond full scale, the peak is {level.peak:.4g}"
+    if reader.stores_floats and share > MAX_CLIPPED:
+        raise BadAudio("clipped", detail)
+    if share > (0.0 if reader.stores_floats else MAX_CLIPPED):
         reader.notes.append(Note("clipped", detail))
     return Audio(samples, tuple(reader.notes))
 
@@ -285,16 +286,12 @@ class _Reader:
         self, start: int, end: int | None, found: Samples = UNKNOWN
     ) -> Iterator[sf.SoundFile]:
         """The file at byte ``start``, opened by libsndfile."""
-        if isinstance(self.source, Path) and start == 0 and end is None and not found.head:
-            # By its number: soundfile takes any name that ends in .raw for samples alone.
-            with (
-                self.source.open("rb", buffering=0) as file,
-                sf.SoundFile(file.fileno(), closefd=False) as sound,
-            ):
-                yield sound
-        else:
-            with self._window(start, end, found) as file, sf.SoundFile(file) as sound:
-                yield sound
+        with ExitStack() as stack:
+            opened: Any = stack.enter_context(self._window(start, end, found))
+            if isinstance(self.source, Path) and start == 0 and end is None and not found.head:
+                # By its number: soundfile takes a name that ends in .raw for samples alone.
+                opened = stack.enter_context(self.source.open("rb", buffering=0)).fileno()
+            yield stack.enter_context(sf.SoundFile(opened, closefd=False))
 
     def _left(self, rate: int) -> float:
         """How many seconds more to read; ``rate`` decides about the margin."""

@@ -101,7 +101,8 @@ class _FlacChecksum:
             x = np.ascontiguousarray(x.T)
         x = x.reshape(-1) >> (8 * x.itemsize - self.bits)
         width = -(-self.bits // 8)
-        self.digest.update(np.ascontiguousarray(x.view(np.uint8).reshape(len(x), -1)[:, :width]))
+        lowest = x.view(np.uint8).reshape(len(x), -1)[:, :width]
+        self.digest.update(np.ascontiguousarray(lowest).data)
         self.num_samples += frame.samples
 
     def check(self) -> Iterator[Note]:

@@ -131,7 +131,7 @@ class _Stream:
         rate, samples = self.header.rate, self.header.num_samples
         if stated is not None:
             tolerance = math.ceil(TOLERANCE_SECONDS * rate / samples)
-            if self.num_frames < stated - tolerance:
+            if self.num_frames < stated - tolerance * (not self.cut):
                 raise BadAudio("truncated", f"{self.num_frames} of {stated} MPEG frames")
         elif self.cut:
             raise BadAudio("truncated", "the last MPEG frame is cut short")
@@ -157,25 +157,26 @@ class _Stream:
 def _frames(file: BinaryIO) -> Iterator[_Frame]:
     """The frames of a file in order; what lies in front of the first is passed over."""
     last: _Header | None = None
-    begins = True
+    behind_tag = False
     while True:
         start = file.tell()
         head = file.read(4)
         header = _parse(head)
-        follows = not begins and last is not None and header is not None
-        if header and (follows and header.same_stream(last) or _confirmed(file, start, header)):
+        follows = header and last and not behind_tag and header.same_stream(last)
+        if header is not None and (follows or _confirmed(file, start, header)):
             file.seek(start + 4)
-            yield _Frame(header, head + file.read(header.length - 4), begins or not follows)
-            last, begins = header, False
+            yield _Frame(header, head + file.read(header.length - 4), begins=not follows)
+            last, behind_tag = header, False
             continue
         file.seek(start)
         if _skip_tags(file):
-            begins = True
+            behind_tag = True
             continue
         following = _search(file, start)
         if following is None:
             return
-        if last is not None:
+        # A header where the file begins, and no frame behind it: not junk, but a damaged frame.
+        if last is not None or header is not None:
             raise BadAudio(
                 "unreadable",
                 f"{following - start:,} bytes at byte {start:,} are not MPEG audio",
