@@ -12,7 +12,6 @@ import struct
 from typing import BinaryIO, NamedTuple
 
 from fastat.data.bad_audio import BadAudio
-from fastat.data.window import skip_id3
 
 SLACK_BYTES = 128
 """A number that is wrong by no more than this includes parts of the header, or a byte of
@@ -77,8 +76,6 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(start)
-    skip_id3(file)
-    start = file.tell()
     magic = file.read(4)
     if magic == b".snd":
         offset, stated = struct.unpack(">II", file.read(8).ljust(8, b"\0"))

@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import av
 import numpy as np
 import soundfile as sf
 import soxr
@@ -34,20 +35,20 @@ from fastat.data.blocks import Block, mono
 from fastat.data.containers import UNKNOWN, Samples, find_samples
 from fastat.data.ffmpeg import FFmpegFile
 from fastat.data.integrity import (
-    OPUS_RATE,
     FlacHeader,
     check_ogg,
     find_next_flac,
+    is_ogg_flac,
     read_flac_header,
 )
-from fastat.data.mpeg import mpeg_blocks
-from fastat.data.window import Window, opened
+from fastat.data.mpeg import begins_with_mpeg, mpeg_blocks
+from fastat.data.window import Window, opened, skip_id3
 
 BLOCK_SECONDS = 30
 """soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
 BLOCK_VALUES = 16 << 20
 """Most values of a block, over all channels: a damaged header promises any number of them."""
-MARGIN_SECONDS, MARGIN_FRAMES = 1, 4096
+MARGIN_SECONDS = 1
 """Read beyond a cut: the resampler's filter (a few hundred taps) sees what the whole file has."""
 SAMPLE_RATES = range(1_000, 1_000_001)
 """Hz; a header that says something else is damaged."""
@@ -91,6 +92,8 @@ def decode(source: Path | bytes, sample_rate: int = 16_000, seconds: float | Non
         return _resampled(reader, sample_rate, seconds)
     except (BadAudio, MemoryError):
         raise
+    except av.FFmpegError as error:
+        raise BadAudio("unreadable", f"FFmpeg: {error.strerror}") from error
     except OSError as error:
         raise BadAudio("unreadable", error.strerror or str(error)) from error
     # Four libraries read files that anybody may have made. Whatever one of them raises is the
@@ -115,7 +118,7 @@ def resample_clip(
 ) -> NDArray[np.float32]:
     """Samples that need no decoding, [n] at ``rate`` -> as ``decode`` gives them, at most
     ``seconds``; raises BadAudio as it does."""
-    end = None if seconds is None else math.ceil(_with_margin(seconds, rate) * rate)
+    end = None if seconds is None else math.ceil((seconds + MARGIN_SECONDS) * rate)
     blocks = iter([Block(rate, x[:end] * np.float32(1 / 32768))])
     return _cut(blocks, sample_rate, seconds)
 
@@ -130,10 +133,6 @@ def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
 
 
 # -------------------------------------------------------------------------------------- resampling
-def _with_margin(seconds: float, rate: int) -> float:
-    return seconds + MARGIN_SECONDS + MARGIN_FRAMES / rate
-
-
 def _resampled(reader: "_Reader", sample_rate: int, seconds: float | None) -> Audio:
     level = _Level()
     samples = _cut(level.measured(reader.blocks()), sample_rate, seconds)
@@ -226,54 +225,56 @@ class _Reader:
         """The samples of the file that begins at byte ``start``; returns where the next begins."""
         with ExitStack() as stack:
             file = stack.enter_context(opened(self.source))
+            file.seek(start)
+            skip_id3(file)  # in front of other formats than MP3, libsndfile loses as many bytes
+            start = file.tell()
             flac = read_flac_header(file, start)
             found = find_samples(file, start)
             if found.note:
                 self.notes.append(Note("wrong length", found.note))
-            next_file = found.next_file
+            next_file = found.next_file or check_ogg(file, start, self._left())
             sound = None
-            if flac is None or flac.is_complete:  # libsndfile cannot read to an unknown end
+            # libsndfile reads neither FLAC of unknown length nor FLAC in Ogg.
+            if (flac is None or flac.is_complete) and not is_ogg_flac(file, start):
                 try:
                     sound = stack.enter_context(self._sound(start, next_file, found))
                 except sf.LibsndfileError as error:
                     if error.code not in _TRY_FFMPEG:
                         raise BadAudio("unreadable", error.error_string) from error
             if sound is None:
-                end = None if flac is None else find_next_flac(file, start)
-                return (yield from self._ffmpeg_blocks(file, start, end, found))
+                if flac is not None:
+                    next_file = find_next_flac(file, start)
+                yield from self._ffmpeg_blocks(file, start, next_file, found)
+                return next_file
             if sound.format == "MP3":
                 file.seek(start)
                 yield from self._counted(mpeg_blocks(file))
                 return None
-            if sound.format == "OGG":
-                rate = OPUS_RATE if sound.subtype == "OPUS" else sound.samplerate
-                next_file = check_ogg(file, start, rate, self._left(rate))
-                if next_file is not None:
-                    sound = stack.enter_context(self._sound(start, next_file))
             yield from self._counted(self._sound_blocks(sound, start, found, flac))
-            if flac is not None and self._left(sound.samplerate) > 0:
+            if flac is not None and self._left() > 0:
                 next_file = find_next_flac(file, start)
             return next_file
 
     def _ffmpeg_blocks(
         self, file: BinaryIO, start: int, end: int | None, found: Samples
-    ) -> Generator[Block, None, int | None]:
-        """As ``_file_at``, for a file that libsndfile does not read."""
+    ) -> Iterator[Block]:
+        """The samples of a file that libsndfile does not read."""
         with ExitStack() as stack:
-            source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
-            if source.format == "mp3":  # with something in front that libsndfile does not expect
+            try:
+                source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
+                is_mpeg = source.format == "mp3"
+            except av.InvalidDataError:
+                # Much junk in front of MPEG audio hides it from FFmpeg too.
+                if not begins_with_mpeg(file, start):
+                    raise
+                is_mpeg = True
+            if is_mpeg:
                 file.seek(start)
                 yield from self._counted(mpeg_blocks(file))
-                return None
-            if source.format == "ogg":
-                rate = OPUS_RATE if source.codec == "opus" else source.rate
-                end = check_ogg(file, start, rate, self._left(rate))
-                if end is not None:
-                    source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
+                return
             self.stores_floats |= source.codec.startswith("pcm_f")
             yield from self._counted(source.blocks())
             self.notes.extend(source.notes)
-        return end
 
     def _window(self, start: int, end: int | None, found: Samples = UNKNOWN) -> Window:
         # FFmpeg recognises a few formats by the extension alone.
@@ -293,11 +294,11 @@ class _Reader:
                 opened = stack.enter_context(self.source.open("rb", buffering=0)).fileno()
             yield stack.enter_context(sf.SoundFile(opened, closefd=False))
 
-    def _left(self, rate: int) -> float:
-        """How many seconds more to read; ``rate`` decides about the margin."""
+    def _left(self) -> float:
+        """How many seconds more to read."""
         if self.seconds is None:
             return math.inf
-        return _with_margin(self.seconds, rate) - self.seconds_read
+        return self.seconds + MARGIN_SECONDS - self.seconds_read
 
     def _counted(self, blocks: Iterator[Block]) -> Iterator[Block]:
         """The blocks as they are, until there are enough."""
@@ -306,7 +307,7 @@ class _Reader:
                 raise BadAudio("unreadable", f"a sample rate of {block.rate} Hz")
             self.seconds_read += len(block.samples) / block.rate
             yield block
-            if self._left(block.rate) <= 0:
+            if self._left() <= 0:
                 return
 
     def _sound_blocks(
@@ -318,7 +319,7 @@ class _Reader:
             raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
         self.stores_floats |= sound.subtype in _FLOATS
         checked = None if sound.format != "FLAC" else _FlacSamples(sound, flac)
-        left = self._left(rate)
+        left = self._left()
         end = sound.frames if math.isinf(left) else min(sound.frames, math.ceil(left * rate))
         longest = max(1, min(BLOCK_SECONDS * rate, BLOCK_VALUES // sound.channels))
         position = 0

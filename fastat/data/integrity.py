@@ -5,20 +5,21 @@ looks at neither the MD5 of the samples nor whether frames and header mean the s
 file it leaves out the pages that are damaged or gone, and takes any last page for the end.
 """
 
+import math
+import re
 import struct
 import zlib
 from typing import BinaryIO, NamedTuple
 
 from fastat.data.bad_audio import BadAudio
-from fastat.data.window import skip_id3
 
-FLAC_BEGINNING = b"fLaC\0\0\0\x22"
+_FLAC_BEGINNING = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 """Of every native FLAC file: its name and the head of its first block, STREAMINFO."""
+_FLAC_BEGINNING_BYTES = 8
+_SEARCH_BYTES = 1 << 20
 NO_MD5 = bytes(16)
 """What an encoder writes that could not go back to the header."""
 OGG_FIRST, OGG_LAST = 2, 4
-OPUS_RATE = 48_000
-"""Hz; Opus counts time in it whatever it was made from."""
 _FLAC_RATES = {
     1: 88_200, 2: 176_400, 3: 192_000, 4: 8_000, 5: 16_000, 6: 22_050, 7: 24_000, 8: 32_000,
     9: 44_100, 10: 48_000, 11: 96_000,
@@ -44,7 +45,6 @@ class FlacHeader(NamedTuple):
 def read_flac_header(file: BinaryIO, start: int) -> FlacHeader | None:
     """Of the native FLAC file that begins at byte ``start``; None when none does."""
     file.seek(start)
-    skip_id3(file)
     if file.read(4) != b"fLaC":
         return None
     info, last = b"", False
@@ -67,39 +67,48 @@ def read_flac_header(file: BinaryIO, start: int) -> FlacHeader | None:
 
 def find_next_flac(file: BinaryIO, start: int) -> int | None:
     """Where another FLAC file was joined to the one that begins at ``start``; None: nowhere."""
-    place = start + len(FLAC_BEGINNING)
+    place = start + _FLAC_BEGINNING_BYTES
     while True:
         file.seek(place)
-        data = file.read(1 << 20)
-        found = data.find(FLAC_BEGINNING)
-        if found >= 0:
-            return place + found
-        if len(data) < 1 << 20:
+        data = file.read(_SEARCH_BYTES)
+        found = _FLAC_BEGINNING.search(data)
+        if found is not None:
+            return place + found.start()
+        if len(data) < _SEARCH_BYTES:
             return None
-        place += len(data) - len(FLAC_BEGINNING)
+        place += len(data) - _FLAC_BEGINNING_BYTES
 
 
-def check_ogg(file: BinaryIO, start: int, rate: int, seconds: float) -> int | None:
-    """Follows the pages of an Ogg file from byte ``start`` over its first ``seconds``.
+def is_ogg_flac(file: BinaryIO, start: int) -> bool:
+    """Whether a file of FLAC in Ogg begins at byte ``start``."""
+    file.seek(start)
+    head = file.read(64)
+    return head.startswith(b"OggS") and b"\x7fFLAC" in head
 
-    Returns where another file begins that was chained to it; None when there is none, or when the
-    ``seconds`` ended before.
 
-    Args:
-        rate: of the positions that pages carry, Hz.
+def check_ogg(file: BinaryIO, start: int, seconds: float) -> int | None:
+    """Follows the pages of the Ogg file that begins at byte ``start`` over its first ``seconds``.
+
+    Returns where another file begins that was chained to it; None when there is none, when the
+    ``seconds`` end before, and for other formats.
 
     Raises:
         BadAudio: a page is damaged or missing, or the file stops before its last page.
     """
     file.seek(start)
+    if file.read(4) != b"OggS":
+        return None
+    file.seek(start)
     expected: dict[int, int] = {}  # the number of each open stream's next page
     origin = None
     ended = False
+    rate = math.inf
     while page := _read_page(file, ended):
         if page.flags & OGG_FIRST:
             if ended:
                 return page.start
             expected[page.serial] = page.number
+            rate = _position_rate(page.body) or rate
         if expected.get(page.serial) != page.number:
             raise BadAudio("unreadable", f"an Ogg page before byte {file.tell():,} is missing")
         expected[page.serial] = page.number + 1 & 0xFFFFFFFF
@@ -115,12 +124,25 @@ def check_ogg(file: BinaryIO, start: int, rate: int, seconds: float) -> int | No
     return None
 
 
+def _position_rate(packet: bytes) -> int | None:
+    """Hz of the positions that pages carry, by a stream's first packet; None for a codec that is
+    not known."""
+    if packet.startswith(b"\x01vorbis"):
+        return int.from_bytes(packet[12:16], "little")
+    if packet.startswith(b"OpusHead"):
+        return 48_000
+    if packet.startswith(b"\x7fFLAC"):
+        return int.from_bytes(packet[27:30], "big") >> 4
+    return None
+
+
 class _Page(NamedTuple):
     start: int
     flags: int
     position: int
     serial: int
     number: int
+    body: bytes
 
 
 def _read_page(file: BinaryIO, ended: bool) -> _Page | None:
@@ -138,7 +160,7 @@ def _read_page(file: BinaryIO, ended: bool) -> _Page | None:
     flags, position, serial, number, crc = struct.unpack("<BqIII", head[5:26])
     if _ogg_crc(head[:22] + bytes(4) + head[26:] + table + body) != crc:
         raise BadAudio("unreadable", f"the Ogg page at byte {start:,} differs from its checksum")
-    return _Page(start, flags, position, serial, number)
+    return _Page(start, flags, position, serial, number, body)
 
 
 def _ogg_crc(data: bytes) -> int:

@@ -99,6 +99,12 @@ def mpeg_blocks(file: BinaryIO) -> Iterator[Block]:
     yield from stream.finish()
 
 
+def begins_with_mpeg(file: BinaryIO, start: int) -> bool:
+    """Whether there are frames near byte ``start``, with something in front that is not audio."""
+    file.seek(start)
+    return _search(file, start) is not None
+
+
 class _Stream:
     """Decodes the frames of one file; a joined file has several."""
 

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import sys
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
