@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import matplotlib.image
 import numpy as np
 import pytest
@@ -336,7 +337,6 @@ def test_any_length_rate_and_format(
 
 
 def test_m4a(run: Path, tmp_path: Path, fastat: Fastat) -> None:
-    av = pytest.importorskip("av")
     samples = noise(12.0, 44_100, 2).T.astype(np.float32)
     with av.open(str(tmp_path / "a.m4a"), "w") as container:
         stream = container.add_stream("aac", rate=44_100)

@@ -23,8 +23,9 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from fastat.atomic import atomic_path
-from fastat.data.decode import UNKNOWN_FRAMES, BadAudio, decode
+from fastat.data.decode import BadAudio, decode
 from fastat.data.hdf5_source import is_row
+from fastat.data.reader import UNKNOWN_FRAMES
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.progress import progress
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -239,7 +240,6 @@ def test_bytes_decode_as_files_do(tmp_path: Path) -> None:
             decode(source)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
-    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "e.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16_000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), "fltp", "mono")
