@@ -76,8 +76,12 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(start)
-    magic = file.read(4)
+    head = file.read(8)
+    magic = head[:4]
+    if head[4:] == b"ftyp":
+        return UNKNOWN._replace(next_file=_next_mp4(file, start))
     if magic == b".snd":
+        file.seek(start + 4)
         offset, stated = struct.unpack(">II", file.read(8).ljust(8, b"\0"))
         return _Field(start, start + offset, start + 8, ">I", stated, _AU).compared(file, size)
     form = _FORMS.get(magic)
@@ -104,6 +108,22 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
         field, code = sizes_64, "<Q"
         (stated,) = struct.unpack(code, file.read(8).ljust(8, b"\0"))
     return _Field(start, first, field, code, stated, form).compared(file, size)
+
+
+def _next_mp4(file: BinaryIO, start: int) -> int | None:
+    """Where a second file begins among the boxes of an MP4 file."""
+    place = start
+    while True:
+        file.seek(place)
+        head = file.read(16)
+        size, name = int.from_bytes(head[:4], "big"), head[4:8]
+        if size == 1:
+            size = int.from_bytes(head[8:], "big")
+        if name == b"ftyp" and place > start:
+            return place
+        if size < 8:  # the last box, or no box
+            return None
+        place += size
 
 
 class _Field(NamedTuple):
@@ -176,7 +196,9 @@ def _is_file(file: BinaryIO, place: int) -> bool:
     """Whether another file begins there."""
     file.seek(place)
     head = file.read(12)
-    return head[:4] == b".snd" or (head[:4] in _FORMS and head[8:] in (b"WAVE", b"AIFF", b"AIFC"))
+    if head[:4] in (b".snd", b"caff"):
+        return True
+    return head[:4] in _FORMS and head[8:] in (b"WAVE", b"AIFF", b"AIFC")
 
 
 def _is_chunk(file: BinaryIO, place: int, size: int, form: _Form) -> bool:

@@ -137,7 +137,7 @@ def test_a_wav_whose_size_wrapped_at_4_gib(tmp_path: Path) -> None:
     assert sf.info(short).frames == size // 2
 
 
-@pytest.mark.parametrize("form", ["WAV", "RF64", "AIFF", "AU", "FLAC"])
+@pytest.mark.parametrize("form", ["WAV", "RF64", "AIFF", "AU", "CAF", "FLAC"])
 @pytest.mark.parametrize("rate", [RATE, 8_000])
 def test_joined_files(form: str, rate: int) -> None:
     first, second = encoded(form), encoded(form, rate=rate, seed=1)
@@ -146,6 +146,24 @@ def test_joined_files(form: str, rate: int) -> None:
     assert len(joined) == 3 * RATE
     assert np.abs(joined - np.concatenate(parts)).max() < 1e-6
     assert np.array_equal(decode(first + second, seconds=0.5).samples, parts[0][: RATE // 2])
+
+
+def test_joined_mp4() -> None:
+    """ALAC gives the samples back as they were."""
+    file = io.BytesIO()
+    x = (noise(1.0, RATE, 0) * 32767).astype(np.int16)
+    with av.open(file, "w", format="ipod") as container:
+        stream = container.add_stream("alac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(x[None], "s16p", "mono")
+        frame.rate = RATE
+        parts = av.AudioResampler("s16p", "mono", RATE, 4096)
+        for part in (*parts.resample(frame), *parts.resample(None)):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    data = file.getvalue()
+    expected = x / np.float32(32768)
+    assert np.array_equal(samples_of(data), expected)
+    assert np.array_equal(samples_of(data + data), np.concatenate([expected, expected]))
 
 
 def test_id3_in_front_of_riff() -> None:
