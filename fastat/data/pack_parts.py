@@ -25,12 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastat.atomic import atomic_write_text, fsync
 from fastat.data.manifest import BadFile
 from fastat.data.pack_bad import BAD_FILE, read_bad, write_bad
-from fastat.data.pack_index import appended, index_of, label_counts
+from fastat.data.pack_index import appended, finished_result, index_of, set_result, with_seconds
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
@@ -225,13 +223,13 @@ def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) ->
     # moves shards out of it.
     with _merge_lock(plan.directory) as held:
         if not held:
-            return _whole(plan)
+            return finished_result(plan.directory)
         note = _read_note(plan, part)
         state = PackState(own.directory, plan.inputs) if note is None else None
     if note is not None:
         bad_count.add(note.bad)
         clips = sum(shard.rows for shard in note.shards)
-        return _result(plan, note.shards, resumed_clips=clips)
+        return set_result(plan, note.shards, note.bad, resumed_clips=clips)
     assert state is not None
     try:
         with state, disk_errors(plan.directory):
@@ -242,7 +240,7 @@ def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) ->
     finally:
         if part.count == 1:  # parts have peers, who go on
             _drop_empty(plan, own)
-    return _result(plan, packed.shards, packed.resumed_clips)
+    return set_result(plan, packed.shards, packed.bad, packed.resumed_clips)
 
 
 def _drop_empty(plan: Plan, own: Plan) -> None:
@@ -298,7 +296,7 @@ def _merge(
             found = [[] if note is None else note.bad for note in notes]
             raise _too_many(bad_count, plans, found)
         return [
-            _whole(plan) if note is None else _merge_set(plan, note, base)
+            finished_result(plan.directory) if note is None else _merge_set(plan, note, base)
             for plan, note in zip(plans, notes, strict=True)
         ]
 
@@ -330,7 +328,7 @@ def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResul
             tried = {entry.path for entry in plan.entries} | {file.path for file in plan.bad}
             earlier = read_bad(directory / BAD_FILE)
             bad = [*(file for file in earlier if file.path not in tried), *bad]
-            index = appended(base, note.shards, len(bad))
+            index = appended(with_seconds(base, directory), note.shards, len(bad))
             write_bad(directory / STATE_FOLDER / BAD_FILE, bad)
             (directory / APPEND_BAD_FILE).unlink(missing_ok=True)
         for path, shard in zip(note.paths, note.shards, strict=True):
@@ -342,7 +340,7 @@ def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResul
         atomic_write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
         _publish_bad(directory)
         _remove_state(directory)
-    return _whole(plan)
+    return finished_result(plan.directory)
 
 
 def _publish_bad(directory: Path) -> None:
@@ -367,18 +365,6 @@ def _remove_state(directory: Path) -> None:
     os.replace(directory / STATE_FOLDER, removed)
     # A network file system keeps files that a peer has open a little longer.
     shutil.rmtree(removed, ignore_errors=True)
-
-
-def _whole(plan: Plan) -> SetResult:
-    """The result of a set that is finished."""
-    index = read_index(plan.directory)
-    counts = np.array(index["label_counts"], np.int64)
-    return SetResult(index["clips"], len(index["shards"]), counts, 0)
-
-
-def _result(plan: Plan, shards: Sequence[FinishedShard], resumed_clips: int) -> SetResult:
-    clips = sum(shard.rows for shard in shards)
-    return SetResult(clips, len(shards), label_counts(shards, len(plan.classes)), resumed_clips)
 
 
 @contextmanager

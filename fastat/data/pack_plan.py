@@ -77,6 +77,10 @@ class SetResult(NamedTuple):
     """What became of a set, or of a part of one."""
 
     clips: int
+    seconds: float
+    """Of audio, without padding."""
     shards: int
+    bad: int
+    """Lines of its bad.csv."""
     label_counts: NDArray[np.int64]  # [K]
     resumed_clips: int

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastat.atomic import fsync
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.pack_bad import BAD_FILE, stamp, write_bad
-from fastat.data.pack_index import index_of, label_counts
+from fastat.data.pack_index import index_of, set_result
 from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Write
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_pool import BATCHES_AHEAD, Pool
@@ -54,12 +54,7 @@ def pack_set(plan: Plan, num_workers: int, bad_count: BadCount) -> SetResult:
         write_bad(plan.directory / BAD_FILE, packed.bad)
         require_clips(plan.directory, packed.shards, packed.bad)
         state.finish(index_of(plan, packed.shards, len(packed.bad)))
-    return SetResult(
-        sum(shard.rows for shard in packed.shards),
-        len(packed.shards),
-        label_counts(packed.shards, len(plan.classes)),
-        packed.resumed_clips,
-    )
+    return set_result(plan, packed.shards, packed.bad, packed.resumed_clips)
 
 
 def pack_rows(plan: Plan, state: PackState, num_workers: int, bad_count: BadCount) -> Packed:
@@ -197,8 +192,9 @@ class _Rows:
             for name, m in (clip.moments or {}).items():
                 clips, bins, total, squares = moments[name]
                 moments[name] = (clips + 1, bins + m.num_bins, total + m.total, squares + m.squares)
+        num_samples = sum(clip.num_samples for clip in self.clips)
         return FinishedShard(
-            *info, self.next_entry, self.next_clip, counts.tolist(), self.bad, moments
+            *info, self.next_entry, self.next_clip, num_samples, counts.tolist(), self.bad, moments
         )
 
 
