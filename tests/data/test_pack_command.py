@@ -85,9 +85,9 @@ def test_append_and_verify(table: Path, tmp_path: Path, fastat_pack: Command) ->
     assert fastat_pack(table, "--out", out, "--clip-seconds", 0.5, "--max-bad", 0.2).code == 0
     table.write_text("".join(lines))
     done = fastat_pack(table, "--out", out, "--append")
-    first, content, *others = done.out.splitlines()
+    first, holds, *others = done.out.splitlines()
     assert first.startswith(f"appended: 4 clips, {out} now has 11 in 2 shards")
-    assert content == "audio: 4.5 s, 3 classes, the rarest is b with 4 clips"
+    assert holds == "audio: 4.5 s, 3 classes, the rarest is b with 4 clips"
     assert others == ["already in the set: 7 files", "bad before and unchanged: 1 files of bad.csv"]
     done = fastat_pack(table, "--out", out, "--append")
     assert done.code == 0 and done.out.startswith(f"nothing new: {out} still has 11 clips\n")
