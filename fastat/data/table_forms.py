@@ -29,7 +29,7 @@ from fastat.data.table_layout import (
     path_and_label,
     urbansound_fold,
 )
-from fastat.data.text_table import csv_rows, read_text
+from fastat.data.text_table import csv_rows, delimiter_of, read_text
 from fastat.errors import UserError
 
 
@@ -160,7 +160,7 @@ def _read_csv(
 ) -> Table:
     table = csv_rows(text, str(source))
     line, header = next(table, (1, []))
-    own = columns_without_header(header)
+    own = columns_without_header(header) if delimiter_of(text) == "\t" else None
     if own is not None:
         table, header = chain([(line, header)], table), own
     while header and not header[-1]:  # every line ends in a delimiter

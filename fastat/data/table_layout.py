@@ -88,7 +88,7 @@ def _find(header: Sequence[str], names: Sequence[str]) -> int | None:
 
 
 def columns_without_header(first_row: Sequence[str]) -> list[str] | None:
-    """DCASE's column names when the first row of a table is a clip; None when it is a header."""
+    """DCASE's column names when the first row of a TSV is a clip; None when it is a header."""
     is_file = bool(first_row) and first_row[0].lower().endswith(SCENE_EXTENSIONS)
     if is_file and 2 <= len(first_row) <= len(SCENE_COLUMNS) and not is_number(first_row[1]):
         return list(SCENE_COLUMNS[: len(first_row)])
