@@ -75,7 +75,7 @@ def pack(
     ] = None,
     label_separator: Annotated[
         str | None,
-        typer.Option(metavar="CHAR", help="What alone separates the labels of a cell."),
+        typer.Option(metavar="CHAR", help="Character between the labels of a cell."),
     ] = None,
     clip_seconds: Annotated[
         float | None, typer.Option(help="Length of a clip; default: 10, the set's with --append.")

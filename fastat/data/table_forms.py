@@ -178,7 +178,7 @@ def _read_csv(
         if len(cells) != len(header):
             raise UserError(
                 f"{source}, line {line}: expected {len(header)} cells, got {len(cells)} "
-                "(quote several labels, or separate them by ;)"
+                "(a cell that holds the separator needs quotes)"
             )
         names = [cells[path_column]]
         if fold_column is not None:

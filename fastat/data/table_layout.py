@@ -55,15 +55,20 @@ def path_and_label(header: Sequence[str], names: ColumnNames, source: Path) -> t
     """The places of the columns that hold files and labels.
 
     Raises:
-        UserError: there is none of that name, or none of a common set's.
+        UserError: there is none of that name or of a common set's, or several.
     """
     if names.path is not None:
         path = column_of(header, names.path, f"--path-column {names.path}", source)
     else:
         path = _common(header, PATH_COLUMNS, "--path-column", source)
     if names.label is not None:
-        return path, column_of(header, names.label, f"--label-column {names.label}", source)
-    return path, _common(header, LABEL_COLUMNS, "--label-column", source)
+        label = column_of(header, names.label, f"--label-column {names.label}", source)
+    else:
+        label = _common(header, LABEL_COLUMNS, "--label-column", source)
+    for column in (header[path], header[label]):
+        if header.count(column) > 1:
+            raise UserError(f"{source}: expected one column {column}, got {header.count(column)}")
+    return path, label
 
 
 def _common(header: Sequence[str], names: Sequence[str], option: str, source: Path) -> int:

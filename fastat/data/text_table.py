@@ -87,7 +87,9 @@ def csv_rows(text: str, what: str) -> Iterator[tuple[int, list[str]]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{what}, line {line}: not CSV: {error}") from None
+            raise UserError(
+                f"{what}, line {line}: not CSV: {error} (is a quoted cell left open?)"
+            ) from None
         if row is None:
             return
         cells = [cell.strip() for cell in row]
