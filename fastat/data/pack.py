@@ -26,7 +26,7 @@ from fastat.data.manifest import Manifest, read_manifest
 from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
 from fastat.data.pack_index import finished_result
 from fastat.data.pack_messages import Job
-from fastat.data.pack_parts import Part, pack_parts, settle
+from fastat.data.pack_parts import Part, check_known, pack_parts, settle
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import pack_set
 from fastat.data.pack_state import Claim, Standing, standing
@@ -175,6 +175,8 @@ def pack(
     if part is not None and parts and not all(finished):
         results, waiting_for, bad_count = pack_parts(plans, part, num_workers, num_files, max_bad)
     else:
+        unfinished = [plan for plan, done in zip(plans, finished, strict=True) if not done]
+        check_known(unfinished, num_files, max_bad)
         bad_count = BadCount(num_files, max_bad)
         results = [
             _finished(plan, bad_count) if done else pack_set(plan, num_workers, bad_count)
@@ -194,7 +196,7 @@ def pack(
         bad_lists=tuple(
             plan.directory / BAD_FILE
             for plan, result in zip(plans, results, strict=True)
-            if result.bad
+            if result.bad and not waiting_for
         ),
         empty_classes=tuple(classes[k].id for k in np.flatnonzero(train.label_counts == 0)),
         eval_directory=plans[1].directory if holdout is not None else None,
@@ -315,7 +317,7 @@ def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int6
 def _finished(plan: Plan, bad_count: BadCount) -> SetResult:
     """The result of a set that an earlier run finished."""
     settle(plan.directory)
-    bad_count.add(read_bad(plan.directory / BAD_FILE))
+    bad_count.add(read_bad(plan.directory / BAD_FILE), plan.bad_list)
     result = finished_result(plan.directory)
     return result._replace(resumed_clips=result.clips)
 

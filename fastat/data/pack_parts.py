@@ -138,11 +138,7 @@ def pack_parts(
         UserError: too many bad files, no good one, or a folder that is not ours to write.
         Failure: the disk, or a worker.
     """
-    known = BadCount(num_files, max_bad)
-    for plan in plans:
-        known.add(plan.bad)
-    if known.exceeded():
-        raise _too_many(known, plans, [plan.bad for plan in plans])
+    known = check_known(plans, num_files, max_bad)
     for plan in plans:
         _claim(plan, part, base)
     if part.count > 1:  # a part alone looks for itself
@@ -159,6 +155,20 @@ def pack_parts(
         for whole, packed in zip(wholes, own, strict=True)
     ]
     return PartsResult(sets, (), bad_count)
+
+
+def check_known(plans: Sequence[Plan], num_files: int, max_bad: float) -> BadCount:
+    """Counts the files that are known to be bad before anything is decoded.
+
+    Raises:
+        UserError: already they are too many; they are listed.
+    """
+    known = BadCount(num_files, max_bad)
+    for plan in plans:
+        known.add(plan.bad, plan.bad_list)
+    if known.exceeded():
+        raise _too_many(known, plans, [plan.bad for plan in plans])
+    return known
 
 
 def settle(directory: Path) -> None:
@@ -203,7 +213,7 @@ def _too_many(
             with disk_errors(plan.directory):
                 plan.directory.mkdir(parents=True, exist_ok=True)
                 write_bad(plan.bad_list, files)
-    return bad_count.error(plans[0].bad_list)
+    return bad_count.error()
 
 
 def _check_space(plan: Plan, bad_count: BadCount) -> None:
@@ -227,7 +237,7 @@ def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) ->
         note = _read_note(plan, part)
         state = PackState(own.directory, plan.inputs) if note is None else None
     if note is not None:
-        bad_count.add(note.bad)
+        bad_count.add(note.bad, plan.bad_list)
         clips = sum(shard.rows for shard in note.shards)
         return set_result(plan, note.shards, note.bad, resumed_clips=clips)
     assert state is not None
@@ -291,10 +301,11 @@ def _merge(
             for plan, ours in zip(plans, held, strict=True)
         ]
         for plan, note in zip(plans, notes, strict=True):
-            bad_count.add(read_bad(plan.directory / BAD_FILE) if note is None else note.bad)
+            found = read_bad(plan.directory / BAD_FILE) if note is None else note.bad
+            bad_count.add(found, plan.bad_list)
         if bad_count.exceeded():
-            found = [[] if note is None else note.bad for note in notes]
-            raise _too_many(bad_count, plans, found)
+            listed = [[] if note is None else note.bad for note in notes]
+            raise _too_many(bad_count, plans, listed)
         return [
             finished_result(plan.directory) if note is None else _merge_set(plan, note, base)
             for plan, note in zip(plans, notes, strict=True)

@@ -47,23 +47,26 @@ class BadCount:
         self.num_files, self.max_bad = num_files, max_bad
         self.reasons: Counter[str] = Counter()
         self._example: BadFile | None = None
+        self._lists: dict[Path, None] = {}
 
-    def add(self, files: Iterable[BadFile]) -> None:
-        """Counts files."""
+    def add(self, files: Iterable[BadFile], listed: Path) -> None:
+        """Counts files, which are or will be listed in the file ``listed``."""
         for self._example in files:
             self.reasons[self._example.reason] += 1
+            self._lists[listed] = None
 
     def exceeded(self) -> bool:
         """Whether there are more than --max-bad of them."""
         return self.reasons.total() > self.max_bad * self.num_files
 
-    def error(self, listed: Path) -> UserError:
-        """What to tell the user when there are; they are listed in the file ``listed``."""
+    def error(self) -> UserError:
+        """What to tell the user when there are, and the lists are written."""
         example = self._example
         assert example is not None, "no file is bad"
         count = self.reasons.total()
         enough = math.ceil(100 * count / self.num_files) / 100
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+        listed = " and ".join(str(path) for path in self._lists if path.is_file())
         detail = f" ({example.detail})" if example.detail else ""
         others = f"--max-bad {enough:g} or more packs the others"
         return UserError(

@@ -208,7 +208,7 @@ class _Builder:
         self._skip_clips = self.shards[-1].next_clip if self.shards else 0
         self.bad = [*plan.bad, *(bad for shard in self.shards for bad in shard.bad)]
         self._bad_since: list[BadFile] = []
-        bad_count.add(self.bad)
+        bad_count.add(self.bad, plan.bad_list)
         self._rows: _Rows | None = None
         self._full: deque[_Rows] = deque()
         self._num_started = len(self.shards)
@@ -225,7 +225,7 @@ class _Builder:
         """Raises UserError when too many files are bad; lists those found so far."""
         if self.bad_count.exceeded():
             write_bad(self.plan.bad_list, self.bad)
-            raise self.bad_count.error(self.plan.bad_list)
+            raise self.bad_count.error()
 
     def check_space(self) -> None:
         """As ``require_space``, for what is left."""
@@ -260,7 +260,7 @@ class _Builder:
         file = BadFile(entry.path, bad.reason, bad.detail, labels, entry.line, *stamp(entry.path))
         self.bad.append(file)
         self._bad_since.append(file)
-        self.bad_count.add([file])
+        self.bad_count.add([file], self.plan.bad_list)
         self.check_bad()
 
     def _take_clip(

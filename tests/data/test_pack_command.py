@@ -147,6 +147,24 @@ def test_the_last_lines_say_what_the_set_holds(tmp_path: Path, fastat_pack: Comm
     assert PackedSet.open(held).names(np.arange(2)) == ["6.wav", "7.wav"]
 
 
+def test_too_many_bad_files_in_both_parts(tmp_path: Path, fastat_pack: Command) -> None:
+    """What is known before decoding fails at once, and both lists are named."""
+    table = tmp_path / "t.csv"
+    table.write_text("path,label,fold\n" + "".join(f"{i}.wav,a,{i % 2}\n" for i in range(40)))
+    for i in range(6, 40):
+        sf.write(tmp_path / f"{i}.wav", noise(0.25, 16_000, i), 16_000)
+    out, held = tmp_path / "set", tmp_path / "set-eval"
+    options = (table, "--out", out, "--clip-seconds", 0.5, "--holdout", "fold=1")
+    done = fastat_pack(*options, "--max-bad", 0.1)
+    assert done.code == 2
+    assert str(out / "bad.csv") in done.err and str(held / "bad.csv") in done.err
+    for directory in (out, held):
+        assert len((directory / "bad.csv").read_text().splitlines()) == 4
+        assert not list(directory.glob("shard-*"))
+    done = fastat_pack(*options, "--max-bad", 0.2)
+    assert done.code == 0 and "packed: 17 clips" in done.out and "held out: 17 clips" in done.out
+
+
 def test_a_set_that_does_not_know_its_seconds(tmp_path: Path, fastat_pack: Command) -> None:
     """As versions before packed it."""
     table = write_table(tmp_path, 12)
