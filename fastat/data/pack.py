@@ -119,7 +119,8 @@ def pack(
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
 
     ``source`` is an AudioSet segments CSV, an AST data file, a CSV or TSV of files and labels, a
-    folder of classes (``manifest``) or an HDF5 file (``hdf5_source``). ``workers`` and
+    folder of classes (``manifest``) or an HDF5 file (``hdf5_source``). ``holdout`` is a share of
+    the clips or the value of a column. ``workers`` and
     ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
     With ``part`` this packs one of several parts, and makes the set when it is the last.
 

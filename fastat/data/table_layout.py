@@ -94,15 +94,20 @@ def _find(header: Sequence[str], names: Sequence[str]) -> int | None:
 
 def columns_without_header(first_row: Sequence[str]) -> list[str] | None:
     """DCASE's column names when the first row of a TSV is a clip; None when it is a header."""
-    is_file = bool(first_row) and first_row[0].lower().endswith(SCENE_EXTENSIONS)
-    if is_file and 2 <= len(first_row) <= len(SCENE_COLUMNS) and not is_number(first_row[1]):
-        return list(SCENE_COLUMNS[: len(first_row)])
-    return None
+    num_columns = len(first_row)
+    if not (2 <= num_columns <= len(SCENE_COLUMNS) and _is_file(first_row[0])):
+        return None
+    return None if is_number(first_row[1]) else list(SCENE_COLUMNS[:num_columns])
+
+
+def _is_file(cell: str) -> bool:
+    return cell.lower().endswith(SCENE_EXTENSIONS)
 
 
 def is_audioset(row: Sequence[str]) -> bool:
-    """Whether a row reads: id, start and end in seconds, labels."""
-    return len(row) >= 4 and is_number(row[1]) and is_number(row[2])
+    """Whether a row reads: id (not a file, as in DCASE's lists of events), start and end in
+    seconds, labels."""
+    return len(row) >= 4 and is_number(row[1]) and is_number(row[2]) and not _is_file(row[0])
 
 
 def is_vggsound_row(row: Sequence[str]) -> bool:
@@ -170,7 +175,7 @@ class AudioFiles:
                 path = os.path.abspath(os.path.join(folder, name))
                 if os.path.isfile(path):
                     return name, path, True
-        for name in names:
+        for name in filter(None, names):
             for folder in self._folders:
                 inside, stem = os.path.split(os.path.abspath(os.path.join(folder, name)))
                 file = self._files(inside).get(stem)

@@ -181,6 +181,7 @@ def test_ast_data_file(tmp_path: Path) -> None:
         ("t.csv", "name,text\na,b\n", "expected AudioSet's segments or a header with path"),
         ("t.csv", "path,label,label\na.wav,x,y\n", "one column label, got 2"),
         ("t.csv", "a.wav,x\nb.wav,y\n", "header with path"),
+        ("t.tsv", "audio/a.wav\t0.0\t1.5\tcar\n", "header with path"),
         ("t.csv", "path,labels\na.wav,x,y\n", "line 2: expected 2 cells, got 3"),
         ("t.csv", 'path,labels\na.wav,"x\n', "line 2: not CSV"),
         ("t.csv", "# YTID\nid0, 0, 10, a\nid1, zero, 10, a\n", "line 3: expected YTID"),

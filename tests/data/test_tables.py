@@ -495,6 +495,17 @@ def test_what_windows_leaves_in_folders(tmp_path: Path) -> None:
     assert names_of(manifest) == {"a.wav", "b.wav"} and not manifest.bad
 
 
+def test_names_of_files(tmp_path: Path) -> None:
+    """The file of that name comes first; without one, the extension may be left out."""
+    touch(tmp_path, "a", "a.wav", "sub/b.wav", "c.v1.flac", "d.txt", "audio.wav")
+    (tmp_path / "audio").mkdir()
+    rows = ("a", "sub/b", "c.v1", "d", "", "c")
+    table = write(tmp_path / "t.csv", "path,label\n" + "".join(f"{row},x\n" for row in rows))
+    manifest = read_manifest(table)
+    assert [entry.name for entry in manifest.entries] == ["a", "sub/b.wav", "c.v1.flac"]
+    assert [bad.line for bad in manifest.bad] == [5, 6, 7]
+
+
 @pytest.mark.timeout(20)
 def test_many_classes(tmp_path: Path) -> None:
     """Time that grows with the square of their number would be a minute."""
