@@ -1,10 +1,11 @@
 """Lists of classes: from AudioSet's CSV, from a packed set, or from the labels themselves."""
 
-import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastat.data.shards import ClassInfo, read_index
+from fastat.data.text_table import csv_rows, read_text
 from fastat.errors import UserError
 
 INDEX_COLUMNS = ("index", "class_index", "idx")
@@ -20,10 +21,9 @@ class ClassList:
         self.classes = tuple(classes)
         self.source = source
         self._numbers: dict[str, int] = {}
-        names = [c.name for c in self.classes]
-        twice = {name for name in names if names.count(name) > 1}
+        uses = Counter(c.name for c in self.classes)
         for number, c in enumerate(self.classes):
-            if c.name not in twice:
+            if uses[c.name] == 1:
                 self._numbers[c.name] = number
         for number, c in enumerate(self.classes):  # an id wins over another class's name
             self._numbers[c.id] = number
@@ -60,7 +60,8 @@ class ClassList:
         Raises:
             UserError: no such file or not such a table; names the line.
         """
-        rows = csv_rows(path, f"--labels {path}")
+        what = f"--labels {path}"
+        rows = list(csv_rows(read_text(path, what), what))
         expected = "expected columns index, mid, display_name"
         if not rows:
             raise UserError(f"--labels {path}: {expected}, got an empty file")
@@ -98,24 +99,3 @@ class ClassList:
                 f"got {sorted(found)[:3]}..."
             )
         return cls([found[number] for number in range(len(found))], str(path))
-
-
-def csv_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
-    """The rows of a small table that are not empty, each with its line's number; cells stripped.
-
-    Args:
-        what: the file, as an error is to name it.
-
-    Raises:
-        UserError: no such file, or not CSV.
-    """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"{what}: {reason}") from None
-    try:
-        reader = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
-        return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    except csv.Error as error:
-        raise UserError(f"{what}: not CSV: {error}") from None

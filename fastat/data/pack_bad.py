@@ -35,11 +35,23 @@ def write_bad(path: Path, bad: Iterable[BadFile]) -> None:
     _write(path, BadFile._fields, in_order)
 
 
-def write_notes(path: Path, noted: Iterable[NotedFile]) -> None:
-    """Writes the list, in the order of the table; without files there is none."""
-    files = sorted(set(noted), key=lambda n: (n.line, n.path))
-    if files:
+def add_notes(path: Path, noted: Iterable[NotedFile]) -> None:
+    """Adds to the list what it does not have; without files there is none."""
+    earlier = read_notes(path)
+    files = list(dict.fromkeys([*earlier, *noted]))
+    if len(files) > len(earlier):
         _write(path, NotedFile._fields, files)
+
+
+def read_notes(path: Path) -> list[NotedFile]:
+    """What ``add_notes`` wrote."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [
+            NotedFile(row["path"], row["note"], row["detail"], int(row["line"]))  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

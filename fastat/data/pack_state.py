@@ -55,6 +55,8 @@ class FinishedShard(NamedTuple):
     next_entry: int
     """The entry to go on with, and which of its clips."""
     next_clip: int
+    num_samples: int
+    """Real samples of its rows, without their padding."""
     label_counts: list[int]
     bad: list[BadFile]
     """Found since the shard before."""

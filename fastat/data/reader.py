@@ -46,7 +46,7 @@ other is damage, which FFmpeg would pass over in silence."""
 
 def _is_mpeg_inside(sound: sf.SoundFile) -> bool:
     """Whether it is MPEG audio in a WAV file, whose length libsndfile estimates."""
-    return sound.format != "MP3" and sound.subtype.startswith("MPEG")
+    return bool(sound.format != "MP3" and sound.subtype.startswith("MPEG"))
 
 
 class Reader:
