@@ -42,7 +42,8 @@ def print_packed(summary: PackSummary, *, as_json: bool) -> None:
 
 def _print_content(summary: PackSummary | AppendSummary) -> None:
     """Prints what a set holds."""
-    line = f"audio: {duration(summary.audio_seconds)}, {summary.num_classes:,} classes"
+    classes = f"{summary.num_classes:,} class{'es' * (summary.num_classes != 1)}"
+    line = f"audio: {duration(summary.audio_seconds)}, {classes}"
     rarest = summary.rarest
     if rarest is not None:
         clips = f"{rarest.clips:,} clip{'s' * (rarest.clips != 1)}"
