@@ -38,7 +38,7 @@ def recordings() -> Iterator[NDArray[np.float32]]:
         pytest.skip("FASTAT_TEST_AUDIO is not set: no real recordings to measure on")
     files = sorted((Path(folder) / "esc10" / "audio").iterdir())
     for pair in pairwise(files[: NUM_CLIPS + 1]):
-        yield np.concatenate([decode(path) for path in pair])
+        yield np.concatenate([decode(path).samples for path in pair])
 
 
 def practice() -> Iterator[NDArray[np.float32]]:

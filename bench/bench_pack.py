@@ -102,7 +102,7 @@ def test_cost_of_a_clip(
     benchmark.group = "data: what packing a clip costs"
     path = table.parent / "00000.flac"
     audio, _ = sf.read(path, dtype="float32")
-    samples = decode(path, seconds=SECONDS)
+    samples = decode(path, seconds=SECONDS).samples
     row = to_int16(samples)
     assert row.shape == (SECONDS * 16_000,)
     meter = Meter()

@@ -1,5 +1,6 @@
 """Whole files, whatever their length: samples, log-mel, and ``fastat extract --feature``."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,16 +23,26 @@ BLOCK_FRAMES = 1024
 
 
 def read_waveform(path: Path) -> NDArray[np.int16]:
-    """All samples of a file, [S], mono at 16 kHz, as packing stores them. Raises BadAudio."""
-    return to_int16(decode(path))
+    """All samples of a file, [S], mono at 16 kHz, as packing stores them.
+
+    What is worth knowing about the file goes to standard error. Raises BadAudio.
+    """
+    try:
+        audio = decode(path)
+    except MemoryError:
+        raise BadAudio("unreadable", "the memory does not hold all of it") from None
+    for note in audio.notes:
+        print(one_line(f"fastat: {path}: {note.remark}: {note.detail}"), file=sys.stderr)
+    return to_int16(audio.samples)
 
 
 class BadFiles:
     """Files that a command leaves out: one line each on standard error, a Failure at the end."""
 
     def __init__(self, files: list[Path]) -> None:
-        if len(files) == 1 and not files[0].exists():
-            raise UserError(f"{files[0]} does not exist")
+        if len(files) == 1 and not os.path.isfile(files[0]):
+            kind = "is not a file" if os.path.lexists(files[0]) else "does not exist"
+            raise UserError(f"{files[0]} {kind}")
         self.num_files = len(files)
         self.lines: list[str] = []
 

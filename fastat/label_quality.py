@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.classes import csv_rows
+from fastat.data.text_table import csv_rows, read_text
 from fastat.errors import UserError
 
 ID_COLUMNS = ("label_id", "id", "mid")
@@ -40,7 +40,8 @@ def read_quality(path: Path) -> dict[str, float]:
     Raises:
         UserError: no such file or not such a table; names the line.
     """
-    rows = csv_rows(path, f"label quality {path}")
+    what = f"label quality {path}"
+    rows = list(csv_rows(read_text(path, what), what))
     header = [cell.lower() for cell in rows[0][1]] if rows else []
     ids = next((header.index(c) for c in ID_COLUMNS if c in header), None)
     columns = [header.index(c) for c in ("num_rated", "num_true") if c in header]

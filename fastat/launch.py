@@ -329,9 +329,9 @@ def practice_sets() -> tuple[Path, Path]:
     """
     from fastat.data.demo import CLIP_SECONDS, DEMO_VERSION, make_demo
     from fastat.data.pack import pack as pack_set
-    from fastat.data.shards import INDEX_FILE
+    from fastat.data.shards import INDEX_FILE, VERSION
 
-    folder = cache_folder() / f"practice-{DEMO_VERSION}"
+    folder = cache_folder() / f"practice-{DEMO_VERSION}.{VERSION}"
     raw, train, evaluation = folder / "made", folder / "train", folder / "eval"
     make_demo(raw)
     for table, out in (("train_segments.csv", train), ("eval_segments.csv", evaluation)):

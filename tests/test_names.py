@@ -161,5 +161,5 @@ def test_a_class_that_no_file_can_hold_is_refused(label: str, tmp_path: Path) ->
     sf.write(tmp_path / "a.wav", np.zeros(8000), RATE)
     data = [{"wav": str(tmp_path / "a.wav"), "labels": label}]
     (tmp_path / "data.json").write_text(json.dumps({"data": data}))
-    with pytest.raises(UserError, match="class .* holds a NUL character or half"):
+    with pytest.raises(UserError, match="NUL character or half"):
         pack(tmp_path / "data.json", tmp_path / "set", workers=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import matplotlib.image
 import numpy as np
 import pytest
@@ -336,7 +337,6 @@ def test_any_length_rate_and_format(
 
 
 def test_m4a(run: Path, tmp_path: Path, fastat: Fastat) -> None:
-    av = pytest.importorskip("av")
     samples = noise(12.0, 44_100, 2).T.astype(np.float32)
     with av.open(str(tmp_path / "a.m4a"), "w") as container:
         stream = container.add_stream("aac", rate=44_100)
@@ -442,22 +442,26 @@ def test_bad_files_are_named_and_the_others_tagged(
     (tmp_path / "text.wav").write_text("no audio in here\n" * 30)
     (tmp_path / "empty.wav").touch()
     (tmp_path / "folder").mkdir()
-    bad = [tmp_path / n for n in ("text.wav", "empty.wav", "gone.wav", "folder")]
+    (tmp_path / "pcm.raw").write_bytes(bytes(range(256)))
+    too_long = "n" * 300 + ".wav"  # the system cannot even look for it
+    names = ("text.wav", "empty.wav", "gone.wav", "folder", "pcm.raw", too_long)
+    bad = [tmp_path / name for name in names]
     code, out, err = fastat("predict", run, good[0], *bad, good[1])
     assert code == 1
     assert [line.split("  ")[0] for line in out.splitlines() if line.startswith("/")] == [
         str(path) for path in good
     ]
-    reasons = dict(zip(bad, ("unreadable", "empty", "missing", "unreadable"), strict=True))
+    found = ("unreadable", "empty", "missing", "unreadable", "unreadable", "unreadable")
+    reasons = dict(zip(bad, found, strict=True))
     for path, reason in reasons.items():
         assert f"fastat: {path}: {reason}" in err
-    assert err.splitlines()[-1] == "fastat: 4 of 6 files could not be used"
+    assert err.splitlines()[-1] == "fastat: 6 of 8 files could not be used"
 
     code, out, _ = fastat("predict", run, good[0], *bad, good[1], "--json")
     assert code == 1
     documents = json.loads(out)
-    assert [bool(d["tags"]) for d in documents] == [True, False, False, False, False, True]
-    assert [d["error"].split(":")[0] for d in documents[1:5]] == list(reasons.values())
+    assert [bool(d["tags"]) for d in documents] == [True, *[False] * 6, True]
+    assert [d["error"].split(":")[0] for d in documents[1:7]] == list(reasons.values())
 
 
 def test_one_bad_file_is_one_line(run: Path, tmp_path: Path, fastat: Fastat) -> None:
@@ -468,6 +472,19 @@ def test_one_bad_file_is_one_line(run: Path, tmp_path: Path, fastat: Fastat) -> 
     code, out, err = fastat("predict", run, tmp_path / "gone.wav")
     assert (code, out) == (2, "")
     assert err == f"fastat: {tmp_path / 'gone.wav'} does not exist\n"
+    code, _, err = fastat("predict", run, tmp_path)
+    assert code == 2 and f"{tmp_path} is not a file" in err
+
+
+def test_a_wrong_length_in_the_header_is_one_line(
+    run: Path, tmp_path: Path, fastat: Fastat
+) -> None:
+    path = wav(tmp_path / "stale.wav", 0.5)
+    data = path.read_bytes()
+    path.write_bytes(data[:40] + (len(data) // 4 * 2).to_bytes(4, "little") + data[44:])
+    code, out, err = fastat("predict", run, path)
+    assert code == 0 and "0.5 s" in out
+    assert err.startswith(f"fastat: {path}: wrong length: ") and err.count("\n") == 1
 
 
 def test_mistakes_are_found_before_the_work_starts(

@@ -37,12 +37,16 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="AudioSet segments CSV, AST data JSON, CSV of path and labels, class folders, or "
-            "HDF5 of PANNs or PaSST; with --verify, a packed set."
+            help="AudioSet segments CSV, AST data JSON, CSV or TSV of files and labels (ESC-50, "
+            "UrbanSound8K, FSD50K, VGGSound, DCASE), class folders, or HDF5 of PANNs or PaSST; "
+            "with --verify, a packed set."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the packed set.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="Folder of the audio files.")] = None,
+    audio: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the audio files; default: where a common set keeps them."),
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Class list (index, mid, display_name).")
     ] = None,
@@ -50,10 +54,28 @@ def pack(
         Path | None, typer.Option(help="Take the class list of this packed set.")
     ] = None,
     holdout: Annotated[
-        float | None, typer.Option(help="Share of clips for an evaluation set at OUT-eval.")
+        str | None,
+        typer.Option(
+            metavar="FRACTION|COLUMN=VALUE",
+            help="Evaluation set at OUT-eval: a share of the clips, or the rows with that value.",
+        ),
     ] = None,
     group_by: Annotated[
         str | None, typer.Option(help="Column whose groups stay on one side of --holdout.")
+    ] = None,
+    path_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of the files.")
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the labels: one a cell, or several where the name is a plural.",
+        ),
+    ] = None,
+    label_separator: Annotated[
+        str | None,
+        typer.Option(metavar="CHAR", help="Character between the labels of a cell."),
     ] = None,
     clip_seconds: Annotated[
         float | None, typer.Option(help="Length of a clip; default: 10, the set's with --append.")
@@ -98,6 +120,10 @@ def pack(
 
     `fastat pack my_sounds/ --holdout 0.1 --out packed/mine`
 
+    `fastat pack ESC-50/meta/esc50.csv --holdout fold=5 --clip-seconds 5 --out packed/esc50`
+
+    `fastat pack t.csv --path-column file --label-column tags --label-separator "|" --out packed/t`
+
     `fastat pack train.csv --audio wavs --out packed/train --shard $SLURM_ARRAY_TASK_ID/8`
 
     `fastat pack more.csv --audio wavs --out packed/train --append`
@@ -118,13 +144,18 @@ def pack(
         return
     if out is None:
         raise UserError("pack needs --out DIR, the folder of the packed set")
+    if label_separator == "":
+        raise UserError("--label-separator: expected a character, got none")
     from fastat.data.pack_parts import Part
+    from fastat.data.split import parse_holdout
+    from fastat.data.table_layout import ColumnNames
 
     part = Part.parse(shard) if shard is not None else Part.from_environment(os.environ)
     common: dict[str, Any] = {
         "audio": audio,
         "labels": labels,
         "classes_from": classes_from,
+        "columns": ColumnNames(path_column, label_column, label_separator),
         "segments": segments,
         "workers": workers,
         "max_bad": max_bad,
@@ -145,7 +176,7 @@ def pack(
     summary = pack_set(
         source,
         out,
-        holdout=holdout,
+        holdout=None if holdout is None else parse_holdout(holdout),
         group_by=group_by,
         clip_seconds=10.0 if clip_seconds is None else clip_seconds,
         codec=codec or "pcm16",

@@ -66,12 +66,10 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _ffmpeg() -> str | None:
-    """The version of FFmpeg's libavcodec in PyAV; None without PyAV."""
-    try:
-        import av
-    except ImportError:
-        return None
+def _ffmpeg() -> str:
+    """The version of FFmpeg's libavcodec in PyAV."""
+    import av
+
     return "libavcodec " + ".".join(map(str, av.library_versions["libavcodec"]))
 
 
@@ -127,7 +125,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("Triton kernels", ", ".join(found["kernels"]) or "none"),
         ("C compiler", found["c_compiler"] or "none: Triton kernels would need one"),
         ("C++ compiler", found["cpp_compiler"] or "none: --compile would need one on a CPU"),
-        ("FFmpeg", found["ffmpeg"] or "none: pip install av reads m4a, webm and the like"),
+        ("FFmpeg", found["ffmpeg"]),
         ("cache", space),
         *versions.items(),
         *found["variables"].items(),

@@ -1,9 +1,12 @@
-"""Finding AudioSet clips in a folder: downloaders name them in half a dozen ways."""
+"""Finding audio in folders, and clips of AudioSet and VGGSound, which downloaders name in half a
+dozen ways."""
 
 import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+
+from fastat.errors import UserError
 
 NOT_AUDIO = frozenset(
     ".csv .tsv .json .jsonl .txt .md .xml .yaml .yml .html .log .jpg .jpeg .png .gif .webp .vtt"
@@ -11,16 +14,50 @@ NOT_AUDIO = frozenset(
 )
 """Extensions of what lies beside audio. Anything else is taken for audio, and tried."""
 
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+"""What Windows leaves in folders."""
+
 
 def is_audio_name(name: str) -> bool:
     """Whether a file of that name is taken for audio."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() not in NOT_AUDIO
+    return (
+        not name.startswith(".")
+        and name.lower() not in SYSTEM_FILES
+        and os.path.splitext(name)[1].lower() not in NOT_AUDIO
+    )
+
+
+def list_folder(folder: str) -> list[str]:
+    """os.listdir, with an error for the user.
+
+    Raises:
+        UserError: the folder cannot be listed.
+    """
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise _cannot_list(error) from error
+
+
+def _cannot_list(error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename}: this folder cannot be listed: {error.strerror}; make it readable, or "
+        "move it away"
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise _cannot_list(error) from error
 
 
 def walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """os.walk that follows links, but not one to a folder that it is inside of: every file would be
-    found forty times, and with two such links never the last."""
-    for folder, folders, files in os.walk(root, followlinks=True):
+    found forty times, and with two such links never the last.
+
+    Raises:
+        UserError: a folder cannot be listed, where os.walk leaves it out.
+    """
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
         inside = os.path.realpath(folder)
         folders[:] = [
             name
@@ -43,7 +80,7 @@ class AudioFolder:
             folders.sort()
             for name in sorted(files):
                 stem, extension = os.path.splitext(name)
-                if extension and extension.lower() not in NOT_AUDIO:
+                if extension and is_audio_name(name):
                     inside = os.path.relpath(os.path.join(folder, name), self.root)
                     self._names.setdefault(stem, inside)
 
@@ -79,4 +116,5 @@ def _times(start: float, end: float) -> tuple[str, ...]:
         f"_{start:.3f}_{end:.3f}",
         f"_{start:g}",
         f"_{start:g}_{end:g}",
+        f"_{round(start):06d}",  # VGGSound's
     )

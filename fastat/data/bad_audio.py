@@ -1,9 +1,14 @@
-"""Why an audio file cannot be used."""
+"""Why an audio file cannot be used, and what was noticed in one that can."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-Reason = Literal["missing", "unreadable", "empty", "non-finite", "truncated", "label unknown"]
+Reason = Literal[
+    "missing", "unreadable", "empty", "non-finite", "truncated", "clipped", "label unknown"
+]
 """Why a file is bad; what bad.csv says."""
+
+Remark = Literal["clipped", "wrong length"]
+"""What is worth knowing of a file that was read; what notes.csv says."""
 
 
 class BadAudio(ValueError):
@@ -16,3 +21,10 @@ class BadAudio(ValueError):
 
     def __reduce__(self) -> tuple[type["BadAudio"], tuple[Reason, str]]:
         return BadAudio, (self.reason, self.detail)
+
+
+class Note(NamedTuple):
+    """A remark on a file that was read."""
+
+    remark: Remark
+    detail: str

@@ -1,17 +1,18 @@
 """Lists of classes: from AudioSet's CSV, from a packed set, or from the labels themselves."""
 
-import csv
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastat.data.shards import ClassInfo, read_index
+from fastat.data.text_table import csv_rows, read_text
 from fastat.errors import UserError
 
 INDEX_COLUMNS = ("index", "class_index", "idx")
 ID_COLUMNS = ("mid", "id", "label", "class")
 NAME_COLUMNS = ("display_name", "name", "class_name", "description")
-_NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 """The surrogates between these stand for bytes of a file name that are not UTF-8."""
 
 
@@ -26,10 +27,9 @@ class ClassList:
             check_class_name(c.id, source)
             check_class_name(c.name, source)
         self._numbers: dict[str, int] = {}
-        names = [c.name for c in self.classes]
-        twice = {name for name in names if names.count(name) > 1}
+        uses = Counter(c.name for c in self.classes)
         for number, c in enumerate(self.classes):
-            if c.name not in twice:
+            if uses[c.name] == 1:
                 self._numbers[c.name] = number
         for number, c in enumerate(self.classes):  # an id wins over another class's name
             self._numbers[c.id] = number
@@ -66,7 +66,8 @@ class ClassList:
         Raises:
             UserError: no such file or not such a table; names the line.
         """
-        rows = csv_rows(path, f"--labels {path}")
+        what = f"--labels {path}"
+        rows = list(csv_rows(read_text(path, what), what))
         expected = "expected columns index, mid, display_name"
         if not rows:
             raise UserError(f"--labels {path}: {expected}, got an empty file")
@@ -108,28 +109,7 @@ class ClassList:
 
 def check_class_name(name: str, source: str) -> None:
     """Raises UserError for a name that HDF5 and UTF-8 cannot hold."""
-    if _NO_TEXT.search(name):
+    if NO_TEXT.search(name):
         raise UserError(
             f"{source}: class {name!r} holds a NUL character or half a surrogate pair: correct it"
         )
-
-
-def csv_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
-    """The rows of a small table that are not empty, each with its line's number; cells stripped.
-
-    Args:
-        what: the file, as an error is to name it.
-
-    Raises:
-        UserError: no such file, or not CSV.
-    """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"{what}: {reason}") from None
-    try:
-        reader = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
-        return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    except csv.Error as error:
-        raise UserError(f"{what}: not CSV: {error}") from None

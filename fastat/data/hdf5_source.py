@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
-from fastat.data.decode import SAMPLE_RATES, BadAudio, decode, resample_clip
+from fastat.data.decode import Audio, BadAudio, decode, resample_clip
+from fastat.data.reader import SAMPLE_RATES
 from fastat.data.shards import H5PY_ERRORS
 from fastat.errors import UserError, first_line
 
@@ -83,10 +83,8 @@ class Hdf5Rows:
         self._path = ""
         self._file: Any = None
 
-    def decode(
-        self, path: str, sample_rate: int = 16_000, seconds: float | None = None
-    ) -> NDArray[np.float32]:
-        """Samples of the row ``path`` (``file.h5#row``), as ``decode`` gives those of a file.
+    def decode(self, path: str, sample_rate: int = 16_000, seconds: float | None = None) -> Audio:
+        """The row ``path`` (``file.h5#row``), as ``decode`` gives those of a file.
 
         Raises:
             BadAudio: no such file or row, or no audio in it.
@@ -100,8 +98,8 @@ class Hdf5Rows:
             content = file["mp3" if encoded else "waveform"][row]
             rate = rate_of(file)
         if encoded:
-            return decode(content.tobytes(), sample_rate, seconds=seconds)
-        return resample_clip(content, rate, sample_rate, seconds)
+            return decode(content.tobytes(), sample_rate, seconds)
+        return Audio(resample_clip(content, rate, sample_rate, seconds), ())
 
     def _open(self, path: str) -> Any:
         if path != self._path:

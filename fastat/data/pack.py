@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,16 @@ from numpy.typing import NDArray
 
 from fastat.data.flac import max_row_bytes
 from fastat.data.manifest import Manifest, read_manifest
-from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
+from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, has_changed, read_bad
+from fastat.data.pack_index import finished_result
 from fastat.data.pack_messages import Job
-from fastat.data.pack_parts import Part, pack_parts, settle
+from fastat.data.pack_parts import Part, check_known, pack_parts, settle
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import pack_set
 from fastat.data.pack_state import Claim, Standing, standing
-from fastat.data.shards import SAMPLE_RATE, VERSION, read_index
-from fastat.data.split import holdout_mask
+from fastat.data.shards import SAMPLE_RATE, VERSION, ClassInfo
+from fastat.data.split import Holdout, holdout_mask
+from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 from fastat.host import cores_of_rank
 
@@ -46,6 +50,15 @@ STATS_CLIPS = 1_000
 AudioSet-like material spread by half a standard deviation: 0.5 / sqrt(1000) / 2 = 0.8 %)."""
 
 
+@dataclass(frozen=True)
+class RarestClass:
+    """The class with the fewest clips of those that have any."""
+
+    id: str
+    name: str
+    clips: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackSummary:
     """What ``pack`` made."""
@@ -54,15 +67,27 @@ class PackSummary:
     clips: int
     """Of the set in ``directory``, without the held-out ones; of a part while others are not
     finished."""
+    audio_seconds: float
+    """Of these clips, without the padding."""
     shards: int
+    num_classes: int
+    rarest: RarestClass | None
+    """In ``directory``."""
     bad: int
     """Files in bad.csv, of both sets."""
     bad_reasons: dict[str, int]
+    bad_lists: tuple[Path, ...]
+    """The bad.csv of each set that has bad files."""
+    notes: dict[str, int]
+    """Files that were read and noted, of both sets, by what was noted."""
+    note_lists: tuple[Path, ...]
+    """The notes.csv of each set that has noted files."""
     empty_classes: tuple[str, ...]
     """Ids of classes without a clip in ``directory``."""
     eval_directory: Path | None
     """Where --holdout put the eval set: beside ``directory``, with ``-eval`` behind its name."""
     eval_clips: int
+    eval_audio_seconds: float
     resumed_clips: int
     """Clips that a killed run of the same command had already packed."""
     already_packed: bool
@@ -84,7 +109,8 @@ def pack(
     audio: Path | None = None,
     labels: Path | None = None,
     classes_from: Path | None = None,
-    holdout: float | None = None,
+    columns: ColumnNames | None = None,
+    holdout: float | Holdout | None = None,
     group_by: str | None = None,
     clip_seconds: float = 10.0,
     segments: bool = False,
@@ -97,8 +123,9 @@ def pack(
 ) -> PackSummary:
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
 
-    ``source`` is an AudioSet segments CSV, an AST data file, a CSV with columns path and labels,
-    a folder of classes (``manifest``) or an HDF5 file (``hdf5_source``). ``workers`` and
+    ``source`` is an AudioSet segments CSV, an AST data file, a CSV or TSV of files and labels, a
+    folder of classes (``manifest``) or an HDF5 file (``hdf5_source``). ``holdout`` is a share of
+    the clips or the value of a column. ``workers`` and
     ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
     With ``part`` this packs one of several parts, and makes the set when it is the last.
 
@@ -111,11 +138,18 @@ def pack(
     _check(holdout, group_by, seed)
     out = named(out)
     manifest = read_manifest(
-        source, audio=audio, labels=labels, classes_from=classes_from, group_by=group_by
+        source,
+        audio=audio,
+        labels=labels,
+        classes_from=classes_from,
+        columns=columns,
+        group_by=group_by,
+        holdout=holdout if isinstance(holdout, Holdout) else None,
     )
     clip_samples = round(clip_seconds * SAMPLE_RATE)
     job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples), codec)
-    options = {"segments": segments, "seed": seed, "holdout": holdout, "group_by": group_by}
+    held = str(holdout) if isinstance(holdout, Holdout) else holdout
+    options = {"segments": segments, "seed": seed, "holdout": held, "group_by": group_by}
     plans = []
     for role, directory, share in _roles(manifest, out, holdout, seed, source):
         if not share.entries and not share.bad:
@@ -147,6 +181,8 @@ def pack(
     if part is not None and parts and not all(finished):
         results, waiting_for, bad_count = pack_parts(plans, part, num_workers, num_files, max_bad)
     else:
+        unfinished = [plan for plan, done in zip(plans, finished, strict=True) if not done]
+        check_known(unfinished, num_files, max_bad)
         bad_count = BadCount(num_files, max_bad)
         results = [
             _finished(plan, bad_count) if done else pack_set(plan, num_workers, bad_count)
@@ -157,12 +193,27 @@ def pack(
     return PackSummary(
         directory=out,
         clips=train.clips,
+        audio_seconds=train.seconds,
         shards=train.shards,
+        num_classes=len(classes),
+        rarest=rarest_class(classes, train.label_counts),
         bad=bad_count.reasons.total(),
         bad_reasons=dict(bad_count.reasons),
+        bad_lists=tuple(
+            plan.directory / BAD_FILE
+            for plan, result in zip(plans, results, strict=True)
+            if result.bad and not waiting_for
+        ),
+        notes=dict(Counter(file.note for result in results for file in result.noted)),
+        note_lists=tuple(
+            plan.directory / NOTES_FILE
+            for plan, result in zip(plans, results, strict=True)
+            if result.noted and not waiting_for
+        ),
         empty_classes=tuple(classes[k].id for k in np.flatnonzero(train.label_counts == 0)),
         eval_directory=plans[1].directory if holdout is not None else None,
         eval_clips=results[1].clips if holdout is not None else 0,
+        eval_audio_seconds=results[1].seconds if holdout is not None else 0.0,
         resumed_clips=sum(result.resumed_clips for result in results),
         already_packed=all(finished),
         changed_bad=sum(map(_num_changed, plans)) if all(finished) else 0,
@@ -170,6 +221,17 @@ def pack(
         waiting_for=waiting_for,
         seconds=time.monotonic() - started,
     )
+
+
+def rarest_class(
+    classes: Sequence[ClassInfo], label_counts: NDArray[np.int64]
+) -> RarestClass | None:
+    """Of several the first; None when no class has a clip."""
+    with_clips = np.flatnonzero(label_counts)
+    if not with_clips.size:
+        return None
+    k = int(with_clips[label_counts[with_clips].argmin()])
+    return RarestClass(classes[k].id, classes[k].name, int(label_counts[k]))
 
 
 def named(out: Path) -> Path:
@@ -194,22 +256,29 @@ def check_ranges(
         raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
 
 
-def _check(holdout: float | None, group_by: str | None, seed: int) -> None:
+def _check(holdout: float | Holdout | None, group_by: str | None, seed: int) -> None:
     if seed < 0:
         raise UserError(f"--seed: expected 0 or more, got {seed}")
-    if holdout is not None and not 0.0 < holdout < 1.0:
+    if isinstance(holdout, int | float) and not 0.0 < holdout < 1.0:
         raise UserError(f"--holdout: expected a fraction between 0 and 1, got {holdout:g}")
+    if group_by is not None and isinstance(holdout, Holdout):
+        raise UserError(f"--group-by: --holdout {holdout} says of each row where it goes")
     if group_by is not None and holdout is None:
         raise UserError("--group-by: only --holdout groups clips, and it is not given")
 
 
 def _roles(
-    manifest: Manifest, out: Path, holdout: float | None, seed: int, source: Path
+    manifest: Manifest, out: Path, holdout: float | Holdout | None, seed: int, source: Path
 ) -> list[tuple[str, Path, Manifest]]:
-    """The sets to pack: role, folder, entries. Files bad from the start are the training set's."""
+    """The sets to pack: role, folder, entries. Files bad from the start are the training set's,
+    unless a column says where they belong."""
     if holdout is None:
         return [("set", out, manifest)]
     entries = manifest.entries
+    eval_out = out.with_name(out.name + EVAL_SUFFIX)
+    if isinstance(holdout, Holdout):
+        kept_manifest, held_manifest = manifest.split(holdout.value)
+        return [("train", out, kept_manifest), ("eval", eval_out, held_manifest)]
     mask = holdout_mask(
         [entry.group for entry in entries], [entry.labels for entry in entries], holdout, seed
     )
@@ -221,7 +290,7 @@ def _roles(
     held = [entry for entry, held in zip(entries, mask, strict=True) if held]
     return [
         ("train", out, manifest._replace(entries=kept)),
-        ("eval", out.with_name(out.name + EVAL_SUFFIX), manifest._replace(entries=held, bad=[])),
+        ("eval", eval_out, manifest._replace(entries=held, bad=[])),
     ]
 
 
@@ -259,11 +328,10 @@ def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int6
 
 def _finished(plan: Plan, bad_count: BadCount) -> SetResult:
     """The result of a set that an earlier run finished."""
-    index = read_index(plan.directory)
     settle(plan.directory)
-    bad_count.add(read_bad(plan.directory / BAD_FILE))
-    counts = np.array(index["label_counts"], np.int64)
-    return SetResult(index["clips"], len(index["shards"]), counts, index["clips"])
+    bad_count.add(read_bad(plan.directory / BAD_FILE), plan.bad_list)
+    result = finished_result(plan.directory)
+    return result._replace(resumed_clips=result.clips)
 
 
 def _num_changed(plan: Plan) -> int:

@@ -5,6 +5,7 @@ comparable; its fingerprint changes, so that a run that goes on notices.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +17,20 @@ from fastat.data.manifest import BadFile, Manifest, read_manifest
 from fastat.data.pack import (
     SHARD_BYTES,
     SHARD_OVERHEAD,
+    RarestClass,
     check_ranges,
     inputs_of,
     label_bytes,
     named,
+    rarest_class,
 )
 from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
+from fastat.data.pack_index import finished_result
 from fastat.data.pack_messages import Job
 from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
 from fastat.data.pack_plan import Plan
 from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
+from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 from fastat.host import cores_of_rank
 
@@ -42,6 +47,10 @@ class AppendSummary:
     """Of the whole set; of a part while others are not finished."""
     shards: int
     appended_clips: int
+    audio_seconds: float
+    num_classes: int
+    rarest: RarestClass | None
+    """Of the whole set, as ``clips``."""
     already_there: int
     """Files of the table that the set has."""
     known_bad: int
@@ -49,6 +58,8 @@ class AppendSummary:
     bad: int
     """Of the others."""
     bad_reasons: dict[str, int]
+    notes: dict[str, int]
+    """Files of the whole set that were read and noted, by what was noted."""
     resumed_clips: int
     """Clips that a killed run of the same command had already packed."""
     part: str | None
@@ -68,6 +79,7 @@ def append(
     classes_from: Path | None = None,
     clip_seconds: float | None = None,
     segments: bool = False,
+    columns: ColumnNames | None = None,
     codec: str | None = None,
     workers: int | None = None,
     max_bad: float = 0.01,
@@ -92,7 +104,7 @@ def append(
     base = _open_base(out)
     _check_classes(base, labels, classes_from, out)
     _check_layout(base, clip_seconds, segments, out)
-    new = _news(base, read_manifest(source, audio=audio, classes_from=out))
+    new = _news(base, read_manifest(source, audio=audio, classes_from=out, columns=columns))
     result = None
     if new.manifest.entries or new.manifest.bad:
         num_files = len(new.manifest.entries) + len(new.manifest.bad)
@@ -104,17 +116,22 @@ def append(
             max_bad,
             base.index,
         )
-    clips = base.index["clips"] if result is None else result.sets[0].clips
+    whole = finished_result(out) if result is None else result.sets[0]
+    clips = whole.clips
     waiting_for = () if result is None else result.waiting_for
     return AppendSummary(
         directory=out,
         clips=clips,
-        shards=len(base.index["shards"]) if result is None else result.sets[0].shards,
+        shards=whole.shards,
         appended_clips=clips if waiting_for else clips - base.index["clips"],
+        audio_seconds=whole.seconds,
+        num_classes=len(base.classes),
+        rarest=rarest_class(base.classes.classes, whole.label_counts),
         already_there=new.already_there,
         known_bad=new.known_bad,
         bad=0 if result is None else result.bad_count.reasons.total(),
         bad_reasons={} if result is None else dict(result.bad_count.reasons),
+        notes=dict(Counter(file.note for file in whole.noted)),
         resumed_clips=0 if result is None else result.sets[0].resumed_clips,
         part=None if part is None else str(part),
         waiting_for=waiting_for,

@@ -1,31 +1,67 @@
-"""bad.csv: the files of a set's table that it could not hold, and why.
+"""bad.csv: the files of a set's table that it could not hold, and why; notes.csv: what is worth
+knowing of files that it holds.
 
-Each with its size and time of change when it was tried: one that is repaired is seen to have
-changed, and ``fastat pack --append`` tries it again.
+A bad file is listed with its size and time of change when it was tried: one that is repaired is
+seen to have changed, and ``fastat pack --append`` tries it again.
 """
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fastat.atomic import atomic_path
+from fastat.data.bad_audio import Remark
 from fastat.data.hdf5_source import file_of
 from fastat.data.manifest import BadFile
 
 BAD_FILE = "bad.csv"
+NOTES_FILE = "notes.csv"
+
+
+class NotedFile(NamedTuple):
+    """A line of notes.csv."""
+
+    path: str
+    note: Remark
+    detail: str
+    line: int
 
 
 def write_bad(path: Path, bad: Iterable[BadFile]) -> None:
     """Writes the list, in the order of the table."""
+    in_order: list[BadFile] = sorted(bad, key=lambda b: (b.line, b.path))
+    _write(path, BadFile._fields, in_order)
+
+
+def add_notes(path: Path, noted: Iterable[NotedFile]) -> None:
+    """Adds to the list what it does not have; without files there is none."""
+    earlier = read_notes(path)
+    files = list(dict.fromkeys([*earlier, *noted]))
+    if len(files) > len(earlier):
+        _write(path, NotedFile._fields, files)
+
+
+def read_notes(path: Path) -> list[NotedFile]:
+    """What ``add_notes`` wrote."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [
+            NotedFile(row["path"], row["note"], row["detail"], int(row["line"]))  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with (
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(BadFile._fields)
-        in_order: list[BadFile] = sorted(bad, key=lambda b: (b.line, b.path))
-        writer.writerows(in_order)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def read_bad(path: Path) -> list[BadFile]:

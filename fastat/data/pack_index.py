@@ -4,14 +4,25 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.pack_plan import Plan
+from fastat.data.manifest import BadFile
+from fastat.data.pack_bad import NOTES_FILE, read_notes
+from fastat.data.pack_plan import Plan, SetResult
 from fastat.data.pack_state import FinishedShard
-from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ShardInfo, checksum, codec_of
+from fastat.data.shards import (
+    FORMAT,
+    SAMPLE_RATE,
+    VERSION,
+    ShardInfo,
+    checksum,
+    codec_of,
+    read_index,
+)
 from fastat.errors import UserError
 from fastat.features import FEATURES
 
@@ -28,6 +39,7 @@ def index_of(plan: Plan, shards: Sequence[FinishedShard], num_bad: int) -> dict[
         "version": VERSION,
         "inputs": plan.inputs,
         "clips": sum(shard.rows for shard in shards),
+        "seconds": _seconds(shards),
         "bad_files": num_bad,
         "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
         "clip_samples": plan.job.clip_samples,
@@ -55,6 +67,7 @@ def appended(base: dict[str, Any], shards: Sequence[FinishedShard], num_bad: int
         base
         | {
             "clips": base["clips"] + clips,
+            "seconds": base["seconds"] + _seconds(shards),
             "appends": base.get("appends", 0) + 1,
             "appended_clips": base.get("appended_clips", 0) + clips,
             "bad_files": num_bad,
@@ -63,6 +76,39 @@ def appended(base: dict[str, Any], shards: Sequence[FinishedShard], num_bad: int
             "label_counts": (counts + label_counts(shards, len(counts))).tolist(),
         }
     )
+
+
+def set_result(
+    plan: Plan, shards: Sequence[FinishedShard], bad: Sequence[BadFile], resumed_clips: int
+) -> SetResult:
+    """The result of a set of ``shards``, or of a part of one."""
+    return SetResult(
+        sum(shard.rows for shard in shards),
+        _seconds(shards),
+        len(shards),
+        len(bad),
+        [file for shard in shards for file in shard.noted],
+        label_counts(shards, len(plan.classes)),
+        resumed_clips,
+    )
+
+
+def finished_result(directory: Path) -> SetResult:
+    """The result of a set that is finished."""
+    index = read_index(directory)
+    return SetResult(
+        index["clips"],
+        index["seconds"],
+        len(index["shards"]),
+        index["bad_files"],
+        read_notes(directory / NOTES_FILE),
+        np.array(index["label_counts"], np.int64),
+        0,
+    )
+
+
+def _seconds(shards: Iterable[FinishedShard]) -> float:
+    return sum(shard.num_samples for shard in shards) / SAMPLE_RATE
 
 
 def label_counts(shards: Iterable[FinishedShard], num_classes: int) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fastat.data.decode import Reason
+from fastat.data.bad_audio import Note, Reason
 
 
 class Job(NamedTuple):
@@ -59,6 +59,13 @@ class Clip(NamedTuple):
     moments: dict[str, Moments] | None
 
 
+class Good(NamedTuple):
+    """A file with clips."""
+
+    clips: list[Clip]
+    notes: tuple[Note, ...]
+
+
 class Bad(NamedTuple):
     """A file without clips."""
 
@@ -70,7 +77,7 @@ class Decoded(NamedTuple):
     """Worker to parent: for every file of a batch its clips, or why it has none."""
 
     batch: int
-    files: list[list[Clip] | Bad]
+    files: list[Good | Bad]
 
 
 class Written(NamedTuple):

@@ -25,12 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastat.atomic import atomic_write_text, fsync
 from fastat.data.manifest import BadFile
-from fastat.data.pack_bad import BAD_FILE, read_bad, write_bad
-from fastat.data.pack_index import appended, index_of, label_counts
+from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, add_notes, read_bad, write_bad
+from fastat.data.pack_index import appended, finished_result, index_of, set_result
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
@@ -140,11 +138,7 @@ def pack_parts(
         UserError: too many bad files, no good one, or a folder that is not ours to write.
         Failure: the disk, or a worker.
     """
-    known = BadCount(num_files, max_bad)
-    for plan in plans:
-        known.add(plan.bad)
-    if known.exceeded():
-        raise _too_many(known, plans, [plan.bad for plan in plans])
+    known = check_known(plans, num_files, max_bad)
     for plan in plans:
         _claim(plan, part, base)
     if part.count > 1:  # a part alone looks for itself
@@ -161,6 +155,20 @@ def pack_parts(
         for whole, packed in zip(wholes, own, strict=True)
     ]
     return PartsResult(sets, (), bad_count)
+
+
+def check_known(plans: Sequence[Plan], num_files: int, max_bad: float) -> BadCount:
+    """Counts the files that are known to be bad before anything is decoded.
+
+    Raises:
+        UserError: already they are too many; they are listed.
+    """
+    known = BadCount(num_files, max_bad)
+    for plan in plans:
+        known.add(plan.bad, plan.bad_list)
+    if known.exceeded():
+        raise _too_many(known, plans, [plan.bad for plan in plans])
+    return known
 
 
 def settle(directory: Path) -> None:
@@ -205,7 +213,7 @@ def _too_many(
             with disk_errors(plan.directory):
                 plan.directory.mkdir(parents=True, exist_ok=True)
                 write_bad(plan.bad_list, files)
-    return bad_count.error(plans[0].bad_list)
+    return bad_count.error()
 
 
 def _check_space(plan: Plan, bad_count: BadCount) -> None:
@@ -225,13 +233,13 @@ def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) ->
     # moves shards out of it.
     with _merge_lock(plan.directory) as held:
         if not held:
-            return _whole(plan)
+            return finished_result(plan.directory)
         note = _read_note(plan, part)
         state = PackState(own.directory, plan.inputs) if note is None else None
     if note is not None:
-        bad_count.add(note.bad)
+        bad_count.add(note.bad, plan.bad_list)
         clips = sum(shard.rows for shard in note.shards)
-        return _result(plan, note.shards, resumed_clips=clips)
+        return set_result(plan, note.shards, note.bad, resumed_clips=clips)
     assert state is not None
     try:
         with state, disk_errors(plan.directory):
@@ -242,7 +250,7 @@ def _pack_part(plan: Plan, part: Part, num_workers: int, bad_count: BadCount) ->
     finally:
         if part.count == 1:  # parts have peers, who go on
             _drop_empty(plan, own)
-    return _result(plan, packed.shards, packed.resumed_clips)
+    return set_result(plan, packed.shards, packed.bad, packed.resumed_clips)
 
 
 def _drop_empty(plan: Plan, own: Plan) -> None:
@@ -293,12 +301,13 @@ def _merge(
             for plan, ours in zip(plans, held, strict=True)
         ]
         for plan, note in zip(plans, notes, strict=True):
-            bad_count.add(read_bad(plan.directory / BAD_FILE) if note is None else note.bad)
+            found = read_bad(plan.directory / BAD_FILE) if note is None else note.bad
+            bad_count.add(found, plan.bad_list)
         if bad_count.exceeded():
-            found = [[] if note is None else note.bad for note in notes]
-            raise _too_many(bad_count, plans, found)
+            listed = [[] if note is None else note.bad for note in notes]
+            raise _too_many(bad_count, plans, listed)
         return [
-            _whole(plan) if note is None else _merge_set(plan, note, base)
+            finished_result(plan.directory) if note is None else _merge_set(plan, note, base)
             for plan, note in zip(plans, notes, strict=True)
         ]
 
@@ -339,10 +348,11 @@ def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResul
             elif not (directory / shard.file).exists():
                 raise Failure(f"{path}: this shard is gone since it was packed")
         fsync(directory)
+        add_notes(directory / NOTES_FILE, (n for shard in note.shards for n in shard.noted))
         atomic_write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
         _publish_bad(directory)
         _remove_state(directory)
-    return _whole(plan)
+    return finished_result(plan.directory)
 
 
 def _publish_bad(directory: Path) -> None:
@@ -367,18 +377,6 @@ def _remove_state(directory: Path) -> None:
     os.replace(directory / STATE_FOLDER, removed)
     # A network file system keeps files that a peer has open a little longer.
     shutil.rmtree(removed, ignore_errors=True)
-
-
-def _whole(plan: Plan) -> SetResult:
-    """The result of a set that is finished."""
-    index = read_index(plan.directory)
-    counts = np.array(index["label_counts"], np.int64)
-    return SetResult(index["clips"], len(index["shards"]), counts, 0)
-
-
-def _result(plan: Plan, shards: Sequence[FinishedShard], resumed_clips: int) -> SetResult:
-    clips = sum(shard.rows for shard in shards)
-    return SetResult(clips, len(shards), label_counts(shards, len(plan.classes)), resumed_clips)
 
 
 @contextmanager

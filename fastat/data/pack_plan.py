@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
+from fastat.data.pack_bad import NotedFile
 from fastat.data.pack_messages import Job
 from fastat.errors import UserError
 
@@ -47,23 +48,26 @@ class BadCount:
         self.num_files, self.max_bad = num_files, max_bad
         self.reasons: Counter[str] = Counter()
         self._example: BadFile | None = None
+        self._lists: dict[Path, None] = {}
 
-    def add(self, files: Iterable[BadFile]) -> None:
-        """Counts files."""
+    def add(self, files: Iterable[BadFile], listed: Path) -> None:
+        """Counts files, which are or will be listed in the file ``listed``."""
         for self._example in files:
             self.reasons[self._example.reason] += 1
+            self._lists[listed] = None
 
     def exceeded(self) -> bool:
         """Whether there are more than --max-bad of them."""
         return self.reasons.total() > self.max_bad * self.num_files
 
-    def error(self, listed: Path) -> UserError:
-        """What to tell the user when there are; they are listed in the file ``listed``."""
+    def error(self) -> UserError:
+        """What to tell the user when there are, and the lists are written."""
         example = self._example
         assert example is not None, "no file is bad"
         count = self.reasons.total()
         enough = math.ceil(100 * count / self.num_files) / 100
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+        listed = " and ".join(str(path) for path in self._lists if path.is_file())
         detail = f" ({example.detail})" if example.detail else ""
         others = f"--max-bad {enough:g} or more packs the others"
         return UserError(
@@ -77,6 +81,12 @@ class SetResult(NamedTuple):
     """What became of a set, or of a part of one."""
 
     clips: int
+    seconds: float
+    """Of audio, without padding."""
     shards: int
+    bad: int
+    """Lines of its bad.csv."""
+    noted: list[NotedFile]
+    """Lines of its notes.csv."""
     label_counts: NDArray[np.int64]  # [K]
     resumed_clips: int

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastat.data.pack import PackSummary
 from fastat.data.pack_append import AppendSummary
-from fastat.data.pack_bad import BAD_FILE
+from fastat.data.pack_bad import BAD_FILE, NOTES_FILE
 from fastat.data.verify import VerifySummary
 from fastat.errors import Failure, one_line
 
@@ -22,19 +22,42 @@ def print_packed(summary: PackSummary, *, as_json: bool) -> None:
         return
     if summary.waiting_for:
         print(_waiting(summary.part, summary.clips + summary.eval_clips, summary.waiting_for))
-        _print_bad(summary.bad, summary.bad_reasons, None)
+        _print_files("bad", summary.bad_reasons, ())
         return
     done = "already packed" if summary.already_packed else "packed"
     print(f"{done}: {summary.clips:,} clips in {_shards(summary.shards)}, {summary.directory}")
+    _print_content(summary)
     if summary.eval_directory is not None:
-        print(f"held out: {summary.eval_clips:,} clips, {summary.eval_directory}")
-    _print_bad(summary.bad, summary.bad_reasons, summary.directory)
+        length = duration(summary.eval_audio_seconds)
+        print(f"held out: {summary.eval_clips:,} clips, {length}, {summary.eval_directory}")
+    _print_files("noted", summary.notes, summary.note_lists)
+    _print_files("bad", summary.bad_reasons, summary.bad_lists)
     if summary.changed_bad:
         print(f"changed since: {summary.changed_bad} of the bad files; --append tries them again")
     if summary.empty_classes:
         names = one_line(", ".join(summary.empty_classes[:5]))
         more = ", ..." if len(summary.empty_classes) > 5 else ""
         print(f"classes without a clip: {len(summary.empty_classes)} ({names}{more})")
+
+
+def _print_content(summary: PackSummary | AppendSummary) -> None:
+    """Prints what a set holds."""
+    classes = f"{summary.num_classes:,} class{'es' * (summary.num_classes != 1)}"
+    line = f"audio: {duration(summary.audio_seconds)}, {classes}"
+    rarest = summary.rarest
+    if rarest is not None:
+        clips = f"{rarest.clips:,} clip{'s' * (rarest.clips != 1)}"
+        line += f", the rarest is {rarest.name} with {clips}"
+    print(line)
+
+
+def duration(seconds: float) -> str:
+    """Seconds under a minute, else hours, minutes and seconds as far as they matter."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours:,} h {m} min" if hours else f"{m} min {s} s"
 
 
 def _shards(count: int) -> str:
@@ -55,11 +78,15 @@ def print_appended(summary: AppendSummary, *, as_json: bool) -> None:
         )
     else:
         print(f"nothing new: {summary.directory} still has {summary.clips:,} clips")
+    if not summary.waiting_for:
+        _print_content(summary)
     if summary.already_there:
         print(f"already in the set: {summary.already_there:,} files")
     if summary.known_bad:
         print(f"bad before and unchanged: {summary.known_bad:,} files of {BAD_FILE}")
-    _print_bad(summary.bad, summary.bad_reasons, None if summary.waiting_for else summary.directory)
+    directories = () if summary.waiting_for else (summary.directory,)
+    _print_files("noted", summary.notes, [path / NOTES_FILE for path in directories])
+    _print_files("bad", summary.bad_reasons, [path / BAD_FILE for path in directories])
 
 
 def print_verified(summary: VerifySummary, *, as_json: bool) -> None:
@@ -99,8 +126,9 @@ def _waiting(part: str | None, clips: int, others: Sequence[int]) -> str:
     )
 
 
-def _print_bad(count: int, reasons: dict[str, int], directory: Path | None) -> None:
-    if count:
-        listed = "" if directory is None else f", listed in {directory / BAD_FILE}"
-        parts = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-        print(f"bad files: {count} ({parts}){listed}")
+def _print_files(kind: str, counts: dict[str, int], lists: Sequence[Path]) -> None:
+    """Prints how many files are bad or noted, and where they are listed."""
+    if counts:
+        listed = f", listed in {' and '.join(map(str, lists))}" if lists else ""
+        parts = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        print(f"{kind} files: {sum(counts.values()):,} ({parts}){listed}")

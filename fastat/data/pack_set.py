@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from fastat.atomic import fsync
 from fastat.data.manifest import BadFile, Entry
-from fastat.data.pack_bad import BAD_FILE, stamp, write_bad
-from fastat.data.pack_index import index_of, label_counts
+from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, NotedFile, add_notes, stamp, write_bad
+from fastat.data.pack_index import index_of, set_result
 from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Write
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_pool import BATCHES_AHEAD, Pool
@@ -52,14 +52,10 @@ def pack_set(plan: Plan, num_workers: int, bad_count: BadCount) -> SetResult:
     with PackState(plan.directory, plan.inputs) as state, disk_errors(plan.directory):
         packed = pack_rows(plan, state, num_workers, bad_count)
         write_bad(plan.directory / BAD_FILE, packed.bad)
+        add_notes(plan.directory / NOTES_FILE, (n for s in packed.shards for n in s.noted))
         require_clips(plan.directory, packed.shards, packed.bad)
         state.finish(index_of(plan, packed.shards, len(packed.bad)))
-    return SetResult(
-        sum(shard.rows for shard in packed.shards),
-        len(packed.shards),
-        label_counts(packed.shards, len(plan.classes)),
-        packed.resumed_clips,
-    )
+    return set_result(plan, packed.shards, packed.bad, packed.resumed_clips)
 
 
 def pack_rows(plan: Plan, state: PackState, num_workers: int, bad_count: BadCount) -> Packed:
@@ -164,6 +160,7 @@ class _Rows:
         self.entries: list[Entry] = []
         self.next_entry = self.next_clip = 0
         self.bad: list[BadFile] = []
+        self.noted: list[NotedFile] = []
         self.flushed = 0
         """Bytes that were on their way when the file was last flushed."""
 
@@ -197,8 +194,16 @@ class _Rows:
             for name, m in (clip.moments or {}).items():
                 clips, bins, total, squares = moments[name]
                 moments[name] = (clips + 1, bins + m.num_bins, total + m.total, squares + m.squares)
+        num_samples = sum(clip.num_samples for clip in self.clips)
         return FinishedShard(
-            *info, self.next_entry, self.next_clip, counts.tolist(), self.bad, moments
+            *info,
+            self.next_entry,
+            self.next_clip,
+            num_samples,
+            counts.tolist(),
+            self.bad,
+            self.noted,
+            moments,
         )
 
 
@@ -212,7 +217,8 @@ class _Builder:
         self._skip_clips = self.shards[-1].next_clip if self.shards else 0
         self.bad = [*plan.bad, *(bad for shard in self.shards for bad in shard.bad)]
         self._bad_since: list[BadFile] = []
-        bad_count.add(self.bad)
+        self._noted_since: list[NotedFile] = []
+        bad_count.add(self.bad, plan.bad_list)
         self._rows: _Rows | None = None
         self._full: deque[_Rows] = deque()
         self._num_started = len(self.shards)
@@ -229,7 +235,7 @@ class _Builder:
         """Raises UserError when too many files are bad; lists those found so far."""
         if self.bad_count.exceeded():
             write_bad(self.plan.bad_list, self.bad)
-            raise self.bad_count.error(self.plan.bad_list)
+            raise self.bad_count.error()
 
     def check_space(self) -> None:
         """As ``require_space``, for what is left."""
@@ -239,10 +245,16 @@ class _Builder:
         """Rows for the next batch's clips; what its worker must write where."""
         writes: list[Write] = []
         held = 0
-        for number, clips in enumerate(batch.files, first_entry):
-            if isinstance(clips, Bad):
-                self._take_bad(self.plan.entries[number], clips)
+        for number, file in enumerate(batch.files, first_entry):
+            entry = self.plan.entries[number]
+            if isinstance(file, Bad):
+                self._take_bad(entry, file)
                 continue
+            clips = file.clips
+            if self._skip_clips == 0:
+                self._noted_since.extend(
+                    NotedFile(entry.path, *note, entry.line) for note in file.notes
+                )
             for index in range(self._skip_clips, len(clips)):
                 more = index + 1 < len(clips)
                 upto = (number, index + 1) if more else (number + 1, 0)
@@ -264,7 +276,7 @@ class _Builder:
         file = BadFile(entry.path, bad.reason, bad.detail, labels, entry.line, *stamp(entry.path))
         self.bad.append(file)
         self._bad_since.append(file)
-        self.bad_count.add([file])
+        self.bad_count.add([file], self.plan.bad_list)
         self.check_bad()
 
     def _take_clip(
@@ -297,6 +309,7 @@ class _Builder:
     def _complete(self, rows: _Rows) -> None:
         """No more rows: the shard is sealed when its last write is done."""
         rows.bad, self._bad_since = self._bad_since, []
+        rows.noted, self._noted_since = self._noted_since, []
         self._rows = None
         self._full.append(rows)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from fastat.atomic import atomic_write_text
 from fastat.data.manifest import BadFile
-from fastat.data.pack_bad import BAD_FILE
+from fastat.data.pack_bad import BAD_FILE, NotedFile
 from fastat.data.shard_writer import PART_SUFFIX
 from fastat.data.shards import INDEX_FILE, STATE_FOLDER, ShardInfo, read_index, shard_file
 from fastat.errors import UserError
@@ -55,9 +55,13 @@ class FinishedShard(NamedTuple):
     next_entry: int
     """The entry to go on with, and which of its clips."""
     next_clip: int
+    num_samples: int
+    """Real samples of its rows, without their padding."""
     label_counts: list[int]
     bad: list[BadFile]
     """Found since the shard before."""
+    noted: list[NotedFile]
+    """Likewise, of the files that were read."""
     moments: dict[str, tuple[int, int, float, float]]
     """Of each feature: clips, bins, sum, sum of squares."""
 
@@ -76,7 +80,8 @@ class FinishedShard(NamedTuple):
         check_keys(path, fields, cls)
         bad = [BadFile(*file) for file in fields["bad"]]
         moments = {name: tuple(m) for name, m in fields["moments"].items()}
-        return cls(**fields | {"bad": bad, "moments": moments})
+        noted = [NotedFile(*file) for file in fields["noted"]]
+        return cls(**fields | {"bad": bad, "noted": noted, "moments": moments})
 
 
 def standing(directory: Path, claim: Claim) -> Standing:

@@ -31,6 +31,7 @@ from fastat.data.pack_messages import (
     Decode,
     Decoded,
     Forget,
+    Good,
     Job,
     Message,
     Refused,
@@ -102,14 +103,12 @@ def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
 def _decode(
     message: Decode, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
 ) -> Decoded | Refused:
-    files: list[list[Clip] | Bad] = []
+    files: list[Good | Bad] = []
     for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
         try:
             files.append(_decode_file(path, stats_clips, job, hdf5, measure, rows))
         except BadAudio as bad:
             files.append(Bad(bad.reason, bad.detail))
-        except OSError as error:  # a broken disk, no permission
-            files.append(Bad("unreadable", error.strerror or str(error)))
         except MemoryError:
             return Refused(errno.ENOMEM, path)
     return Decoded(message.batch, files)
@@ -117,14 +116,14 @@ def _decode(
 
 def _decode_file(
     path: str, stats_clips: int, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
-) -> list[Clip]:
+) -> Good:
     """The file's clips, ``stats_clips`` of them measured; their bytes go to ``rows``."""
     seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
     if is_row(path):
-        samples = hdf5.decode(path, SAMPLE_RATE, seconds)
+        audio = hdf5.decode(path, SAMPLE_RATE, seconds)
     else:
-        samples = decode(Path(path), SAMPLE_RATE, seconds=seconds)
-    pieces = cut(samples, job)
+        audio = decode(Path(path), SAMPLE_RATE, seconds)
+    pieces = cut(audio.samples, job)
     # Evenly spread over the file.
     step = max(1.0, len(pieces) / stats_clips) if stats_clips else 0.0
     measured = {int(i * step) for i in range(stats_clips)}
@@ -137,7 +136,7 @@ def _decode_file(
         stored = encode(piece, SAMPLE_RATE) if job.codec == "flac" else row.tobytes()
         rows.append(stored)
         clips.append(Clip(start, len(piece), len(stored), zlib_ng.crc32(stored), moments))
-    return clips
+    return Good(clips, audio.notes)
 
 
 class _Target:

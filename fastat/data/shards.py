@@ -50,7 +50,7 @@ from fastat.versions import check_keys
 
 SAMPLE_RATE = 16_000
 FORMAT = "fastat packed set"
-VERSION = 1
+VERSION = 2
 INDEX_FILE = "dataset.json"
 STATE_FOLDER = ".pack"
 """What an unfinished ``fastat pack`` keeps inside the set's folder."""

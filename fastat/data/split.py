@@ -6,9 +6,38 @@ what is left and a rare one cannot.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastat.errors import UserError
+
+
+class Holdout(NamedTuple):
+    """``--holdout COLUMN=VALUE``: the rows of a table with that value are the eval part."""
+
+    column: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.column}={self.value}"
+
+
+def parse_holdout(text: str) -> float | Holdout:
+    """``--holdout``: a fraction or COLUMN=VALUE; UserError for anything else."""
+    column, equals, value = (part.strip() for part in text.partition("="))
+    if equals and column and value:
+        return Holdout(column, value)
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0.0 < fraction < 1.0:
+        raise UserError(
+            f"--holdout: expected a fraction between 0 and 1, or COLUMN=VALUE, got {text}"
+        )
+    return fraction
 
 
 def holdout_mask(

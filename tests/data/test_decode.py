@@ -2,25 +2,31 @@
 
 import os
 import struct
-import sys
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
-from fastat.data.decode import BLOCK_SECONDS, BadAudio, decode, to_int16
+from fastat.data import decode as decoding
+from fastat.data.decode import BadAudio, to_int16
+from fastat.data.reader import BLOCK_SECONDS
 from tests.data.audio import noise, reference
 from tests.data.audio_bytes import flac_frames, ogg_pages
 
 
-def reason_of(path: Path, start_seconds: float = 0.0) -> str:
+def decode(source: Path | bytes, seconds: float | None = None) -> NDArray[np.float32]:
+    return decoding.decode(source, seconds=seconds).samples
+
+
+def reason_of(path: Path) -> str:
     with pytest.raises(BadAudio) as caught:
-        decode(path, start_seconds=start_seconds)
+        decode(path)
     return caught.value.reason
 
 
@@ -44,7 +50,9 @@ def test_equals_soundfile_and_soxr(tmp_path: Path, rate: int, channels: int) -> 
 def test_formats(tmp_path: Path, name: str, subtype: str) -> None:
     path = tmp_path / name
     sf.write(path, noise(1.0, 32_000, 1), 32_000, subtype=subtype)
-    assert np.array_equal(to_int16(decode(path)), reference(path))
+    difference = to_int16(decode(path)).astype(int) - reference(path)
+    # FFmpeg's decoder of MP3 rounds in other places than libsndfile's.
+    assert np.abs(difference).max() <= (1 if path.suffix == ".mp3" else 0)
 
 
 def test_blocks_do_not_show(tmp_path: Path) -> None:
@@ -59,14 +67,7 @@ def test_cut_equals_the_whole_cut(tmp_path: Path, rate: int) -> None:
     sf.write(path, noise(9.0, rate, 3), rate)
     whole = decode(path)
     assert np.array_equal(decode(path, seconds=2.5), whole[:40_000])
-    for start in (0.3, 4.0, 6.789):
-        part = decode(path, start_seconds=start, seconds=1.0)
-        first = round(start * 16_000)
-        assert len(part) == 16_000
-        # Another phase of the resampler's blocks: equal but for float32 rounding.
-        assert np.abs(part - whole[first : first + 16_000]).max() < 1e-6
-    assert len(decode(path, start_seconds=8.5, seconds=1.0)) == 8_000
-    assert reason_of(path, start_seconds=9.5) == "empty"
+    assert np.array_equal(decode(path, seconds=12.0), whole)
 
 
 def test_to_int16() -> None:
@@ -148,8 +149,6 @@ def test_impossible_rate(tmp_path: Path) -> None:
 
 
 def write_with_ffmpeg(path: Path, x: NDArray[np.float32], rate: int, codec: str) -> None:
-    import av
-
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout="stereo")
         stream.codec_context.time_base = Fraction(1, rate)
@@ -163,7 +162,6 @@ def write_with_ffmpeg(path: Path, x: NDArray[np.float32], rate: int, codec: str)
 
 @pytest.mark.parametrize(("name", "codec"), [("x.m4a", "aac"), ("x.webm", "libopus")])
 def test_ffmpeg_reads_the_rest(tmp_path: Path, name: str, codec: str) -> None:
-    pytest.importorskip("av", reason="the extra av is not installed")
     path = tmp_path / name
     rate = 48_000
     tone = np.sin(2 * np.pi * 440 * np.arange(3 * rate) / rate).astype(np.float32)
@@ -175,13 +173,10 @@ def test_ffmpeg_reads_the_rest(tmp_path: Path, name: str, codec: str) -> None:
     spectrum = np.abs(np.fft.rfft(got[8_000:40_000])) / 16_000
     assert spectrum.argmax() == 880  # 440 Hz in two seconds
     assert spectrum.max() == pytest.approx(np.abs(expected).max(), rel=0.02)
-    part = decode(path, start_seconds=1.0, seconds=0.5)
-    assert len(part) == 8_000
-    assert np.abs(part - got[16_000:24_000]).max() < 1e-6
+    assert np.array_equal(decode(path, seconds=1.5), got[:24_000])
 
 
 def test_ffmpeg_truncated(tmp_path: Path) -> None:
-    av = pytest.importorskip("av", reason="the extra av is not installed")
     path = tmp_path / "x.mp4"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("aac", rate=48_000, layout="mono")
@@ -197,16 +192,6 @@ def test_ffmpeg_truncated(tmp_path: Path) -> None:
     assert reason_of(path) in ("truncated", "unreadable")
     path.write_bytes(data)
     assert len(decode(path)) > 60_000
-
-
-def test_without_ffmpeg_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
-    (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(100))
-    with pytest.raises(BadAudio, match=r"fastat\[av\]") as caught:
-        decode(tmp_path / "x.m4a")
-    assert caught.value.reason == "unreadable"
 
 
 def flac(tmp_path: Path) -> tuple[Path, list[int]]:
@@ -298,7 +283,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         assert reason_of(path) == "unreadable"
     (tmp_path / "a.wav").symlink_to("b.wav")
     (tmp_path / "b.wav").symlink_to("a.wav")
-    assert reason_of(tmp_path / "a.wav") == "missing"
+    assert reason_of(tmp_path / "a.wav") == "unreadable"
 
 
 def test_a_header_that_promises_hours_of_many_channels_takes_no_memory(tmp_path: Path) -> None:
@@ -316,7 +301,6 @@ def test_a_header_that_promises_hours_of_many_channels_takes_no_memory(tmp_path:
 
 def test_ffmpeg_is_not_asked_about_damage(tmp_path: Path) -> None:
     """It would leave out what is damaged, and say nothing."""
-    pytest.importorskip("av", reason="the extra av is not installed")
     path = tmp_path / "x.ogg"
     sf.write(path, noise(0.9, 48_000, 14), 48_000, format="OGG", subtype="OPUS")
     data = bytearray(path.read_bytes())
@@ -344,7 +328,6 @@ def test_what_ffmpeg_has_no_decoder_for(tmp_path: Path) -> None:
 
 
 def test_ffmpeg_truncated_webm(tmp_path: Path) -> None:
-    pytest.importorskip("av", reason="the extra av is not installed")
     path = tmp_path / "x.webm"
     write_with_ffmpeg(path, noise(3.0, 48_000, 16, channels=2), 48_000, "libopus")
     data = path.read_bytes()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -116,7 +117,8 @@ def test_passt(classes: Path, tmp_path: Path, packed_bits: bool) -> None:
     for row, count, file in zip(rows, packed.num_samples.tolist(), files, strict=True):
         expected = reference(file, 1.0)
         assert count == len(expected) < 16_000
-        assert np.array_equal(row[:count], expected) and not row[count:].any()
+        # FFmpeg's decoder of MP3 rounds in other places than libsndfile's.
+        assert np.abs(row[:count].astype(int) - expected).max() <= 1 and not row[count:].any()
 
 
 def test_segments_and_append(classes: Path, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_segments_and_append(classes: Path, tmp_path: Path) -> None:
         source, _, number = path.partition("#")
         file = (wavs if source == str(first) else mp3s)[int(number)]
         expected = reference(file)[round(start * 16_000) :][:8_000]
-        assert np.array_equal(row[: len(expected)], expected)
+        assert np.abs(row[: len(expected)].astype(int) - expected).max() <= 1
 
 
 def test_bad_rows(classes: Path, tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_bytes_decode_as_files_do(tmp_path: Path) -> None:
     for name in ("a.wav", "b.flac", "c.mp3", "d.ogg"):
         sf.write(tmp_path / name, x, 22_050)
         content = (tmp_path / name).read_bytes()
-        assert np.array_equal(decode(content), decode(tmp_path / name))
+        assert np.array_equal(decode(content).samples, decode(tmp_path / name).samples)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "b.flac").read_bytes()[:-3000])
     messages = []
     for source in (tmp_path / "cut.flac", (tmp_path / "cut.flac").read_bytes()):
@@ -240,7 +242,6 @@ def test_bytes_decode_as_files_do(tmp_path: Path) -> None:
             decode(source)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
-    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "e.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16_000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.float32), "fltp", "mono")
@@ -248,7 +249,7 @@ def test_bytes_decode_as_files_do(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     content = (tmp_path / "e.mp4").read_bytes()
-    assert np.array_equal(decode(content), decode(tmp_path / "e.mp4"))
+    assert np.array_equal(decode(content).samples, decode(tmp_path / "e.mp4").samples)
 
 
 def test_dali_says_that_it_cannot(classes: Path, tmp_path: Path) -> None:

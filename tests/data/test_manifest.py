@@ -106,7 +106,7 @@ def test_csv_columns(tmp_path: Path) -> None:
         f"3,{absolute},dog\n"
         "4,sub/c.wav,dog;dog\n"
         "5,none.wav,dog\n"
-        "6,a.wav,\n",
+        "6,sub/e.wav,\n",
     )
     manifest = read_manifest(table)
     assert labels_of(manifest) == {
@@ -179,6 +179,9 @@ def test_ast_data_file(tmp_path: Path) -> None:
         ("t.csv", "", "empty file"),
         ("t.csv", "path,labels\n", "no clips"),
         ("t.csv", "name,text\na,b\n", "expected AudioSet's segments or a header with path"),
+        ("t.csv", "path,label,label\na.wav,x,y\n", "one column label, got 2"),
+        ("t.csv", "a.wav,x\nb.wav,y\n", "header with path"),
+        ("t.tsv", "audio/a.wav\t0.0\t1.5\tcar\n", "header with path"),
         ("t.csv", "path,labels\na.wav,x,y\n", "line 2: expected 2 cells, got 3"),
         ("t.csv", 'path,labels\na.wav,"x\n', "line 2: not CSV"),
         ("t.csv", "# YTID\nid0, 0, 10, a\nid1, zero, 10, a\n", "line 3: expected YTID"),
@@ -339,13 +342,30 @@ def test_names_with_any_bytes(tmp_path: Path) -> None:
     assert [(Path(bad.path).name, bad.reason) for bad in manifest.bad] == [("pipe.wav", "missing")]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16", "utf-16-le", "utf-16-be"])
 def test_encodings(tmp_path: Path, encoding: str) -> None:
     touch(tmp_path, "a.wav")
-    table = tmp_path / "table.csv"
-    table.write_bytes("path,labels\na.wav,x\n".encode(encoding))
-    if encoding == "utf-8-sig":
-        assert len(read_manifest(table).entries) == 1
-    else:
-        with pytest.raises(UserError, match="not text|expected AudioSet's segments or a header"):
-            read_manifest(table)
+    table, classes = tmp_path / "table.csv", tmp_path / "classes.csv"
+    table.write_bytes("path,labels\na.wav,café\n".encode(encoding))
+    classes.write_bytes("index,mid,display_name\n0,café,Café\n".encode(encoding))
+    if encoding.startswith("utf-8"):
+        manifest = read_manifest(table, labels=classes)
+        assert labels_of(manifest) == {"a.wav": ["café"]}
+        return
+    for path, read in ((table, read_manifest), (classes, ClassList.from_csv)):
+        with pytest.raises(UserError, match="UTF-16") as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_latin_1_is_named_with_its_line(tmp_path: Path, line_end: str) -> None:
+    table, classes = tmp_path / "table.csv", tmp_path / "classes.csv"
+    lines = ("path,labels", "a.wav,tea", "b.wav,café", "")
+    table.write_bytes(line_end.join(lines).encode("latin-1"))
+    lines = ("index,mid,display_name", "0,tea,Tea", "1,café,Café", "")
+    classes.write_bytes(line_end.join(lines).encode("latin-1"))
+    for path, read in ((table, read_manifest), (classes, ClassList.from_csv)):
+        with pytest.raises(UserError, match=r"Latin-1.*0xE9.*line 3") as caught:
+            read(path)
+        assert str(path) in str(caught.value)

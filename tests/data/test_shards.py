@@ -224,7 +224,7 @@ def test_not_a_packed_set(copy: Path, tmp_path: Path) -> None:
     for text, message in (
         ("not json", "no JSON"),
         ('{"clips": 3}', "expected the index"),
-        ('{"format": "fastat packed set", "version": 99}', "version 1, got 99"),
+        ('{"format": "fastat packed set", "version": 99}', "version 2, got 99"),
     ):
         (copy / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=message):

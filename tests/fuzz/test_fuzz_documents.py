@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import types
 import typing
@@ -126,12 +127,31 @@ def check_manifest(path: Path, audio: Path, num_clips: Callable[[str], int]) -> 
     return None if all(0 <= k < len(manifest.classes) for k in labels) else "an unknown class"
 
 
-def count_lines(text: str, comment: str = "\n") -> int:
-    """Lines of a CSV with a cell that is not blank, those that begin with ``comment`` apart."""
-    lines = [line for line in text.splitlines() if not line.startswith(comment)]
-    delimiter = "\t" if lines and "\t" in lines[0] else ","
-    cells = [row for line in lines for row in csv.reader([line], delimiter=delimiter)]
-    return sum(any(cell.strip() for cell in row) for row in cells)
+def rows_of(text: str) -> list[list[str]]:
+    """Rows of a CSV with a cell that is not blank."""
+    lines = io.StringIO(text, newline="")
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
+    delimiter = next((c for c in "\t,;" if c in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    rows = [[cell.strip() for cell in row] for row in reader]
+    return [row for row in rows if any(row)]
+
+
+def count_files(text: str, audio: Path) -> int:
+    """Files that the column path names, with or without their extension."""
+    header, *rows = rows_of(text)
+    names = [row[[cell.lower() for cell in header].index("path")] for row in rows]
+    paths = [audio / os.path.normpath(name) for name in names]
+    whole = [path.with_name(path.name + ".wav") for path in paths]
+    return len(
+        {w if not p.exists() and w.exists() else p for p, w in zip(paths, whole, strict=True)}
+    )
+
+
+def count_segments(text: str) -> int:
+    """Different segments of videos."""
+    rows = [row for row in rows_of(text) if not row[0].startswith("#")]
+    return len({(row[0], float(row[1]), float(row[2])) for row in rows})
 
 
 @numbers_of_cases
@@ -143,7 +163,7 @@ def test_csv_of_paths(audio: Path, numbers: range) -> None:
     check_document(
         table,
         TABLE,
-        lambda path: check_manifest(path, audio, lambda t: count_lines(t) - 1),
+        lambda path: check_manifest(path, audio, lambda t: count_files(t, audio)),
         numbers,
     )
 
@@ -156,7 +176,7 @@ def test_segments_csv(audio: Path, numbers: range) -> None:
     table.write_text(head + "".join(lines))
 
     def use(path: Path) -> str | None:
-        return check_manifest(path, audio, lambda text: count_lines(text, "#"))
+        return check_manifest(path, audio, count_segments)
 
     check_document(table, TABLE, use, numbers)
 

@@ -1,0 +1,213 @@
+"""Where the samples of WAV, AIFF, AU, CAF and Wave64 files lie, and how many there are.
+
+The headers of these files state a number of bytes, which is often wrong: a recorder that lost its
+power leaves 0 or an old number, a program that writes to a pipe cannot know it, and a field of 32
+bits wraps at 4 GiB. libsndfile believes most of these numbers. Here they are compared with the size
+of the file and with what lies behind the samples, and where they are wrong libsndfile gets a header
+with the right one.
+"""
+
+import io
+import struct
+from typing import BinaryIO, NamedTuple
+
+from fastat.data.bad_audio import BadAudio
+
+SLACK_BYTES = 128
+"""A number that is wrong by no more than this includes parts of the header, or a byte of
+padding."""
+UNKNOWN_MARGIN = 1 << 16
+"""Programs that write to a pipe state 0, -1, or a number close to 2 or 4 GiB."""
+_MAX_32_BITS = 0xFFFFFFFF
+
+
+class _Form(NamedTuple):
+    """How a format is made of chunks."""
+
+    first: int
+    """Byte of the first chunk."""
+    head: str
+    """Name and size of a chunk, for ``struct``."""
+    data: bytes
+    """Name of the chunk with the samples."""
+    lead: int = 0
+    """Bytes in that chunk before the samples."""
+    counts_head: bool = False
+    """Whether a chunk's size includes its head."""
+    align: int = 2
+
+
+_FORMS = {
+    b"RIFF": _Form(12, "<4sI", b"data"),
+    b"RIFX": _Form(12, ">4sI", b"data"),
+    b"RF64": _Form(12, "<4sI", b"data"),
+    b"BW64": _Form(12, "<4sI", b"data"),
+    b"FORM": _Form(12, ">4sI", b"SSND", lead=8),
+    b"caff": _Form(8, ">4sq", b"data", lead=4, align=1),
+    b"riff": _Form(40, "<16sQ", b"data", counts_head=True, align=8),
+}
+_AU = _Form(0, ">4sI", b"", align=1)
+"""AU has no chunks; nothing but another file can follow its samples."""
+
+
+class Samples(NamedTuple):
+    """Where the samples lie."""
+
+    first: int
+    """Byte of the first one, where ``head`` is not empty."""
+    head: bytes
+    """A header with the right number, for what begins there; empty when the file's own is right."""
+    note: str
+    """What was wrong; empty when nothing was, or when the header states no number."""
+    next_file: int | None
+    """Where another file was joined to this one."""
+
+
+UNKNOWN = Samples(0, b"", "", None)
+
+
+def find_samples(file: BinaryIO, start: int) -> Samples:
+    """Looks at the header of the file that begins at byte ``start``.
+
+    Returns ``UNKNOWN`` for other formats, and where there is no chunk of samples.
+
+    Raises:
+        BadAudio: the header states more than the file holds.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(start)
+    head = file.read(8)
+    magic = head[:4]
+    if head[4:] == b"ftyp":
+        return UNKNOWN._replace(next_file=_next_mp4(file, start))
+    if magic == b".snd":
+        file.seek(start + 4)
+        offset, stated = struct.unpack(">II", file.read(8).ljust(8, b"\0"))
+        return _Field(start, start + offset, start + 8, ">I", stated, _AU).compared(file, size)
+    form = _FORMS.get(magic)
+    if form is None:
+        return UNKNOWN
+    head_size = struct.calcsize(form.head)
+    place, sizes_64 = start + form.first, None
+    while True:
+        file.seek(place)
+        head = file.read(head_size)
+        if len(head) < head_size:
+            return UNKNOWN
+        name, stated = struct.unpack(form.head, head)
+        if name.startswith(form.data):
+            break
+        if name == b"ds64":
+            sizes_64 = place + head_size + 8  # behind the size of the file
+        length = stated if form.counts_head else head_size + stated
+        place += max(head_size, length + -length % form.align)
+    first, field = place + head_size + form.lead, place + len(name)
+    code = form.head[0] + form.head[-1]
+    if sizes_64 is not None and stated == _MAX_32_BITS:
+        file.seek(sizes_64)
+        field, code = sizes_64, "<Q"
+        (stated,) = struct.unpack(code, file.read(8).ljust(8, b"\0"))
+    return _Field(start, first, field, code, stated, form).compared(file, size)
+
+
+def _next_mp4(file: BinaryIO, start: int) -> int | None:
+    """Where a second file begins among the boxes of an MP4 file."""
+    place = start
+    while True:
+        file.seek(place)
+        head = file.read(16)
+        size, name = int.from_bytes(head[:4], "big"), head[4:8]
+        if size == 1:
+            size = int.from_bytes(head[8:], "big")
+        if name == b"ftyp" and place > start:
+            return place
+        if size < 8:  # the last box, or no box
+            return None
+        place += size
+
+
+class _Field(NamedTuple):
+    """The field of a header that states the number of bytes."""
+
+    start: int
+    """Byte where the file begins."""
+    first: int
+    """Byte where the samples begin."""
+    place: int
+    code: str
+    """For ``struct``."""
+    stated: int
+    form: _Form
+
+    @property
+    def extra(self) -> int:
+        """Bytes that it counts beside the samples."""
+        head = struct.calcsize(self.form.head) if self.form.counts_head else 0
+        return self.form.lead + head
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the program that wrote it did not know the number."""
+        if self.code[-1] != "I":
+            return self.stated <= 0 or self.stated >= 1 << 62
+        limits = (1 << 31, 1 << 32)
+        return self.stated == 0 or any(
+            abs(limit - self.stated) <= UNKNOWN_MARGIN for limit in limits
+        )
+
+    def compared(self, file: BinaryIO, size: int) -> Samples:
+        """The number against what lies behind the first sample."""
+        there = max(0, size - self.first)
+        if self.is_unknown:
+            if self.stated == 0 and (there == 0 or _is_chunk(file, self.first, size, self.form)):
+                return UNKNOWN
+            return self._corrected(file, there, "")
+        stated = self.stated - self.extra
+        missing = stated - there
+        if missing > SLACK_BYTES:
+            raise BadAudio("truncated", f"{there:,} of {stated:,} bytes of audio")
+        if missing > 0:
+            note = f"the header states {missing:,} bytes of audio more than there are"
+            return self._corrected(file, there, note)
+        end = self.first + stated
+        end += (self.start - end) % self.form.align
+        if _is_file(file, end):
+            return UNKNOWN._replace(next_file=end)
+        if size - end <= SLACK_BYTES or _is_chunk(file, end, size, self.form):
+            return UNKNOWN
+        note = f"the header states {stated:,} bytes of audio, the file holds {there:,}"
+        return self._corrected(file, there, note)
+
+    def _corrected(self, file: BinaryIO, there: int, note: str) -> Samples:
+        """The header with the number of bytes that are ``there``."""
+        file.seek(self.start)
+        head = bytearray(file.read(self.first - self.start))
+        right, place = there + self.extra, self.place - self.start
+        if self.code == "<I" and right > _MAX_32_BITS:
+            struct.pack_into(self.code, head, place, _MAX_32_BITS)
+            sizes_64 = struct.pack("<4sIQQQI", b"ds64", 28, len(head) + there, there, 0, 0)
+            head[:12] = b"RF64\xff\xff\xff\xffWAVE" + sizes_64
+        else:
+            struct.pack_into(self.code, head, place, right)
+        return Samples(self.first, bytes(head), note, None)
+
+
+def _is_file(file: BinaryIO, place: int) -> bool:
+    """Whether another file begins there."""
+    file.seek(place)
+    head = file.read(12)
+    if head[:4] in (b".snd", b"caff"):
+        return True
+    return head[:4] in _FORMS and head[8:] in (b"WAVE", b"AIFF", b"AIFC")
+
+
+def _is_chunk(file: BinaryIO, place: int, size: int, form: _Form) -> bool:
+    """Whether a chunk or a tag begins there, rather than further samples."""
+    file.seek(place)
+    head = file.read(struct.calcsize(form.head))
+    if head.startswith((b"TAG", b"ID3", b"APETAGEX", b"LIST")):
+        return True
+    if form is _AU or len(head) < struct.calcsize(form.head):
+        return False
+    name, stated = struct.unpack(form.head, head)
+    return all(0x20 <= byte < 0x7F for byte in name[:4]) and 0 <= stated <= size - place

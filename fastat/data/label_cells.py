@@ -1,0 +1,67 @@
+"""The labels in a cell of a table."""
+
+import ast
+import re
+from typing import NamedTuple
+
+QUOTED = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
+NUMBER = r"[+-]?\d+"
+COMMA = r"(?:\s*,\s*|\s+)"
+ITEM = re.compile(rf"{QUOTED}|{NUMBER}")
+LIST = re.compile(
+    rf"\[\s*(?:{QUOTED}|{NUMBER})(?:{COMMA}(?:{QUOTED}|{NUMBER}))*\s*,?\s*\]"
+    rf"|\(\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*,?\s*\)"
+    rf"|\{{\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*\}}"
+)
+"""A list, tuple or set as Python, pandas, numpy (without commas) and JSON write it."""
+EMPTY_LISTS = ("[]", "()", "{}", "set()")
+SEVERAL = (";", ",")
+
+
+class LabelCells(NamedTuple):
+    """How the label cells of a table are read."""
+
+    separators: tuple[str, ...] = ()
+    """The first of these that a cell holds separates its labels; none: one label a cell."""
+    verbatim: bool = False
+    """Nothing but ``separators`` counts: a cell that is written as a list is not read as one."""
+
+    @classmethod
+    def of_column(cls, name: str, separator: str | None) -> "LabelCells":
+        """Those of the column ``name``: a plural (labels, tags) holds several labels a cell, any
+        other name one. A ``separator`` (--label-separator) decides alone."""
+        if separator is not None:
+            return cls((separator,), verbatim=True)
+        name = name.lower()
+        is_plural = name.endswith("s") and not name.endswith(("ss", "us", "species"))
+        return cls(SEVERAL if is_plural else ())
+
+    def split(self, cell: str) -> list[str]:
+        """The labels of a cell, without spaces around them.
+
+        Raises:
+            ValueError: the cell begins as a list and cannot be read as one.
+        """
+        items = None if self.verbatim else _items(cell)
+        if items is None:
+            separator = next((s for s in self.separators if s in cell), None)
+            items = [cell] if separator is None else cell.split(separator)
+        return [item.strip() for item in items if item.strip()]
+
+
+def _items(cell: str) -> list[str] | None:
+    """The items of a cell that is written as a list; None for any other cell."""
+    if not cell.startswith(("[", "(", "{", "set(")):
+        return None
+    if cell in EMPTY_LISTS:
+        return []
+    if LIST.fullmatch(cell):
+        try:
+            return [str(ast.literal_eval(item)) for item in ITEM.findall(cell)]
+        except (SyntaxError, ValueError):
+            raise ValueError(f"expected a list of labels, got {cell!r}") from None
+    # [noise] is a label, and so are [noise], [music] in a cell of several.
+    inside = cell[1:-1]
+    if cell[0] + cell[-1] == "[]" and re.search(r"[,;'\"]", inside) and "[" not in inside:
+        raise ValueError(f"expected labels or a list of quoted labels, got {cell!r}")
+    return None

@@ -1,0 +1,231 @@
+"""Reads the samples of an audio file, whichever library they need, and of files joined to it."""
+
+import hashlib
+import math
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+import soundfile as sf
+from numpy.typing import NDArray
+
+from fastat.data.bad_audio import BadAudio, Note
+from fastat.data.blocks import Block, mono
+from fastat.data.containers import UNKNOWN, Samples, find_samples
+from fastat.data.ffmpeg import FFmpegFile
+from fastat.data.integrity import (
+    FlacHeader,
+    check_ogg,
+    find_next_flac,
+    is_ogg_flac,
+    read_flac_header,
+)
+from fastat.data.mpeg import begins_with_mpeg, mpeg_blocks
+from fastat.data.window import Window, opened, skip_id3
+
+BLOCK_SECONDS = 30
+"""soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
+BLOCK_VALUES = 16 << 20
+"""Most values of a block, over all channels: a damaged header promises any number of them."""
+MARGIN_SECONDS = 1
+"""Read beyond a cut: the resampler's filter (a few hundred taps) sees what the whole file has."""
+SAMPLE_RATES = range(1_000, 1_000_001)
+"""Hz; a header that says something else is damaged."""
+UNKNOWN_FRAMES = 1 << 48
+"""libsndfile reports a huge number when a stream's header promises none."""
+_FLOATS = ("FLOAT", "DOUBLE")
+_FLAC_WIDTHS = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
+"""Bytes of a sample as FLAC's MD5 takes it."""
+_TRY_FFMPEG = (1, 4, 18)
+"""libsndfile's errors: format not recognised, encoding not supported, format not implemented. Any
+other is damage, which FFmpeg would pass over in silence."""
+
+
+def _is_mpeg_inside(sound: sf.SoundFile) -> bool:
+    """Whether it is MPEG audio in a WAV file, whose length libsndfile estimates."""
+    return bool(sound.format != "MP3" and sound.subtype.startswith("MPEG"))
+
+
+class Reader:
+    """Reads a file, or several that were joined, block by block."""
+
+    def __init__(self, source: Path | bytes, seconds: float | None) -> None:
+        self.source, self.seconds = source, seconds
+        self.seconds_read = 0.0
+        self.notes: list[Note] = []
+        self.stores_floats = False
+        """Whether any of its samples are stored as floats, which may be of any size."""
+
+    def blocks(self) -> Iterator[Block]:
+        """The samples up to a little beyond ``seconds``."""
+        start: int | None = 0
+        while start is not None and (self.seconds is None or self.seconds_read < self.seconds):
+            start = yield from self._file_at(start)
+
+    def _file_at(self, start: int) -> Generator[Block, None, int | None]:
+        """The samples of the file that begins at byte ``start``; returns where the next begins."""
+        with ExitStack() as stack:
+            file = stack.enter_context(opened(self.source))
+            file.seek(start)
+            skip_id3(file)  # in front of other formats than MP3, libsndfile loses as many bytes
+            start = file.tell()
+            flac = read_flac_header(file, start)
+            found = find_samples(file, start)
+            if found.note:
+                self.notes.append(Note("wrong length", found.note))
+            next_file = found.next_file or check_ogg(file, start, self._left())
+            sound = None
+            # libsndfile reads neither FLAC of unknown length nor FLAC in Ogg.
+            if (flac is None or flac.is_complete) and not is_ogg_flac(file, start):
+                try:
+                    sound = stack.enter_context(self._sound(start, next_file, found))
+                except sf.LibsndfileError as error:
+                    if error.code not in _TRY_FFMPEG:
+                        raise BadAudio("unreadable", error.error_string) from error
+            if sound is None or _is_mpeg_inside(sound):
+                if flac is not None:
+                    next_file = find_next_flac(file, start)
+                yield from self._ffmpeg_blocks(file, start, next_file, found)
+                return next_file
+            if sound.format == "MP3":
+                file.seek(start)
+                yield from self._counted(mpeg_blocks(file))
+                return None
+            yield from self._counted(self._sound_blocks(sound, start, found, flac))
+            if flac is not None and self._left() > 0:
+                next_file = find_next_flac(file, start)
+            return next_file
+
+    def _ffmpeg_blocks(
+        self, file: BinaryIO, start: int, end: int | None, found: Samples
+    ) -> Iterator[Block]:
+        """The samples of a file that libsndfile does not read."""
+        with ExitStack() as stack:
+            try:
+                source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
+                is_mpeg = source.format == "mp3"
+            except av.InvalidDataError:
+                # Much junk in front of MPEG audio hides it from FFmpeg too.
+                if not begins_with_mpeg(file, start):
+                    raise
+                is_mpeg = True
+            if is_mpeg:
+                file.seek(start)
+                yield from self._counted(mpeg_blocks(file))
+                return
+            self.stores_floats |= source.codec.startswith("pcm_f")
+            yield from self._counted(source.blocks())
+            self.notes.extend(source.notes)
+
+    def _window(self, start: int, end: int | None, found: Samples = UNKNOWN) -> Window:
+        # FFmpeg recognises a few formats by the extension alone.
+        name = "audio" + (self.source.suffix if isinstance(self.source, Path) else "")
+        first = found.first if found.head else start
+        return Window(opened(self.source), first, end, found.head, name)
+
+    @contextmanager
+    def _sound(
+        self, start: int, end: int | None, found: Samples = UNKNOWN
+    ) -> Iterator[sf.SoundFile]:
+        """The file at byte ``start``, opened by libsndfile."""
+        with ExitStack() as stack:
+            file: Any = stack.enter_context(self._window(start, end, found))
+            if isinstance(self.source, Path) and start == 0 and end is None and not found.head:
+                # By its number: soundfile takes a name that ends in .raw for samples alone.
+                file = stack.enter_context(self.source.open("rb", buffering=0)).fileno()
+            yield stack.enter_context(sf.SoundFile(file, closefd=False))
+
+    def _left(self) -> float:
+        """How many seconds more to read."""
+        if self.seconds is None:
+            return math.inf
+        return self.seconds + MARGIN_SECONDS - self.seconds_read
+
+    def _counted(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """The blocks as they are, until there are enough."""
+        for block in blocks:
+            if block.rate not in SAMPLE_RATES:
+                raise BadAudio("unreadable", f"a sample rate of {block.rate} Hz")
+            self.seconds_read += len(block.samples) / block.rate
+            yield block
+            if self._left() <= 0:
+                return
+
+    def _sound_blocks(
+        self, sound: sf.SoundFile, start: int, found: Samples, flac: FlacHeader | None
+    ) -> Iterator[Block]:
+        """What libsndfile reads; BadAudio at a frame that the header states and the file lacks."""
+        rate: int = sound.samplerate
+        if rate not in SAMPLE_RATES:
+            raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
+        self.stores_floats |= sound.subtype in _FLOATS
+        checked = None if sound.format != "FLAC" else _FlacSamples(sound, flac)
+        left = self._left()
+        end = sound.frames if math.isinf(left) else min(sound.frames, math.ceil(left * rate))
+        longest = max(1, min(BLOCK_SECONDS * rate, BLOCK_VALUES // sound.channels))
+        position = 0
+        while position < end:
+            length = min(end - position, longest)
+            try:
+                if checked is None:
+                    block = sound.read(length, dtype="float32", always_2d=True)
+                else:
+                    block = checked.read(length)
+            except sf.LibsndfileError as error:
+                detail = (
+                    f"decoding stopped in the block at {position / rate:.1f} s: "
+                    f"{error.error_string}"
+                )
+                whole = self._has_last_frame(start, found)
+                raise BadAudio("unreadable" if whole else "truncated", detail) from error
+            position += len(block)
+            if len(block):
+                yield Block(rate, mono(block))
+            if len(block) < length:  # reading on would find what is behind a gap
+                break
+        if position < end and sound.frames < UNKNOWN_FRAMES:
+            raise BadAudio("truncated", f"{position} of {sound.frames} frames")
+        if checked is not None and position == sound.frames:
+            checked.check()
+
+    def _has_last_frame(self, start: int, found: Samples) -> bool:
+        """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
+        try:
+            with self._sound(start, None, found) as again:  # the first one's decoder gave up
+                again.seek(again.frames - 1)
+                return len(again.read(1)) == 1
+        except sf.LibsndfileError:
+            return False
+
+
+class _FlacSamples:
+    """Reads a FLAC file and compares what was read with what its header says."""
+
+    def __init__(self, sound: sf.SoundFile, header: FlacHeader | None) -> None:
+        self.sound, self.header = sound, header
+        self.width = _FLAC_WIDTHS[sound.subtype]
+        self.digest = hashlib.md5(usedforsecurity=False)
+        rate = header.frame_rate if header else None
+        if rate not in (None, sound.samplerate):
+            detail = f"the header says {sound.samplerate} Hz, the first frame {rate}"
+            raise BadAudio("unreadable", detail)
+
+    def read(self, length: int) -> NDArray[np.float32]:
+        """Up to ``length`` frames, [n, C], equal to libsndfile's own float32."""
+        dtype = "int16" if self.width == 2 else "int32"
+        x = self.sound.read(length, dtype=dtype, always_2d=True)
+        size = x.dtype.itemsize  # libsndfile puts the bits of a sample at the upper end
+        self.digest.update(
+            np.ascontiguousarray(x.view(np.uint8).reshape(-1, size)[:, size - self.width :]).data
+        )
+        scale = np.float32(2.0 ** (1 - 8 * size))
+        samples: NDArray[np.float32] = np.multiply(x, scale, dtype=np.float32)
+        return samples
+
+    def check(self) -> None:
+        """Raises BadAudio unless the whole file has the MD5 of its header."""
+        if self.header and self.header.md5 != self.digest.digest():
+            raise BadAudio("unreadable", "the samples differ from their checksum (MD5)")

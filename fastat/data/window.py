@@ -1,0 +1,69 @@
+"""A part of a file that reads as if it were a file of its own."""
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+ID3_HEAD = 10
+"""Bytes of the head of an ID3v2 tag."""
+
+
+class Window(io.RawIOBase):
+    """``head``, and behind it the bytes from ``start`` to ``end`` of ``file``; owns ``file``."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        start: int = 0,
+        end: int | None = None,
+        head: bytes = b"",
+        name: str = "",
+    ) -> None:
+        """``end`` None is the end of the file; ``name`` is the file's, as far as it matters."""
+        super().__init__()
+        self.file, self.start, self.head, self.name = file, start, head, name
+        size = file.seek(0, io.SEEK_END)
+        self.size = len(head) + (size if end is None else min(end, size)) - start
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}
+        self.position = origin[whence] + offset
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self.head[self.position : self.position + len(buffer)]
+        if not data:
+            self.file.seek(self.start + self.position - len(self.head))
+            data = self.file.read(max(0, min(len(buffer), self.size - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def opened(source: Path | bytes) -> BinaryIO:
+    """A file, or the bytes of one, for reading."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def skip_id3(file: BinaryIO) -> None:
+    """Moves behind the ID3v2 tags that begin where ``file`` stands."""
+    while True:
+        start = file.tell()
+        head = file.read(ID3_HEAD)
+        if len(head) < ID3_HEAD or head[:3] != b"ID3":
+            file.seek(start)
+            return
+        footer = ID3_HEAD if head[5] & 0x10 else 0
+        size = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(head[:5:-1]))
+        file.seek(start + ID3_HEAD + size + footer)
