@@ -229,7 +229,7 @@ def test_not_a_packed_set(copy: Path, tmp_path: Path) -> None:
         (copy / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=message):
             PackedSet.open(copy)
-    (copy / "dataset.json").write_text('{"format": "fastat packed set", "version": 1}')
+    (copy / "dataset.json").write_text('{"format": "fastat packed set", "version": 2}')
     with pytest.raises(Failure, match="dataset.json: damaged"):
         PackedSet.open(copy)
 
