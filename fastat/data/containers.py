@@ -1,6 +1,7 @@
-"""Where the samples of WAV, AIFF, AU, CAF and Wave64 files lie, and how many there are.
+"""Where the samples of WAV, AIFF, AU, CAF and Wave64 files lie, and how many there are; where MP4
+and Matroska files end.
 
-The headers of these files state a number of bytes, which is often wrong: a recorder that lost its
+The headers of PCM files state a number of bytes, which is often wrong: a recorder that lost its
 power leaves 0 or an old number, a program that writes to a pipe cannot know it, and a field of 32
 bits wraps at 4 GiB. libsndfile believes most of these numbers. Here they are compared with the size
 of the file and with what lies behind the samples, and where they are wrong libsndfile gets a header
@@ -11,13 +12,18 @@ import io
 import struct
 from typing import BinaryIO, NamedTuple
 
-from fastat.data.bad_audio import BadAudio
-
 SLACK_BYTES = 128
 """A number that is wrong by no more than this includes parts of the header, or a byte of
 padding."""
-UNKNOWN_MARGIN = 1 << 16
-"""Programs that write to a pipe state 0, -1, or a number close to 2 or 4 GiB."""
+_UNKNOWN_SIZES = (range(1), range(0x7F000000, 0x80010000), range(0xFFFF0000, 0x100000000))
+"""What programs that write to a pipe state in 32 bits: 0, -1, or a number close to 2 or 4 GiB."""
+MAX_BOXES = 100_000
+"""Chunks or boxes of a file that are looked at."""
+_TRAILERS = (
+    b"TAG", b"ID3", b"APETAGEX", b"LIST", b"id3 ", b"_PMX", b"bext", b"iXML", b"axml", b"cue ",
+    b"smpl", b"fact", b"PEAK", b"JUNK",
+)  # fmt: skip
+"""What follows the samples in many files, and is no audio even where it is cut short."""
 _MAX_32_BITS = 0xFFFFFFFF
 
 
@@ -46,6 +52,7 @@ _FORMS = {
     b"caff": _Form(8, ">4sq", b"data", lead=4, align=1),
     b"riff": _Form(40, "<16sQ", b"data", counts_head=True, align=8),
 }
+_AU_ORDERS = {b".snd": ">", b"dns.": "<"}
 _AU = _Form(0, ">4sI", b"", align=1)
 """AU has no chunks; nothing but another file can follow its samples."""
 
@@ -61,6 +68,8 @@ class Samples(NamedTuple):
     """What was wrong; empty when nothing was, or when the header states no number."""
     next_file: int | None
     """Where another file was joined to this one."""
+    missing: str = ""
+    """What of the stated samples is not there; empty when nothing is missing."""
 
 
 UNKNOWN = Samples(0, b"", "", None)
@@ -70,9 +79,6 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
     """Looks at the header of the file that begins at byte ``start``.
 
     Returns ``UNKNOWN`` for other formats, and where there is no chunk of samples.
-
-    Raises:
-        BadAudio: the header states more than the file holds.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(start)
@@ -80,19 +86,23 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
     magic = head[:4]
     if head[4:] == b"ftyp":
         return UNKNOWN._replace(next_file=_next_mp4(file, start))
-    if magic == b".snd":
+    if magic == b"\x1aE\xdf\xa3":
+        return UNKNOWN._replace(missing=_missing_of_matroska(file, start, size))
+    if magic in _AU_ORDERS:
+        order = _AU_ORDERS[magic]
         file.seek(start + 4)
-        offset, stated = struct.unpack(">II", file.read(8).ljust(8, b"\0"))
-        return _Field(start, start + offset, start + 8, ">I", stated, _AU).compared(file, size)
+        offset, stated = struct.unpack(f"{order}II", file.read(8).ljust(8, b"\0"))
+        size_field = _Field(start, start + offset, start + 8, f"{order}I", stated, _AU)
+        return size_field.compared(file, size)
     form = _FORMS.get(magic)
     if form is None:
         return UNKNOWN
     head_size = struct.calcsize(form.head)
     place, sizes_64 = start + form.first, None
-    while True:
+    for _ in range(MAX_BOXES):
         file.seek(place)
         head = file.read(head_size)
-        if len(head) < head_size:
+        if len(head) < head_size or not head[:4].isascii() or head[:4] == bytes(4):
             return UNKNOWN
         name, stated = struct.unpack(form.head, head)
         if name.startswith(form.data):
@@ -101,6 +111,8 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
             sizes_64 = place + head_size + 8  # behind the size of the file
         length = stated if form.counts_head else head_size + stated
         place += max(head_size, length + -length % form.align)
+    else:
+        return UNKNOWN
     first, field = place + head_size + form.lead, place + len(name)
     code = form.head[0] + form.head[-1]
     if sizes_64 is not None and stated == _MAX_32_BITS:
@@ -113,7 +125,7 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
 def _next_mp4(file: BinaryIO, start: int) -> int | None:
     """Where a second file begins among the boxes of an MP4 file."""
     place = start
-    while True:
+    for _ in range(MAX_BOXES):
         file.seek(place)
         head = file.read(16)
         size, name = int.from_bytes(head[:4], "big"), head[4:8]
@@ -124,6 +136,23 @@ def _next_mp4(file: BinaryIO, start: int) -> int | None:
         if size < 8:  # the last box, or no box
             return None
         place += size
+    return None
+
+
+def _missing_of_matroska(file: BinaryIO, start: int, size: int) -> str:
+    """What is missing at the end of the Matroska or WebM file that begins at ``start``."""
+    place = start
+    for element in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # its header, and the segment
+        file.seek(place)
+        head = file.read(12)
+        if not head.startswith(element) or len(head) < 12 or not head[4]:
+            return ""
+        width = 9 - head[4].bit_length()  # the first bit set says how many bytes the size has
+        stated = int.from_bytes(head[4 : 4 + width], "big") & (1 << 7 * width) - 1
+        place += 4 + width + stated
+        if stated == (1 << 7 * width) - 1:  # live: not known
+            return ""
+    return f"{size - start:,} of {place - start:,} bytes of the file" if place > size else ""
 
 
 class _Field(NamedTuple):
@@ -150,10 +179,7 @@ class _Field(NamedTuple):
         """Whether the program that wrote it did not know the number."""
         if self.code[-1] != "I":
             return self.stated <= 0 or self.stated >= 1 << 62
-        limits = (1 << 31, 1 << 32)
-        return self.stated == 0 or any(
-            abs(limit - self.stated) <= UNKNOWN_MARGIN for limit in limits
-        )
+        return any(self.stated in sizes for sizes in _UNKNOWN_SIZES)
 
     def compared(self, file: BinaryIO, size: int) -> Samples:
         """The number against what lies behind the first sample."""
@@ -165,15 +191,19 @@ class _Field(NamedTuple):
         stated = self.stated - self.extra
         missing = stated - there
         if missing > SLACK_BYTES:
-            raise BadAudio("truncated", f"{there:,} of {stated:,} bytes of audio")
+            detail = f"{there:,} of {stated:,} bytes of audio"
+            return self._corrected(file, there, "")._replace(missing=detail)
         if missing > 0:
             note = f"the header states {missing:,} bytes of audio more than there are"
             return self._corrected(file, there, note)
         end = self.first + stated
-        end += (self.start - end) % self.form.align
-        if _is_file(file, end):
-            return UNKNOWN._replace(next_file=end)
-        if size - end <= SLACK_BYTES or _is_chunk(file, end, size, self.form):
+        padded = end + (self.start - end) % self.form.align
+        for place in (padded, end):  # some programs leave the padding out
+            if _is_file(file, place):
+                return UNKNOWN._replace(next_file=place)
+            if _is_chunk(file, place, size, self.form):
+                return UNKNOWN
+        if size - padded <= SLACK_BYTES:
             return UNKNOWN
         note = f"the header states {stated:,} bytes of audio, the file holds {there:,}"
         return self._corrected(file, there, note)
@@ -183,7 +213,7 @@ class _Field(NamedTuple):
         file.seek(self.start)
         head = bytearray(file.read(self.first - self.start))
         right, place = there + self.extra, self.place - self.start
-        if self.code == "<I" and right > _MAX_32_BITS:
+        if head[:4] == b"RIFF" and right > _MAX_32_BITS:
             struct.pack_into(self.code, head, place, _MAX_32_BITS)
             sizes_64 = struct.pack("<4sIQQQI", b"ds64", 28, len(head) + there, there, 0, 0)
             head[:12] = b"RF64\xff\xff\xff\xffWAVE" + sizes_64
@@ -196,7 +226,7 @@ def _is_file(file: BinaryIO, place: int) -> bool:
     """Whether another file begins there."""
     file.seek(place)
     head = file.read(12)
-    if head[:4] in (b".snd", b"caff"):
+    if head[:4] in (*_AU_ORDERS, b"caff"):
         return True
     return head[:4] in _FORMS and head[8:] in (b"WAVE", b"AIFF", b"AIFC")
 
@@ -205,7 +235,7 @@ def _is_chunk(file: BinaryIO, place: int, size: int, form: _Form) -> bool:
     """Whether a chunk or a tag begins there, rather than further samples."""
     file.seek(place)
     head = file.read(struct.calcsize(form.head))
-    if head.startswith((b"TAG", b"ID3", b"APETAGEX", b"LIST")):
+    if head.startswith(_TRAILERS):
         return True
     if form is _AU or len(head) < struct.calcsize(form.head):
         return False

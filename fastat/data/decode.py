@@ -16,7 +16,7 @@ bit-identical to resampling it in one piece.
 import itertools
 import math
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,10 +61,12 @@ def decode(source: Path | bytes, sample_rate: int = 16_000, seconds: float | Non
             raise BadAudio("empty", "0 bytes")
         reader = Reader(source, seconds)
         return _resampled(reader, sample_rate, seconds)
-    except (BadAudio, MemoryError):
+    except BadAudio:
         raise
-    except av.FFmpegError as error:
+    except av.FFmpegError as error:  # one of them is a MemoryError too: damage made it ask for much
         raise BadAudio("unreadable", f"FFmpeg: {error.strerror}") from error
+    except MemoryError:
+        raise
     except OSError as error:
         raise BadAudio("unreadable", error.strerror or str(error)) from error
     # Four libraries read files that anybody may have made. Whatever one of them raises is the
@@ -105,7 +107,7 @@ def to_int16(x: NDArray[np.float32]) -> NDArray[np.int16]:
 
 # -------------------------------------------------------------------------------------- resampling
 def _resampled(reader: Reader, sample_rate: int, seconds: float | None) -> Audio:
-    level = _Level()
+    level = _Level(seconds)
     samples = _cut(level.measured(reader.blocks()), sample_rate, seconds)
     share = level.clipped / level.num_samples
     detail = f"{share:.2%} of its samples are beyond full scale, the peak is {level.peak:.4g}"
@@ -117,9 +119,10 @@ def _resampled(reader: Reader, sample_rate: int, seconds: float | None) -> Audio
 
 
 class _Level:
-    """How far samples go beyond full scale."""
+    """How far the samples of the first ``seconds`` go beyond full scale."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds_left = math.inf if seconds is None else seconds
         self.num_samples = self.clipped = 0
         self.peak = 0.0
 
@@ -127,6 +130,9 @@ class _Level:
         """The blocks as they are."""
         for block in blocks:
             x = block.samples
+            if self.seconds_left * block.rate < len(x):
+                x = x[: round(self.seconds_left * block.rate)]
+            self.seconds_left = max(0.0, self.seconds_left - len(block.samples) / block.rate)
             if len(x):
                 self.num_samples += len(x)
                 peak = float(max(x.max(), -x.min()))
@@ -156,20 +162,11 @@ def _cut(blocks: Iterator[Block], sample_rate: int, seconds: float | None) -> ND
 
 def _at_rate(
     blocks: Iterator[NDArray[np.float32]], rate: int, sample_rate: int
-) -> Iterable[NDArray[np.float32]]:
+) -> Iterator[NDArray[np.float32]]:
     """Resamples blocks; bit for bit what resampling them in one piece gives."""
     if rate == sample_rate:
-        return blocks
-    first = next(blocks)
-    second = next(blocks, None)
-    if second is None:
-        return [soxr.resample(first, rate, sample_rate, quality="HQ")]
-    return _streamed(itertools.chain((first, second), blocks), rate, sample_rate)
-
-
-def _streamed(
-    blocks: Iterable[NDArray[np.float32]], rate: int, sample_rate: int
-) -> Iterator[NDArray[np.float32]]:
+        yield from blocks
+        return
     stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
     for block in blocks:
         yield stream.resample_chunk(block)

@@ -9,36 +9,30 @@ import numpy as np
 
 from fastat.data.bad_audio import BadAudio, Note
 from fastat.data.blocks import Block, mono
-from fastat.data.integrity import NO_MD5
+from fastat.data.integrity import NO_MD5, StreamInfo
 from fastat.data.window import Window
 
+STRICT = {"err_detect": "crccheck+explode"}
+"""FFmpeg would make something up for a damaged packet."""
+NO_PROTOCOLS = {"protocol_whitelist": "none"}
+"""Some formats, such as playlists, name other files, and even addresses."""
 TOLERANCE_SECONDS = 0.5
-"""How much shorter than its container says a stream may be."""
-STREAMINFO_MD5 = slice(18, 34)
+"""How much shorter than stated the audio of an MP4 file may be."""
 
 
 class FFmpegFile:
     """A file opened by FFmpeg; its first audio stream is read.
 
     Raises:
-        BadAudio: FFmpeg does not know the format, finds no audio or has no decoder for it.
+        BadAudio: FFmpeg finds no audio or has no decoder for it.
+        av.FFmpegError: FFmpeg does not know the format.
     """
 
     def __init__(self, file: Window) -> None:
-        # FFmpeg would make up a damaged frame. Names of tags may be in any encoding.
-        strict = {"err_detect": "crccheck+explode"}
-        self.container = av.open(file, metadata_errors="ignore", options=strict)
-        if not self.container.streams.audio:
-            raise BadAudio("unreadable", "FFmpeg finds no audio stream")
-        self.stream = self.container.streams.audio[0]
-        if self.stream.codec_context is None:
-            raise BadAudio("unreadable", "FFmpeg has no decoder for it")
+        # Names of tags may be in any encoding.
+        self.container = av.open(file, metadata_errors="ignore", options=STRICT | NO_PROTOCOLS)
         self.notes: list[Note] = []
         self.format: str = self.container.format.name
-        self.codec: str = self.stream.codec_context.name
-        self.rate: int = self.stream.codec_context.sample_rate
-        if self.rate == 0:
-            raise BadAudio("unreadable", "FFmpeg finds no sample rate")
 
     def __enter__(self) -> Self:
         return self
@@ -46,72 +40,97 @@ class FFmpegFile:
     def __exit__(self, *error: object) -> None:
         self.container.close()
 
+    @property
+    def stores_floats(self) -> bool:
+        """Whether the samples are stored as floats, which may be of any size."""
+        streams = self.container.streams.audio
+        codec = streams[0].codec_context if streams else None
+        return codec is not None and codec.name.startswith(("pcm_f", "wavpack"))
+
     def blocks(self) -> Iterator[Block]:
         """All samples, in blocks.
 
         Raises:
-            BadAudio: the container promises more, or FLAC's checksum differs.
+            BadAudio: the container states more, or FLAC's checksum differs.
             av.FFmpegError: damage.
         """
-        to_float = None
-        seconds = 0.0
-        checksum = _FlacChecksum(self.stream.codec_context) if self.codec == "flac" else None
-        for frame in self.container.decode(self.stream):
-            if checksum is not None:
-                checksum.update(frame)
-            form = (frame.format.name, frame.layout.name, frame.sample_rate)
-            if to_float is None or to_float[0] != form:
-                resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=form[2])
-                to_float = (form, resampler)
-            for planar in to_float[1].resample(frame):
-                seconds += planar.samples / planar.sample_rate
-                yield Block(planar.sample_rate, mono(planar.to_ndarray().T))
-        promised = self._promised_seconds()
-        if promised is not None and seconds < promised - TOLERANCE_SECONDS:
-            raise BadAudio("truncated", f"{seconds:.1f} of {promised:.1f} s")
-        if checksum is not None:
-            self.notes.extend(checksum.check())
+        if not self.container.streams.audio:
+            raise BadAudio("unreadable", "FFmpeg finds no audio stream")
+        stream = self.container.streams.audio[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise BadAudio("unreadable", "FFmpeg has no decoder for it")
+        if codec.sample_rate == 0:
+            raise BadAudio("unreadable", "FFmpeg finds no sample rate")
+        codec.options = STRICT
+        flac = _FlacCheck(codec) if codec.name == "flac" else None
+        form: tuple[str, str, int] | None = None
+        to_float: Any = None
+        seconds, uncertain = 0.0, False
+        for frame in self.container.decode(stream):
+            if flac is not None:
+                flac.update(frame)
+                # FFmpeg drops a damaged frame, and has no time for those next to it; nor for some
+                # last frames.
+                if uncertain:
+                    raise BadAudio("unreadable", f"a FLAC frame near {seconds:.1f} s is damaged")
+                uncertain = frame.pts is None and self.format == "flac"
+            if form != (frame.format.name, frame.layout.name, frame.sample_rate):
+                form = (frame.format.name, frame.layout.name, frame.sample_rate)
+                # Packed: PyAV crashes on planar frames of eight channels or more.
+                to_float = av.AudioResampler("flt", frame.layout, frame.sample_rate)
+            for packed in to_float.resample(frame):
+                seconds += packed.samples / packed.sample_rate
+                samples = packed.to_ndarray().reshape(packed.samples, -1)
+                yield Block(packed.sample_rate, mono(samples))
+        stated = _stated_seconds(self.format, stream)
+        if stated is not None and seconds < stated - TOLERANCE_SECONDS:
+            raise BadAudio("truncated", f"{seconds:.1f} of {stated:.1f} s")
+        if flac is not None:
+            self.notes.extend(flac.finish())
 
-    def _promised_seconds(self) -> float | None:
-        """The length by MP4's index or Matroska's header; other containers only estimate it."""
-        if "mp4" in self.format and self.stream.duration is not None:
-            return float(self.stream.duration * self.stream.time_base)
-        alone = len(self.container.streams) == 1  # Matroska's is the length of its longest stream
-        if "matroska" in self.format and alone and self.container.duration is not None:
-            return float(self.container.duration) / 1e6  # FFmpeg counts it in microseconds
+
+def _stated_seconds(container_format: str, stream: Any) -> float | None:
+    """The length by MP4's index; other containers estimate it, or are checked in other ways."""
+    if "mp4" not in container_format or stream.duration is None:
         return None
+    return float((stream.duration - max(stream.start_time or 0, 0)) * stream.time_base)
 
 
-class _FlacChecksum:
-    """MD5 and number of the samples of a FLAC stream, against those in its header."""
+class _FlacCheck:
+    """Compares the samples of a FLAC stream, in any container, with length and MD5 in its header.
+
+    FLAC files that FFmpeg has joined have the header of the first: the MD5 is that of as many
+    samples as the header states, and there are more behind.
+    """
 
     def __init__(self, codec: Any) -> None:
-        header: bytes = codec.extradata or b""
-        self.expected = header[STREAMINFO_MD5] if len(header) >= 34 else NO_MD5
-        number = int.from_bytes(header[10:18].ljust(8, b"\0"), "big")
-        self.bits = (number >> 36 & 31) + 1
-        self.promised = number & (1 << 36) - 1
+        self.info = StreamInfo.parse(codec.extradata or b"")
         self.num_samples = 0
         self.digest = hashlib.md5(usedforsecurity=False)
+        self.md5_at_stated = b""
 
     def update(self, frame: Any) -> None:
         """Takes a decoded frame, whose samples stand at the upper end of 16 or 32 bits."""
         x = frame.to_ndarray()
-        if frame.format.is_planar:
-            x = np.ascontiguousarray(x.T)
-        x = x.reshape(-1) >> (8 * x.itemsize - self.bits)
-        width = -(-self.bits // 8)
-        lowest = x.view(np.uint8).reshape(len(x), -1)[:, :width]
+        x = x.reshape(-1) >> (8 * x.itemsize - self.info.bits)
+        lowest = x.view(np.uint8).reshape(len(x), -1)[:, : -(-self.info.bits // 8)]
         self.digest.update(np.ascontiguousarray(lowest).data)
         self.num_samples += frame.samples
+        if self.num_samples == self.info.num_samples:
+            self.md5_at_stated = self.digest.digest()
 
-    def check(self) -> Iterator[Note]:
-        """Notes a length that is more than stated; raises BadAudio where samples are missing or
-        differ."""
-        if self.num_samples < self.promised:
-            raise BadAudio("truncated", f"{self.num_samples} of {self.promised} samples")
-        if self.expected not in (NO_MD5, self.digest.digest()):
+    def finish(self) -> Iterator[Note]:
+        """Notes a length that is more than stated.
+
+        Raises:
+            BadAudio: samples are missing, or differ.
+        """
+        stated = self.info.num_samples
+        if self.num_samples < stated:
+            raise BadAudio("truncated", f"{self.num_samples} of {stated} samples")
+        if self.info.md5 not in (NO_MD5, self.md5_at_stated, self.digest.digest()):
             raise BadAudio("unreadable", "the samples differ from their checksum (MD5)")
-        if self.num_samples > self.promised > 0:
-            detail = f"its header states {self.promised:,} samples, there are {self.num_samples:,}"
+        if self.num_samples > stated > 0:
+            detail = f"the header states {stated:,} samples, the file holds {self.num_samples:,}"
             yield Note("wrong length", detail)

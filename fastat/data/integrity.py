@@ -1,4 +1,4 @@
-"""Checksums of FLAC and Ogg files that libsndfile leaves unchecked.
+"""Checks of FLAC and Ogg files that libsndfile does not make.
 
 libsndfile compares the CRC of a FLAC frame, but a frame that is missing becomes silence, and it
 looks at neither the MD5 of the samples nor whether frames and header mean the same rate. Of an Ogg
@@ -9,14 +9,11 @@ import math
 import re
 import struct
 import zlib
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from fastat.data.bad_audio import BadAudio
 
-_FLAC_BEGINNING = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-"""Of every native FLAC file: its name and the head of its first block, STREAMINFO."""
-_FLAC_BEGINNING_BYTES = 8
-_SEARCH_BYTES = 1 << 20
+STREAMINFO_BYTES = 34
 NO_MD5 = bytes(16)
 """What an encoder writes that could not go back to the header."""
 OGG_FIRST, OGG_LAST = 2, 4
@@ -24,59 +21,96 @@ _FLAC_RATES = {
     1: 88_200, 2: 176_400, 3: 192_000, 4: 8_000, 5: 16_000, 6: 22_050, 7: 24_000, 8: 32_000,
     9: 44_100, 10: 48_000, 11: 96_000,
 }  # fmt: skip
+_FLAC_BEGINNING = rb"fLaC[\x00\x80]\x00\x00\x22"
+"""Matches the first eight bytes of every native FLAC file: its name, the head of STREAMINFO."""
+_FRAME_HEAD_BYTES = 5
+"""The sync code, how the frame is coded, and the frame's number, as far as it takes one byte."""
+_SEARCH_BYTES = 1 << 20
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-class FlacHeader(NamedTuple):
-    """What a FLAC file says of itself that libsndfile does not pass on."""
+class StreamInfo(NamedTuple):
+    """The block STREAMINFO of a FLAC stream."""
 
-    md5: bytes
+    rate: int
+    """Hz."""
+    bits: int
+    """Of a sample."""
     num_samples: int
     """0 where the encoder did not know it."""
+    md5: bytes
+
+    @classmethod
+    def parse(cls, block: bytes) -> Self:
+        """From its bytes; a shorter block knows neither length nor MD5."""
+        block = block[:STREAMINFO_BYTES].ljust(STREAMINFO_BYTES, b"\0")
+        number = int.from_bytes(block[10:18], "big")
+        return cls(number >> 44, (number >> 36 & 31) + 1, number & (1 << 36) - 1, block[18:])
+
+
+class FlacHeader(NamedTuple):
+    """What a native FLAC file says of itself that libsndfile does not pass on."""
+
+    info: StreamInfo
     frame_rate: int | None
     """Hz, by the first frame; None where the frame leaves it to the header."""
+    first_frame: int
+    """Byte where it begins."""
+    frame_head: bytes
+    """The first bytes of it."""
 
     @property
     def is_complete(self) -> bool:
         """Whether length and MD5 are known; a program that writes to a pipe knows neither."""
-        return self.num_samples > 0 and self.md5 != NO_MD5
+        return self.info.num_samples > 0 and self.info.md5 != NO_MD5
 
 
 def read_flac_header(file: BinaryIO, start: int) -> FlacHeader | None:
-    """Of the native FLAC file that begins at byte ``start``; None when none does."""
+    """Reads the header of the native FLAC file that begins at byte ``start``; None without one."""
     file.seek(start)
-    if file.read(4) != b"fLaC":
+    head = file.read(8)
+    if not re.match(_FLAC_BEGINNING, head):
         return None
-    info, last = b"", False
+    info, last = StreamInfo.parse(file.read(STREAMINFO_BYTES)), bool(head[4] & 0x80)
     while not last:
         head = file.read(4)
-        if len(head) < 4:
+        if len(head) < 4 or head[0] & 0x7F == 0:  # only the first block is STREAMINFO
             return None
-        last, kind, size = bool(head[0] & 0x80), head[0] & 0x7F, int.from_bytes(head[1:], "big")
-        if kind == 0:
-            info = file.read(size)
-        else:
-            file.seek(size, 1)
-    frame = file.read(3)
-    if len(info) < 34:
-        return None
-    code = frame[2] & 0xF if len(frame) == 3 and frame[0] == 0xFF else 0
-    number = int.from_bytes(info[13:18], "big")  # the last 36 of these 40 bits
-    return FlacHeader(info[18:34], number & (1 << 36) - 1, _FLAC_RATES.get(code))
+        last = bool(head[0] & 0x80)
+        file.seek(int.from_bytes(head[1:], "big"), 1)
+    first_frame, frame_head = file.tell(), file.read(_FRAME_HEAD_BYTES)
+    is_frame = len(frame_head) == _FRAME_HEAD_BYTES and frame_head[0] == 0xFF
+    rate = _FLAC_RATES.get(frame_head[2] & 0xF) if is_frame else None
+    return FlacHeader(info, rate, first_frame, frame_head if is_frame else b"")
 
 
 def find_next_flac(file: BinaryIO, start: int) -> int | None:
     """Where another FLAC file was joined to the one that begins at ``start``; None: nowhere."""
-    place = start + _FLAC_BEGINNING_BYTES
-    while True:
-        file.seek(place)
-        data = file.read(_SEARCH_BYTES)
-        found = _FLAC_BEGINNING.search(data)
+    return _find(file, start + 8, _FLAC_BEGINNING)
+
+
+def begins_again(file: BinaryIO, flac: FlacHeader, end: int | None) -> bool:
+    """Whether the numbers of frames begin again before byte ``end``: FFmpeg joins files so."""
+    head = flac.frame_head
+    if not head or head[4] != 0:
+        return False
+    # Byte 3 says how the channels are coded, which may be otherwise.
+    pattern = re.escape(head[:3]) + rb"[\x00-\xff]\x00"
+    place = _find(file, flac.first_frame + len(head), pattern)
+    return place is not None and (end is None or place < end)
+
+
+def _find(file: BinaryIO, start: int, pattern: bytes) -> int | None:
+    """Where ``pattern``, which matches up to eight bytes, is first found from ``start`` on."""
+    place, tail = start, b""
+    file.seek(start)
+    while data := file.read(_SEARCH_BYTES):
+        found = re.search(pattern, tail + data)
         if found is not None:
-            return place + found.start()
-        if len(data) < _SEARCH_BYTES:
-            return None
-        place += len(data) - _FLAC_BEGINNING_BYTES
+            return place - len(tail) + found.start()
+        place += len(data)
+        tail = (tail + data)[-7:]
+    return None
 
 
 def is_ogg_flac(file: BinaryIO, start: int) -> bool:

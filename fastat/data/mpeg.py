@@ -10,6 +10,7 @@ Files that were joined are decoded one after the other.
 
 import io
 import math
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import BinaryIO, NamedTuple
@@ -17,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import av
 import numpy as np
 
-from fastat.data.bad_audio import BadAudio
+from fastat.data.bad_audio import BadAudio, Note
 from fastat.data.blocks import Block, mono
 from fastat.data.window import skip_id3
 
@@ -34,12 +35,17 @@ _KBIT = {
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 """Bit rates 1 to 14 in kbit/s, by (MPEG-1, layer)."""
+_HEADER = re.compile(rb"(?=\xff[\xe2-\xff][\x10-\xef])")
+"""Matches where a header may be."""
 DECODER_DELAY = 529
 """Samples that a decoder of layer 3 adds in front."""
 PACKET_FRAMES = 64
 """Frames that FFmpeg decodes in one call; single frames take half as long again."""
-SEARCH_BYTES = 1 << 20
-"""How far to look for the next frame where something else lies."""
+SEARCH_BYTES, SEARCH_FRAMES = 1 << 20, 3
+"""Bytes read at a time where something else lies, and frames that must follow one found there."""
+MAX_JUNK_BYTES = 1 << 14
+"""Bytes that are neither frame nor tag and may lie behind the last frame of a file that does not
+state how many it has: more may be lost audio."""
 TOLERANCE_SECONDS = 0.1
 """How much shorter than stated a file may be; some encoders count a frame too many."""
 
@@ -77,32 +83,94 @@ class _Info(NamedTuple):
     """Samples that it added at the end."""
 
 
-def mpeg_blocks(file: BinaryIO) -> Iterator[Block]:
-    """All samples of a file, in blocks.
-
-    Raises:
-        BadAudio: no frame, something between the frames that is neither frame nor tag, a frame
-            that is cut short, or fewer frames than stated.
-        av.FFmpegError: a frame that cannot be decoded.
-    """
-    stream: _Stream | None = None
-    for frame in _frames(file):
-        info = _read_info(frame)
-        if stream is None or frame.begins or info is not None:
-            if stream is not None:
-                yield from stream.finish()
-            stream = _Stream(frame.header, info)
-        if info is None:
-            yield from stream.add(frame)
-    if stream is None:
-        raise BadAudio("unreadable", "no frame of MPEG audio in it")
-    yield from stream.finish()
-
-
-def begins_with_mpeg(file: BinaryIO, start: int) -> bool:
-    """Whether there are frames near byte ``start``, with something in front that is not audio."""
+def begins_with_frame(file: BinaryIO, start: int) -> bool:
+    """Whether frames of MPEG audio begin at byte ``start``."""
     file.seek(start)
+    header = _parse(file.read(4))
+    return header is not None and _confirmed(file, start, header)
+
+
+def contains_frames(file: BinaryIO, start: int) -> bool:
+    """Whether there are frames behind byte ``start``, with something in front of them."""
     return _search(file, start) is not None
+
+
+class MpegFile:
+    """A file of MPEG audio, from where ``file`` stands."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.notes: list[Note] = []
+        self.junk_bytes = 0
+        """Behind the last frame so far, tags left out."""
+
+    def blocks(self) -> Iterator[Block]:
+        """All samples, in blocks.
+
+        Raises:
+            BadAudio: no frame, something between the frames that is neither frame nor tag, a frame
+                that is cut short, or fewer frames than stated.
+            av.FFmpegError: a frame that cannot be decoded.
+        """
+        stream: _Stream | None = None
+        for frame in self._frames():
+            info = _read_info(frame)
+            if stream is None or frame.begins or info is not None:
+                if stream is not None:
+                    yield from self._end_of(stream)
+                stream = _Stream(frame.header, info)
+            if info is None:
+                yield from stream.add(frame)
+        if stream is None:
+            raise BadAudio("unreadable", "no frame of MPEG audio in it")
+        yield from self._end_of(stream)
+
+    def _end_of(self, stream: "_Stream") -> Iterator[Block]:
+        stated = stream.info.num_frames
+        if stated is None and self.junk_bytes > MAX_JUNK_BYTES:
+            detail = f"{self.junk_bytes:,} bytes behind the last frame are not MPEG audio"
+            raise BadAudio("unreadable", detail)
+        yield from stream.finish()
+        if stated is not None and stream.num_frames > stated + stream.tolerance_frames:
+            detail = f"it states {stated:,} frames, there are {stream.num_frames:,}"
+            self.notes.append(Note("wrong length", detail))
+
+    def _frames(self) -> Iterator[_Frame]:
+        """The frames in order; what lies in front of the first is passed over."""
+        file, last = self.file, None
+        behind_tag = False
+        while True:
+            start = file.tell()
+            head = file.read(4)
+            header = _parse(head)
+            follows = header and last and not behind_tag and header.same_stream(last)
+            if header is not None and (follows or _confirmed(file, start, header)):
+                file.seek(start + 4)
+                self.junk_bytes = 0
+                yield _Frame(header, head + file.read(header.length - 4), begins=not follows)
+                last, behind_tag = header, False
+                continue
+            file.seek(start)
+            if _skip_tag(file):
+                behind_tag = True
+                continue
+            zeros = _count_zeros(file)
+            self.junk_bytes += zeros
+            if 0 < zeros <= MAX_JUNK_BYTES:
+                file.seek(start + zeros)
+                behind_tag = True
+                continue
+            following = _search(file, start)
+            if following is None:
+                self.junk_bytes += file.seek(0, io.SEEK_END) - start - zeros
+                return
+            # A header where the file begins, and no frame behind it: a damaged frame, not junk.
+            if last is not None or header is not None:
+                raise BadAudio(
+                    "unreadable",
+                    f"{following - start:,} bytes at byte {start:,} are not MPEG audio",
+                )
+            file.seek(following)
 
 
 class _Stream:
@@ -131,13 +199,16 @@ class _Stream:
         if len(self.packet) == PACKET_FRAMES:
             yield from self._decode()
 
+    @property
+    def tolerance_frames(self) -> int:
+        """By how many frames their number may differ from the one stated."""
+        return math.ceil(TOLERANCE_SECONDS * self.header.rate / self.header.num_samples)
+
     def finish(self) -> Iterator[Block]:
         """Checks that nothing is missing, and gives what is left."""
         stated = self.info.num_frames
-        rate, samples = self.header.rate, self.header.num_samples
         if stated is not None:
-            tolerance = math.ceil(TOLERANCE_SECONDS * rate / samples)
-            if self.num_frames < stated - tolerance * (not self.cut):
+            if self.num_frames < stated - self.tolerance_frames * (not self.cut):
                 raise BadAudio("truncated", f"{self.num_frames} of {stated} MPEG frames")
         elif self.cut:
             raise BadAudio("truncated", "the last MPEG frame is cut short")
@@ -160,36 +231,6 @@ class _Stream:
         yield Block(self.header.rate, samples[skipped:end])
 
 
-def _frames(file: BinaryIO) -> Iterator[_Frame]:
-    """The frames of a file in order; what lies in front of the first is passed over."""
-    last: _Header | None = None
-    behind_tag = False
-    while True:
-        start = file.tell()
-        head = file.read(4)
-        header = _parse(head)
-        follows = header and last and not behind_tag and header.same_stream(last)
-        if header is not None and (follows or _confirmed(file, start, header)):
-            file.seek(start + 4)
-            yield _Frame(header, head + file.read(header.length - 4), begins=not follows)
-            last, behind_tag = header, False
-            continue
-        file.seek(start)
-        if _skip_tags(file):
-            behind_tag = True
-            continue
-        following = _search(file, start)
-        if following is None:
-            return
-        # A header where the file begins, and no frame behind it: not junk, but a damaged frame.
-        if last is not None or header is not None:
-            raise BadAudio(
-                "unreadable",
-                f"{following - start:,} bytes at byte {start:,} are not MPEG audio",
-            )
-        file.seek(following)
-
-
 def _parse(head: bytes) -> _Header | None:
     """The header in four bytes, if there is one."""
     word = int.from_bytes(head, "big")
@@ -209,45 +250,63 @@ def _parse(head: bytes) -> _Header | None:
     return _Header(version, layer, hertz, word >> 6 & 3 == 3, length, num_samples)
 
 
-def _confirmed(file: BinaryIO, start: int, header: _Header) -> bool:
-    """Whether what follows the frame at ``start`` is another one, a tag, or the end."""
-    file.seek(start + header.length)
-    end = file.read(8)
-    following = _parse(end[:4])
-    if following is not None:
-        return header.same_stream(following)
-    return not end or end.startswith((b"TAG", b"ID3", b"APETAGEX"))
+def _confirmed(file: BinaryIO, start: int, header: _Header, num_frames: int = 1) -> bool:
+    """Whether ``num_frames`` further frames follow the one at ``start``, or a tag or the end."""
+    place = start
+    for _ in range(num_frames):
+        place += header.length
+        file.seek(place)
+        end = file.read(8)
+        following = _parse(end[:4])
+        if following is None:
+            return not end or end.startswith((b"TAG", b"ID3", b"APETAGEX"))
+        if not header.same_stream(following):
+            return False
+        header = following
+    return True
 
 
-def _skip_tags(file: BinaryIO) -> bool:
-    """Moves behind tags and zeros where ``file`` stands; False when there are none."""
+def _skip_tag(file: BinaryIO) -> bool:
+    """Moves behind a tag where ``file`` stands; False when there is none."""
     start = file.tell()
     skip_id3(file)
     place = file.tell()
     head = file.read(32)
     if head.startswith(b"TAG"):
-        file.seek(place + 128)
+        place += 128
     elif head.startswith(b"APETAGEX") and len(head) == 32:
         has_items_behind = bool(head[23] & 0x20)
-        file.seek(place + 32 + has_items_behind * int.from_bytes(head[12:16], "little"))
-    elif head.startswith(bytes(1)):
-        file.seek(place + len(head) - len(head.lstrip(bytes(1))))
-    else:
-        file.seek(place)
-    return file.tell() > start and bool(head)
+        place += 32 + has_items_behind * int.from_bytes(head[12:16], "little")
+    file.seek(place)
+    return place > start
+
+
+def _count_zeros(file: BinaryIO) -> int:
+    """How many zeros lie where ``file`` stands."""
+    count = 0
+    while data := file.read(SEARCH_BYTES):
+        zeros = len(data) - len(data.lstrip(b"\0"))
+        count += zeros
+        if zeros < len(data):
+            break
+    return count
 
 
 def _search(file: BinaryIO, start: int) -> int | None:
-    """Where the next frames begin, from ``start`` on; None when there are none near."""
-    data = file.read(SEARCH_BYTES)
-    near = io.BytesIO(data)
-    place = data.find(b"\xff", 1)
-    while place >= 0:
-        header = _parse(data[place : place + 4])
-        if header and place + header.length < len(data) and _confirmed(near, place, header):
-            return start + place
-        place = data.find(b"\xff", place + 1)
-    return None
+    """Where frames begin behind byte ``start``; a few in a row, since two happen by chance."""
+    place = start + 1
+    while True:
+        file.seek(place)
+        data = file.read(SEARCH_BYTES)
+        for candidate in _HEADER.finditer(data):
+            found = place + candidate.start()
+            file.seek(found)
+            header = _parse(file.read(4))
+            if header and _confirmed(file, found, header, SEARCH_FRAMES):
+                return found
+        if len(data) < SEARCH_BYTES:
+            return None
+        place += len(data) - 2  # a header may reach into the next piece
 
 
 def _read_info(frame: _Frame) -> _Info | None:

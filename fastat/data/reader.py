@@ -1,4 +1,5 @@
-"""Reads the samples of an audio file, whichever library they need, and of files joined to it."""
+"""Reads the samples of an audio file with the library that reads it best, and of files joined to
+it."""
 
 import hashlib
 import math
@@ -14,17 +15,17 @@ from numpy.typing import NDArray
 
 from fastat.data.bad_audio import BadAudio, Note
 from fastat.data.blocks import Block, mono
-from fastat.data.containers import UNKNOWN, Samples, find_samples
+from fastat.data.containers import Samples, find_samples
 from fastat.data.ffmpeg import FFmpegFile
 from fastat.data.integrity import (
     FlacHeader,
+    begins_again,
     check_ogg,
     find_next_flac,
-    is_ogg_flac,
     read_flac_header,
 )
-from fastat.data.mpeg import begins_with_mpeg, mpeg_blocks
-from fastat.data.window import Window, opened, skip_id3
+from fastat.data.mpeg import MpegFile, begins_with_frame, contains_frames
+from fastat.data.window import Window, open_source, skip_id3
 
 BLOCK_SECONDS = 30
 """soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
@@ -39,14 +40,10 @@ UNKNOWN_FRAMES = 1 << 48
 _FLOATS = ("FLOAT", "DOUBLE")
 _FLAC_WIDTHS = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
 """Bytes of a sample as FLAC's MD5 takes it."""
-_TRY_FFMPEG = (1, 4, 18)
-"""libsndfile's errors: format not recognised, encoding not supported, format not implemented. Any
-other is damage, which FFmpeg would pass over in silence."""
-
-
-def _is_mpeg_inside(sound: sf.SoundFile) -> bool:
-    """Whether it is MPEG audio in a WAV file, whose length libsndfile estimates."""
-    return bool(sound.format != "MP3" and sound.subtype.startswith("MPEG"))
+_TRY_FFMPEG = (1, 4, 18, 64)
+"""libsndfile's errors: format not recognised, encoding not supported, format not implemented, and
+what it says of a WAV file with a codec that it does not know. Any other is damage, which FFmpeg
+would pass over in silence."""
 
 
 class Reader:
@@ -62,108 +59,128 @@ class Reader:
     def blocks(self) -> Iterator[Block]:
         """The samples up to a little beyond ``seconds``."""
         start: int | None = 0
-        while start is not None and (self.seconds is None or self.seconds_read < self.seconds):
+        while start is not None and self._seconds_left() > 0:
             start = yield from self._file_at(start)
 
     def _file_at(self, start: int) -> Generator[Block, None, int | None]:
         """The samples of the file that begins at byte ``start``; returns where the next begins."""
         with ExitStack() as stack:
-            file = stack.enter_context(opened(self.source))
+            file = stack.enter_context(open_source(self.source))
             file.seek(start)
             skip_id3(file)  # in front of other formats than MP3, libsndfile loses as many bytes
             start = file.tell()
-            flac = read_flac_header(file, start)
-            found = find_samples(file, start)
-            if found.note:
-                self.notes.append(Note("wrong length", found.note))
-            next_file = found.next_file or check_ogg(file, start, self._left())
-            sound = None
-            # libsndfile reads neither FLAC of unknown length nor FLAC in Ogg.
-            if (flac is None or flac.is_complete) and not is_ogg_flac(file, start):
-                try:
-                    sound = stack.enter_context(self._sound(start, next_file, found))
-                except sf.LibsndfileError as error:
-                    if error.code not in _TRY_FFMPEG:
-                        raise BadAudio("unreadable", error.error_string) from error
-            if sound is None or _is_mpeg_inside(sound):
-                if flac is not None:
-                    next_file = find_next_flac(file, start)
-                yield from self._ffmpeg_blocks(file, start, next_file, found)
-                return next_file
-            if sound.format == "MP3":
-                file.seek(start)
-                yield from self._counted(mpeg_blocks(file))
+            if begins_with_frame(file, start):
+                yield from self._mpeg_blocks(file, start)
                 return None
-            yield from self._counted(self._sound_blocks(sound, start, found, flac))
-            if flac is not None and self._left() > 0:
-                next_file = find_next_flac(file, start)
-            return next_file
+            samples = find_samples(file, start)
+            if samples.note:
+                self.notes.append(Note("wrong length", samples.note))
+            end = samples.next_file or check_ogg(file, start, self._seconds_left())
+            flac = read_flac_header(file, start)
+            sound = None
+            if flac is None or flac.is_complete and not self._goes_on(file, start, flac):
+                sound = self._open_sound(stack, file, start, end, samples)
+            if sound is None:
+                end = end or (flac and find_next_flac(file, start))
+                yield from self._ffmpeg_blocks(file, start, end, samples)
+            else:
+                yield from self._until_enough(self._sound_blocks(sound, start, samples, flac))
+            if self._seconds_left() > 0:
+                if samples.missing:
+                    raise BadAudio("truncated", samples.missing)
+                end = end or (flac and find_next_flac(file, start))
+            return end
+
+    def _goes_on(self, file: BinaryIO, start: int, flac: FlacHeader) -> bool:
+        """Whether a FLAC file, if all of it is needed, has frames behind the last one stated."""
+        if flac.info.num_samples > self._seconds_left() * flac.info.rate:
+            return False
+        return begins_again(file, flac, find_next_flac(file, start))
+
+    def _open_sound(
+        self, stack: ExitStack, file: BinaryIO, start: int, end: int | None, samples: Samples
+    ) -> sf.SoundFile | None:
+        """The file at byte ``start``, opened by libsndfile; None where FFmpeg is to be tried."""
+        try:
+            sound = stack.enter_context(self._sound(start, end, samples))
+        except sf.LibsndfileError as error:
+            file.seek(start)
+            # The pages of an Ogg file have been checked; what is wrong is libsndfile.
+            if error.code in _TRY_FFMPEG or file.read(4) == b"OggS":
+                return None
+            raise BadAudio("unreadable", error.error_string) from error
+        # Of MPEG audio in a WAV file libsndfile estimates the length.
+        return None if sound.subtype.startswith("MPEG") else sound
+
+    def _mpeg_blocks(self, file: BinaryIO, start: int) -> Iterator[Block]:
+        file.seek(start)
+        mpeg = MpegFile(file)
+        yield from self._until_enough(mpeg.blocks())
+        self.notes.extend(mpeg.notes)
 
     def _ffmpeg_blocks(
-        self, file: BinaryIO, start: int, end: int | None, found: Samples
+        self, file: BinaryIO, start: int, end: int | None, samples: Samples
     ) -> Iterator[Block]:
         """The samples of a file that libsndfile does not read."""
         with ExitStack() as stack:
+            window = stack.enter_context(self._window(start, end, samples))
             try:
-                source = stack.enter_context(FFmpegFile(self._window(start, end, found)))
+                source = stack.enter_context(FFmpegFile(window))
                 is_mpeg = source.format == "mp3"
             except av.InvalidDataError:
                 # Much junk in front of MPEG audio hides it from FFmpeg too.
-                if not begins_with_mpeg(file, start):
+                is_mpeg = contains_frames(file, start)
+                if not is_mpeg:
                     raise
-                is_mpeg = True
             if is_mpeg:
-                file.seek(start)
-                yield from self._counted(mpeg_blocks(file))
+                yield from self._mpeg_blocks(file, start)
                 return
-            self.stores_floats |= source.codec.startswith("pcm_f")
-            yield from self._counted(source.blocks())
+            self.stores_floats |= source.stores_floats
+            yield from self._until_enough(source.blocks())
             self.notes.extend(source.notes)
 
-    def _window(self, start: int, end: int | None, found: Samples = UNKNOWN) -> Window:
-        # FFmpeg recognises a few formats by the extension alone.
-        name = "audio" + (self.source.suffix if isinstance(self.source, Path) else "")
-        first = found.first if found.head else start
-        return Window(opened(self.source), first, end, found.head, name)
+    def _window(self, start: int, end: int | None, samples: Samples) -> Window:
+        first = samples.first if samples.head else start
+        return Window(open_source(self.source), first, end, samples.head)
 
     @contextmanager
-    def _sound(
-        self, start: int, end: int | None, found: Samples = UNKNOWN
-    ) -> Iterator[sf.SoundFile]:
+    def _sound(self, start: int, end: int | None, samples: Samples) -> Iterator[sf.SoundFile]:
         """The file at byte ``start``, opened by libsndfile."""
         with ExitStack() as stack:
-            file: Any = stack.enter_context(self._window(start, end, found))
-            if isinstance(self.source, Path) and start == 0 and end is None and not found.head:
+            file: Any
+            if isinstance(self.source, Path) and start == 0 and end is None and not samples.head:
                 # By its number: soundfile takes a name that ends in .raw for samples alone.
                 file = stack.enter_context(self.source.open("rb", buffering=0)).fileno()
+            else:
+                file = stack.enter_context(self._window(start, end, samples))
             yield stack.enter_context(sf.SoundFile(file, closefd=False))
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         """How many seconds more to read."""
         if self.seconds is None:
             return math.inf
         return self.seconds + MARGIN_SECONDS - self.seconds_read
 
-    def _counted(self, blocks: Iterator[Block]) -> Iterator[Block]:
+    def _until_enough(self, blocks: Iterator[Block]) -> Iterator[Block]:
         """The blocks as they are, until there are enough."""
         for block in blocks:
             if block.rate not in SAMPLE_RATES:
                 raise BadAudio("unreadable", f"a sample rate of {block.rate} Hz")
             self.seconds_read += len(block.samples) / block.rate
             yield block
-            if self._left() <= 0:
+            if self._seconds_left() <= 0:
                 return
 
     def _sound_blocks(
-        self, sound: sf.SoundFile, start: int, found: Samples, flac: FlacHeader | None
+        self, sound: sf.SoundFile, start: int, samples: Samples, flac: FlacHeader | None
     ) -> Iterator[Block]:
         """What libsndfile reads; BadAudio at a frame that the header states and the file lacks."""
         rate: int = sound.samplerate
         if rate not in SAMPLE_RATES:
             raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
         self.stores_floats |= sound.subtype in _FLOATS
-        checked = None if sound.format != "FLAC" else _FlacSamples(sound, flac)
-        left = self._left()
+        checked = None if flac is None else _FlacSamples(sound, flac)
+        left = self._seconds_left()
         end = sound.frames if math.isinf(left) else min(sound.frames, math.ceil(left * rate))
         longest = max(1, min(BLOCK_SECONDS * rate, BLOCK_VALUES // sound.channels))
         position = 0
@@ -179,7 +196,7 @@ class Reader:
                     f"decoding stopped in the block at {position / rate:.1f} s: "
                     f"{error.error_string}"
                 )
-                whole = self._has_last_frame(start, found)
+                whole = self._has_last_frame(start, samples)
                 raise BadAudio("unreadable" if whole else "truncated", detail) from error
             position += len(block)
             if len(block):
@@ -191,10 +208,10 @@ class Reader:
         if checked is not None and position == sound.frames:
             checked.check()
 
-    def _has_last_frame(self, start: int, found: Samples) -> bool:
+    def _has_last_frame(self, start: int, samples: Samples) -> bool:
         """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
         try:
-            with self._sound(start, None, found) as again:  # the first one's decoder gave up
+            with self._sound(start, None, samples) as again:  # the first one's decoder gave up
                 again.seek(again.frames - 1)
                 return len(again.read(1)) == 1
         except sf.LibsndfileError:
@@ -204,13 +221,12 @@ class Reader:
 class _FlacSamples:
     """Reads a FLAC file and compares what was read with what its header says."""
 
-    def __init__(self, sound: sf.SoundFile, header: FlacHeader | None) -> None:
+    def __init__(self, sound: sf.SoundFile, header: FlacHeader) -> None:
         self.sound, self.header = sound, header
         self.width = _FLAC_WIDTHS[sound.subtype]
         self.digest = hashlib.md5(usedforsecurity=False)
-        rate = header.frame_rate if header else None
-        if rate not in (None, sound.samplerate):
-            detail = f"the header says {sound.samplerate} Hz, the first frame {rate}"
+        if header.frame_rate not in (None, sound.samplerate):
+            detail = f"the header says {sound.samplerate} Hz, the first frame {header.frame_rate}"
             raise BadAudio("unreadable", detail)
 
     def read(self, length: int) -> NDArray[np.float32]:
@@ -227,5 +243,5 @@ class _FlacSamples:
 
     def check(self) -> None:
         """Raises BadAudio unless the whole file has the MD5 of its header."""
-        if self.header and self.header.md5 != self.digest.digest():
+        if self.header.info.md5 != self.digest.digest():
             raise BadAudio("unreadable", "the samples differ from their checksum (MD5)")

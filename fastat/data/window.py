@@ -12,16 +12,11 @@ class Window(io.RawIOBase):
     """``head``, and behind it the bytes from ``start`` to ``end`` of ``file``; owns ``file``."""
 
     def __init__(
-        self,
-        file: BinaryIO,
-        start: int = 0,
-        end: int | None = None,
-        head: bytes = b"",
-        name: str = "",
+        self, file: BinaryIO, start: int = 0, end: int | None = None, head: bytes = b""
     ) -> None:
-        """``end`` None is the end of the file; ``name`` is the file's, as far as it matters."""
+        """``end`` None is the end of the file."""
         super().__init__()
-        self.file, self.start, self.head, self.name = file, start, head, name
+        self.file, self.start, self.head = file, start, head
         size = file.seek(0, io.SEEK_END)
         self.size = len(head) + (size if end is None else min(end, size)) - start
         self.position = 0
@@ -34,14 +29,17 @@ class Window(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}
+        if origin[whence] + offset < 0:
+            raise ValueError(f"expected a position of 0 or more, got {origin[whence] + offset}")
         self.position = origin[whence] + offset
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         data = self.head[self.position : self.position + len(buffer)]
-        if not data:
-            self.file.seek(self.start + self.position - len(self.head))
-            data = self.file.read(max(0, min(len(buffer), self.size - self.position)))
+        rest = min(len(buffer), self.size - self.position) - len(data)
+        if rest > 0:
+            self.file.seek(self.start + self.position + len(data) - len(self.head))
+            data += self.file.read(rest)
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
@@ -51,8 +49,8 @@ class Window(io.RawIOBase):
         super().close()
 
 
-def opened(source: Path | bytes) -> BinaryIO:
-    """A file, or the bytes of one, for reading."""
+def open_source(source: Path | bytes) -> BinaryIO:
+    """Opens a file, or the bytes of one, for reading."""
     return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 

@@ -14,7 +14,7 @@ import soundfile as sf
 
 from fastat.data.decode import decode
 from fastat.data.ffmpeg import FFmpegFile
-from fastat.data.mpeg import mpeg_blocks
+from fastat.data.mpeg import MpegFile
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 RATE = 16_000
@@ -58,9 +58,9 @@ def test_is_read_as_documented(
     else:
         path.write_bytes(by_ffmpeg(container, encoding))
 
-    ffmpeg, mpeg = Mock(wraps=FFmpegFile), Mock(wraps=mpeg_blocks)
+    ffmpeg, mpeg = Mock(wraps=FFmpegFile), Mock(wraps=MpegFile)
     monkeypatch.setattr("fastat.data.reader.FFmpegFile", ffmpeg)
-    monkeypatch.setattr("fastat.data.reader.mpeg_blocks", mpeg)
+    monkeypatch.setattr("fastat.data.reader.MpegFile", mpeg)
     audio = decode(path)
     assert mpeg.called == (library == "MPEG frames")
     assert ffmpeg.called == (library == "FFmpeg")

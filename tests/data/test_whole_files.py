@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from fastat.data.containers import find_samples
 from fastat.data.decode import Audio, BadAudio, decode
 from tests.data.audio import noise
-from tests.data.audio_bytes import flac_file, mp3_frames, ogg_pages
+from tests.data.audio_bytes import flac_file, flac_frames, mp3_frames, ogg_pages
+from tests.data.test_containers import by_ffmpeg
 
 RATE = 16_000
 Samples = NDArray[np.float32]
@@ -199,6 +200,49 @@ def test_flac_from_a_pipe() -> None:
     streamed = put(data[:26] + bytes(16) + data[42:], 22, ">I", 0)
     assert np.array_equal(samples_of(streamed), samples_of(data))
     assert len(samples_of(streamed + streamed)) == 2 * RATE
+
+
+def test_damage_that_only_ffmpeg_sees() -> None:
+    """Without an MD5 the CRC of a frame is all there is."""
+    data = encoded("FLAC")
+    unchecked = bytearray(data[:26] + bytes(16) + data[42:])
+    unchecked[len(data) // 2] ^= 1
+    assert reason_of(bytes(unchecked)) in ("truncated", "unreadable")
+    streamed = bytearray(put(bytes(unchecked), 22, ">I", 0))
+    assert reason_of(bytes(streamed)) == "unreadable"
+    for muxer, encoder in (("wv", "wavpack"), ("matroska", "ac3")):
+        other = bytearray(by_ffmpeg(muxer, encoder))
+        other[len(other) // 2] ^= 1
+        assert reason_of(bytes(other)) == "unreadable"
+
+
+@pytest.mark.parametrize("channels", [8, 9, 16])
+@pytest.mark.parametrize(("muxer", "encoder"), [("matroska", "pcm_s16le"), ("wv", "wavpack")])
+def test_many_channels(muxer: str, encoder: str, channels: int) -> None:
+    x = (noise(0.5, RATE, 0, channels) * 32767).astype(np.int16)
+    file = io.BytesIO()
+    with av.open(file, "w", format=muxer) as container:
+        layout = f"{channels} channels" if channels > 8 else "7.1"
+        stream = container.add_stream(encoder, rate=RATE, layout=layout)
+        stream.codec_context.open()
+        frame = av.AudioFrame.from_ndarray(x.reshape(1, -1), "s16", layout)
+        frame.rate = RATE
+        form = stream.codec_context.format
+        for part in av.AudioResampler(form, layout, RATE).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    expected = (x / np.float32(32768)).mean(axis=1)
+    assert np.abs(samples_of(file.getvalue()) - expected).max() < 0.01  # of eight bits
+
+
+def test_flac_files_that_ffmpeg_joined() -> None:
+    """The header of the first, and no further one."""
+    first, second = encoded("FLAC"), encoded("FLAC", seed=1)
+    joined = first + second[flac_frames(second)[0] :]
+    audio = decode(joined)
+    expected = np.concatenate([samples_of(first), samples_of(second)])
+    assert np.array_equal(audio.samples, expected) and remarks(audio) == ["wrong length"]
+    assert np.array_equal(decode(joined, seconds=0.3).samples, expected[:4800])
 
 
 def test_flac_without_md5_that_states_another_length() -> None:
