@@ -91,6 +91,27 @@ def test_a_wrong_size_in_the_header(form: str, subtype: str) -> None:
     assert reason_of(put(data, place, code, 2 * size)) == "truncated"
 
 
+def test_the_end_of_a_wav_may_be_missing_where_it_is_not_asked_for() -> None:
+    data = float_wav(noise(4.0, RATE, 0))
+    cut = data[: len(data) * 3 // 4]
+    assert np.array_equal(decode(cut, seconds=1.0).samples, samples_of(data)[:RATE])
+    assert reason_of(cut) == "truncated"
+
+
+def test_a_chunk_behind_samples_of_an_odd_number_without_padding() -> None:
+    file = io.BytesIO()
+    sf.write(file, noise(1.0, RATE, 0)[:-1], RATE, format="WAV", subtype="PCM_U8")
+    data = file.getvalue()[: 44 + RATE - 1]
+    audio = decode(data + b"LIST\x90\x01\0\0" + bytes(400))
+    assert len(audio.samples) == RATE - 1 and not audio.notes
+
+
+def test_aiff_from_a_pipe_of_sox() -> None:
+    data = encoded("AIFF")
+    place, code, _ = stated("AIFF", data)
+    assert np.array_equal(samples_of(put(data, place, code, 0x7F000008)), samples_of(data))
+
+
 @pytest.mark.parametrize("size", [0x7FFFFFFF, 0x80000000, 0x7FFFF000, 0xFFFFFFFF, 0x7FFFFFDB])
 def test_wav_from_a_pipe(size: int) -> None:
     data = encoded("WAV")
@@ -131,6 +152,7 @@ def test_a_wav_whose_size_wrapped_at_4_gib(tmp_path: Path) -> None:
     assert np.array_equal(audio.samples, samples_of(data)) and remarks(audio) == ["wrong length"]
     with path.open("rb") as file:
         head = find_samples(file, 0).head
+    # What libsndfile is given. To decode all of it would take minutes.
     short = tmp_path / "head.wav"
     with short.open("wb") as file:
         file.write(head)
@@ -147,6 +169,14 @@ def test_joined_files(form: str, rate: int) -> None:
     assert len(joined) == 3 * RATE
     assert np.abs(joined - np.concatenate(parts)).max() < 1e-6
     assert np.array_equal(decode(first + second, seconds=0.5).samples, parts[0][: RATE // 2])
+
+
+def test_a_cut_at_a_joint_is_that_of_the_whole() -> None:
+    joined = encoded("WAV", rate=44_100) + encoded("WAV", rate=44_100, seed=1)
+    whole = samples_of(joined)
+    for seconds in (0.9, 1.0, 1.1):
+        cut = decode(joined, seconds=seconds).samples
+        assert np.array_equal(cut, whole[: round(seconds * RATE)])
 
 
 def test_joined_mp4() -> None:
@@ -291,6 +321,71 @@ def test_chained_ogg_of_two_rates() -> None:
     assert len(samples_of(encoded("OGG") + encoded("OGG", rate=48_000))) == 2 * RATE
 
 
+def test_ogg_that_ffmpeg_cut_without_encoding() -> None:
+    """Its positions do not begin at 0, which libsndfile takes for damage."""
+    whole, part = io.BytesIO(encoded("OGG", "OPUS") * 1), io.BytesIO()
+    with av.open(whole) as source, av.open(part, "w", format="ogg") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        packets = [packet for packet in source.demux(audio=0) if packet.dts is not None]
+        for packet in packets[len(packets) // 2 :]:
+            packet.stream = stream
+            target.mux(packet)
+    assert 0.45 * RATE < len(samples_of(part.getvalue())) < 0.6 * RATE
+
+
+# --------------------------------------------------------------------------- Matroska and MP4
+def matroska(start_seconds: float = 0.0, *, video: bool = False) -> bytes:
+    """Two seconds of sound, perhaps with pictures."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        sound = container.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        pictures = container.add_stream("mpeg4", rate=10) if video else None
+        if pictures is not None:
+            pictures.width = pictures.height = 32
+        for i in range(20):
+            x = (noise(0.1, RATE, i) * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(x[None], "s16", "mono")
+            frame.rate, frame.pts = RATE, round(start_seconds * RATE) + 1600 * i
+            container.mux(sound.encode(frame))
+            if pictures is not None:
+                picture = av.VideoFrame(32, 32, "yuv420p")
+                picture.pts = i
+                container.mux(pictures.encode(picture))
+        if pictures is not None:
+            container.mux(pictures.encode(None))
+    return file.getvalue()
+
+
+def test_matroska_cut_short() -> None:
+    for data in (matroska(), matroska(video=True)):
+        assert len(samples_of(data)) == 2 * RATE
+        assert reason_of(data[: len(data) // 2]) == "truncated"
+        cut = decode(data[: len(data) * 9 // 10], seconds=0.5)
+        assert np.array_equal(cut.samples, samples_of(data)[: RATE // 2])
+
+
+def test_matroska_that_does_not_begin_at_0() -> None:
+    assert np.array_equal(samples_of(matroska(100.0)), samples_of(matroska()))
+
+
+def test_damage_that_makes_ffmpeg_ask_for_much_memory() -> None:
+    """FFmpeg's error is Python's MemoryError too."""
+    data = bytearray(by_ffmpeg("ipod", "alac"))
+    data[data.find(b"stsz") + 16] = 0x3B
+    assert reason_of(bytes(data)) in ("unreadable", "truncated")
+
+
+@pytest.mark.parametrize("name", ["x.m3u8", "x.wav"])
+def test_a_playlist_is_no_audio(name: str, tmp_path: Path) -> None:
+    (tmp_path / "other.aac").write_bytes(by_ffmpeg("adts", "aac"))
+    other = tmp_path / "other.aac"
+    (tmp_path / name).write_text(
+        f"#EXTM3U\n#EXT-X-VERSION:3\n#EXTINF:2,\n{other}\n#EXT-X-ENDLIST\n"
+    )
+    with pytest.raises(BadAudio):
+        decode(tmp_path / name)
+
+
 # ------------------------------------------------------------------------------------------- MPEG
 def mp3(rate: int = 44_100, seed: int = 0) -> bytes:
     return encoded("MP3", rate=rate, seed=seed)
@@ -336,6 +431,28 @@ def test_mp3_of_variable_bit_rate_without_a_count() -> None:
     assert sf.info(io.BytesIO(uncounted)).duration < 4.0, "an estimate"
     assert len(samples_of(uncounted)) == round((len(frames) - 2) * 1152 / 44_100 * RATE)
     assert len(samples_of(data)) == 5 * RATE
+
+
+def test_lost_frames_of_mp3_without_a_count() -> None:
+    """Of a download into space that was set aside; and something large between frames."""
+    data = cbr(44_100, 1, seconds=8.0)
+    half = len(data) // 2
+    half -= half % 2
+    assert reason_of(data[:half] + bytes(len(data) - half)) in ("truncated", "unreadable")
+    frames = [place for place in range(len(data)) if data[place : place + 2] == data[:2]]
+    assert reason_of(data[: frames[9]] + b"junk" * 400_000 + data[frames[9] :]) == "unreadable"
+
+
+def test_mp3_of_one_frame() -> None:
+    data = cbr(44_100, 1)
+    assert len(samples_of(data[:208])) == round(1152 / 44_100 * RATE)
+
+
+def test_mp3_with_more_frames_than_it_states() -> None:
+    data = mp3()
+    place = max(data.find(b"Xing"), data.find(b"Info")) + 8
+    audio = decode(put(data, place, ">I", 10))
+    assert np.array_equal(audio.samples, samples_of(data)) and remarks(audio) == ["wrong length"]
 
 
 @pytest.mark.parametrize("by", [-1, 1, 3])
@@ -425,6 +542,13 @@ def test_a_few_clipped_samples_are_noted() -> None:
     assert reason_of(float_wav(x)) == "clipped"
 
 
+def test_clipping_counts_where_it_is_kept() -> None:
+    x = noise(3.0, RATE, 0)
+    x[RATE:] *= 30
+    assert not decode(float_wav(x), seconds=1.0).notes
+    assert reason_of(float_wav(x)) == "clipped"
+
+
 def test_what_a_lossy_codec_overshoots_is_not_bad() -> None:
     """A recording that was clipped before it was encoded."""
     file = io.BytesIO()
@@ -444,8 +568,10 @@ def test_bytes_that_are_no_audio(tmp_path: Path, content: bytes, suffix: str) ->
 
 
 def test_a_wav_named_raw(tmp_path: Path) -> None:
-    (tmp_path / "x.raw").write_bytes(encoded("WAV"))
-    assert len(decode(tmp_path / "x.raw").samples) == RATE
+    data = encoded("WAV")
+    for content in (data, put(data, 40, "<I", 0), b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + data):
+        (tmp_path / "x.raw").write_bytes(content)
+        assert len(decode(tmp_path / "x.raw").samples) == RATE
 
 
 def test_whatever_a_library_raises_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
