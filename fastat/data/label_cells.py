@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 QUOTED = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
@@ -35,6 +36,15 @@ class LabelCells(NamedTuple):
         name = name.lower()
         is_plural = name.endswith("s") and not name.endswith(("ss", "us", "species"))
         return cls(SEVERAL if is_plural else ())
+
+    def for_column(self, cells: Iterable[str]) -> "LabelCells":
+        """Those for a column with these ``cells``: where one holds ``;``, ``,`` separates nothing
+        in any of them."""
+        if self.verbatim or not self.separators:
+            return self
+        if any(";" in cell and not LIST.fullmatch(cell) for cell in cells):
+            return self._replace(separators=(";",))
+        return self
 
     def split(self, cell: str) -> list[str]:
         """The labels of a cell, without spaces around them.

@@ -112,18 +112,25 @@ def read_manifest(
     if holdout is not None:
         _check_holdout(source, table.rows, holdout)
     rows = _one_a_clip(source, table.rows, holdout)
+    classes = None
     if labels is not None:
         classes = ClassList.from_csv(labels)
     elif classes_from is not None:
         classes = ClassList.from_packed(classes_from)
-    else:
-        every = (name for row in rows for name in _names(source, row, table.cells, None))
+    cells = table.cells.for_column(
+        cell
+        for row in rows
+        for cell in (row.labels, *row.more)
+        if classes is None or cell not in classes
+    )
+    if classes is None:
+        every = (name for row in rows for name in _names(source, row, cells, None))
         classes = ClassList.from_labels(every)
     entries: list[Entry] = []
     bad: list[BadFile] = []
     bad_groups: list[str] = []
     for row in rows:
-        names = _names(source, row, table.cells, classes)
+        names = _names(source, row, cells, classes)
         unknown = [name for name in names if name not in classes]
         if names and not unknown and row.exists:
             numbers = tuple(sorted({classes.number(name) for name in names}))

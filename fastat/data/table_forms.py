@@ -145,10 +145,9 @@ def _read_segments(
         name = folder.clip(ytid, start, end)
         path = os.path.join(folder.root, name or ytid)
         group = path if column is None else cells[column]
-        segment = f"{ytid} {start} {end}"
-        rows.append(
-            Row(segment, name or ytid, path, name is not None, intern(label), number, group)
-        )
+        # A name without a start is found for every segment of its video: they are one clip.
+        clip = f"{ytid} {start} {end}" if name is None else path
+        rows.append(Row(clip, name or ytid, path, name is not None, intern(label), number, group))
     return Table(rows, LabelCells.of_column(label_column, columns.separator))
 
 

@@ -100,7 +100,7 @@ def test_csv_columns(tmp_path: Path) -> None:
     table = write(
         tmp_path / "t.csv",
         "\ufeffid,path,labels\n"
-        '1,a.wav,"dog,cat"\n'
+        '1,a.wav,"dog;cat"\n'
         "2,b.wav,cat; bird\n"
         "\n"
         f"3,{absolute},dog\n"

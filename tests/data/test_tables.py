@@ -49,6 +49,27 @@ def test_cells_of_several_labels(tmp_path: Path, cell: str, labels: list[str]) -
 
 
 @pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["Speech;Dog", "Male speech, man"], [["Dog", "Speech"], ["Male speech, man"]]),
+        (["Male speech, man", "Dog ;"], [["Male speech, man"], ["Dog"]]),
+        (["a,b", '["x; y"]'], [["a", "b"], ["x; y"]]),
+        (["a,b", "Rain; heavy"], [["a", "b"], ["Rain; heavy"]]),  # a class of the list
+    ],
+)
+def test_one_separator_for_a_column(
+    tmp_path: Path, cells: list[str], labels: list[list[str]]
+) -> None:
+    touch(tmp_path, "a.wav", "b.wav")
+    rows = "".join(f"{name}.wav,{quoted(c)}\n" for name, c in zip("ab", cells, strict=True))
+    table = write(tmp_path / "t.csv", f"path,labels\n{rows}")
+    classes = None
+    if "Rain; heavy" in cells:
+        classes = write(tmp_path / "c.csv", "display_name\na\nb\nRain; heavy\n")
+    assert list(labels_of(read_manifest(table, labels=classes)).values()) == labels
+
+
+@pytest.mark.parametrize(
     ("cell", "labels"),
     [
         ("female speech, woman speaking", ["female speech, woman speaking"]),
@@ -156,6 +177,19 @@ def test_segments_of_audioset_are_one_clip(tmp_path: Path) -> None:
     touch(tmp_path / "audio", "v_0.wav", "v_10.wav")
     table = write(tmp_path / "t.csv", "v, 0.0, 10.0, a\nv, 10.0, 20.0, b\nv, 0.0, 10.0, c\n")
     assert labels_of(read_manifest(table)) == {"v_0.wav": ["a", "c"], "v_10.wav": ["b"]}
+
+
+def test_segments_of_one_file_are_one_clip(tmp_path: Path) -> None:
+    """A file whose name has no start is found for every segment of its video."""
+    touch(tmp_path / "audio", "v.wav", "w.wav")
+    segments = write(
+        tmp_path / "t.csv", "v, 0.0, 10.0, a\nv, 10.0, 20.0, b\nw, 0.0, 10.0, c\n"
+    )
+    assert labels_of(read_manifest(segments)) == {"v.wav": ["a", "b"], "w.wav": ["c"]}
+    vgg = write(tmp_path / "v.csv", "v,0,a,train\nw,5,c,test\nv,30,b,test\n")
+    assert labels_of(read_manifest(vgg)) == {"v.wav": ["a", "b"], "w.wav": ["c"]}
+    with pytest.raises(UserError, match=r"v\.wav.*line 1.*line 3.*both sides of --holdout"):
+        read_manifest(vgg, holdout=Holdout("split", "test"))
 
 
 def test_a_bad_clip_of_several_rows_is_one(tmp_path: Path) -> None:
