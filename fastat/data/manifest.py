@@ -20,7 +20,7 @@ from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 
 MAX_VALUES = 10
-"""Of a column, in a message."""
+"""Number of a column's values that a message lists."""
 
 
 class Entry(NamedTuple):
