@@ -10,12 +10,20 @@ NUMBER = r"[+-]?\d+"
 COMMA = r"(?:\s*,\s*|\s+)"
 ITEM = re.compile(rf"{QUOTED}|{NUMBER}")
 LIST = re.compile(
-    rf"\[\s*(?:{QUOTED}|{NUMBER})(?:{COMMA}(?:{QUOTED}|{NUMBER}))*\s*,?\s*\]"
-    rf"|\(\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*,?\s*\)"
+    rf"\[\s*(?:{QUOTED}|{NUMBER})(?:{COMMA}(?:{QUOTED}|{NUMBER}))*\s*(?:,\s*)?\]"
+    rf"|\(\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*(?:,\s*)?\)"
     rf"|\{{\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*\}}"
 )
 """A list, tuple or set as Python, pandas, numpy (without commas) and JSON write it."""
-EMPTY_LISTS = ("[]", "()", "{}", "set()")
+EMPTY_LIST = re.compile(r"\[\s*\]|\(\s*\)|\{\s*\}|set\(\s*\)")
+OTHER = r"(?:None|null|nan|NaN|<NA>|NaT|True|False|[+-]?\d+\.\d*(?:e[+-]?\d+)?)"
+NOT_LABELS = re.compile(
+    r"""array\(|(?:set\()?[\[({]\s*['"]"""  # an array; a list of which only a part is quoted
+    r"|\[\s*[\[({]"  # lists in a list
+    r"|\{[^}]*:"  # a dict
+    rf"|[\[({{]\s*{OTHER}(?:{COMMA}{OTHER})*\s*(?:,\s*)?[\])}}]\Z"
+)
+"""How a value begins, or is, that Python wrote and that is no list of labels."""
 SEVERAL = (";", ",")
 
 
@@ -50,7 +58,7 @@ class LabelCells(NamedTuple):
         """The labels of a cell, without spaces around them.
 
         Raises:
-            ValueError: the cell begins as a list and cannot be read as one.
+            ValueError: the cell is written as a list, dict or array, and is no list of labels.
         """
         items = None if self.verbatim else _items(cell)
         if items is None:
@@ -61,9 +69,9 @@ class LabelCells(NamedTuple):
 
 def _items(cell: str) -> list[str] | None:
     """The items of a cell that is written as a list; None for any other cell."""
-    if not cell.startswith(("[", "(", "{", "set(")):
+    if not cell.startswith(("[", "(", "{", "set(", "array(")):
         return None
-    if cell in EMPTY_LISTS:
+    if EMPTY_LIST.fullmatch(cell):
         return []
     if LIST.fullmatch(cell):
         try:
@@ -72,6 +80,7 @@ def _items(cell: str) -> list[str] | None:
             raise ValueError(f"expected a list of labels, got {cell!r}") from None
     # [noise] is a label, and so are [noise], [music] in a cell of several.
     inside = cell[1:-1]
-    if cell[0] + cell[-1] == "[]" and re.search(r"[,;'\"]", inside) and "[" not in inside:
+    is_one_list = cell[0] + cell[-1] == "[]" and "[" not in inside
+    if is_one_list and re.search(r"[,;'\"]", inside) or NOT_LABELS.match(cell):
         raise ValueError(f"expected labels or a list of quoted labels, got {cell!r}")
     return None

@@ -123,10 +123,10 @@ def pack(
 ) -> PackSummary:
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
 
-    ``source`` is a segments CSV of AudioSet or VGGSound, an AST data file, a CSV or TSV of files and
-    labels (DCASE's also without a header), a folder of classes (``table_forms``) or an HDF5 file
-    (``hdf5_source``). ``holdout`` is a share of the clips or the value of a column. ``workers`` and
-    ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
+    ``source`` is a segments CSV of AudioSet or VGGSound, an AST data file, a CSV or TSV of files
+    and labels (DCASE's also without a header), a folder of classes (``table_forms``) or an HDF5
+    file (``hdf5_source``). ``holdout`` is a share of the clips or the value of a column.
+    ``workers`` and ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
     With ``part`` this packs one of several parts, and makes the set when it is the last.
 
     Raises:
@@ -170,7 +170,7 @@ def pack(
                 options={**options, "role": role},
             )
         )
-    num_files = len(manifest.entries) + len(manifest.bad)
+    num_files = sum(len(plan.entries) + len(plan.bad) for plan in plans)
     num_workers = workers or cores_of_rank()
     parts = part.count if part is not None and part.count > 1 else 0
     # Both folders are looked at before either is written.
@@ -275,8 +275,8 @@ def _roles(
     entries = manifest.entries
     eval_out = out.with_name(out.name + EVAL_SUFFIX)
     if isinstance(holdout, Holdout):
-        kept_manifest, held_manifest = manifest.split(holdout.value)
-        return [("train", out, kept_manifest), ("eval", eval_out, held_manifest)]
+        assert manifest.held is not None
+        return [("train", out, manifest), ("eval", eval_out, manifest.held)]
     mask = holdout_mask(
         [entry.group for entry in entries], [entry.labels for entry in entries], holdout, seed
     )
