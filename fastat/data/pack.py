@@ -126,8 +126,9 @@ def pack(
     ``source`` is a segments CSV of AudioSet or VGGSound, an AST data file, a CSV or TSV of files
     and labels (DCASE's also without a header), a folder of classes (``table_forms``) or an HDF5
     file (``hdf5_source``). ``holdout`` is a share of the clips or the value of a column.
-    ``workers`` and ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
-    With ``part`` this packs one of several parts, and makes the set when it is the last.
+    ``workers`` and ``max_bad`` may differ when a killed command is run again; everything else is
+    part of the set. With ``part`` this packs one of several parts, and makes the set when it is
+    the last.
 
     Raises:
         UserError: a wrong argument, table or folder, or too many bad files.
