@@ -560,10 +560,12 @@ def test_a_class_folder_behind_a_broken_link(tmp_path: Path, target: str) -> Non
         read_manifest(root)
 
 
-def test_what_windows_leaves_in_folders(tmp_path: Path) -> None:
+def test_what_lies_beside_audio(tmp_path: Path) -> None:
+    """What Windows and macOS leave in folders, playlists, checksums, annotations, documents."""
     root = touch(
         tmp_path / "set", "dog/a.wav", "dog/Thumbs.db", "cat/b.wav", "cat/desktop.ini",
-        "cat/THUMBS.DB", "cat/.DS_Store",
+        "cat/THUMBS.DB", "cat/.DS_Store", "cat/all.m3u", "cat/all.M3U8", "cat/cd.cue", "dog/a.md5",
+        "dog/a.TextGrid", "dog/a.rttm", "dog/a.mid", "dog/about.pdf", "dog/site.url",
     )  # fmt: skip
     manifest = read_manifest(root)
     assert names_of(manifest) == {"a.wav", "b.wav"} and not manifest.bad
