@@ -25,16 +25,16 @@ LONGEST_LINE = 1000
 """Characters; a value in a message may be a whole damaged file."""
 
 
-_LINE_ENDS = re.compile(r"\s*[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def one_line(text: str) -> str:
-    """``text`` as it is printed: without line ends, control characters escaped, cut where nobody
-    reads on. File names may hold any of them."""
-    line = _LINE_ENDS.sub(" ", text.strip())
-    line = _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
+    """``text`` as it is printed: without line ends, cut where nobody reads on, control characters
+    escaped. File names may hold any of them."""
+    line = " ".join(filter(None, map(str.strip, text.splitlines())))
+    if len(line) > LONGEST_LINE:
+        line = f"{line[:LONGEST_LINE]} ..."
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fastat.landscape import Landscape
-from fastat.plot import INK, save_png, shown
+from fastat.plot import INK, printable_name, save_png
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart."""
@@ -71,7 +71,7 @@ def _names(found: Sequence[Landscape]) -> list[str]:
     """The runs' folders; with their model where the folder does not say it."""
     names = []
     for result in found:
-        name = shown(Path(result.run).name)
+        name = printable_name(Path(result.run).name)
         names.append(name if result.model in name else f"{name} ({result.model})")
     return names
 

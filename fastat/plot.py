@@ -214,11 +214,11 @@ def _hz(hz: int) -> str:
 
 
 def _short(name: str, length: int = NAME_LENGTH) -> str:
-    name = shown(name)
+    name = printable_name(name)
     return name if len(name) <= length else name[: length - 1].rstrip() + "…"
 
 
-def shown(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name of a file or class as a picture can show it."""
     return one_line(name).encode(errors="replace").decode()
 

@@ -2,11 +2,15 @@
 a line: every name that gets into a set gets out of it again."""
 
 import csv
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from fastat import cli, nonfinite
 from fastat.checkpoint import load_meta
 from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
@@ -42,17 +47,41 @@ class Named(NamedTuple):
 
 
 def fastat(
-    *args: object, code: int = 0, module: str = "fastat.cli", env: dict[str, str] | None = None
+    *args: object,
+    code: int = 0,
+    encoding: str = "utf-8",
+    main: Callable[[], object] = cli.main,
 ) -> tuple[str, str]:
-    """Runs the command; standard output and error as bytes that are no text are kept in a str."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
-        capture_output=True,
-        env=os.environ | QUIET | (env or {}),
-        timeout=300,
-    )
-    out, err = os.fsdecode(done.stdout), os.fsdecode(done.stderr)
-    assert done.returncode == code and "Traceback" not in err, f"{done.returncode}\n{out}\n{err}"
+    """Runs the command in this process, as on a terminal of that encoding: its standard output and
+    error."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, "strict") for _ in range(2)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(streams[0]),
+        redirect_stderr(streams[1]),
+    ):
+        patch.setattr(sys, "argv", ["fastat", *map(str, args)])
+        patch.setenv("COLUMNS", QUIET["COLUMNS"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue() for stream in streams)
+    return checked(int(stop.value.code or 0), out, err, code)
+
+
+def fastat_in_c_locale(*args: object, code: int = 0) -> tuple[str, str]:
+    """Runs the command in a process of its own, where names of files are not UTF-8 either."""
+    env = os.environ | QUIET | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "fastat.cli", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, env=env, timeout=300)
+    return checked(done.returncode, done.stdout, done.stderr, code)
+
+
+def checked(returned: int, stdout: bytes, stderr: bytes, code: int) -> tuple[str, str]:
+    """What a command printed; bytes that are no text are kept in a str."""
+    out, err = os.fsdecode(stdout), os.fsdecode(stderr)
+    assert returned == code and "Traceback" not in err, f"{returned}\n{out}\n{err}"
     return out, err
 
 
@@ -115,44 +144,44 @@ def test_a_step_that_is_not_finite_keeps_its_names(named: Named, tmp_path: Path)
         clips = [row["clip"] for row in csv.DictReader(file)]
     packed = PackedSet.open(named.packed)
     assert set(clips) <= set(packed.names(np.arange(packed.num_clips)))
-    shown, _ = fastat(step, module="fastat.nonfinite")
+    shown, _ = fastat(main=lambda: sys.exit(nonfinite.main([str(step)])))
     assert f"of {len(clips)} clips" in shown.splitlines()[-1]
     assert all(not LINE_ENDS.search(line) for line in shown.splitlines())
 
 
-TERMINALS = {
-    "utf-8": {"PYTHONIOENCODING": "utf-8:strict"},
-    "ascii": {"PYTHONIOENCODING": "ascii:strict"},
-    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+TERMINALS: dict[str, Callable[..., tuple[str, str]]] = {
+    "utf-8": fastat,
+    "ascii": partial(fastat, encoding="ascii"),
+    "C": fastat_in_c_locale,
 }
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
 def test_every_terminal_takes_every_name(named: Named, terminal: str, tmp_path: Path) -> None:
-    env = TERMINALS[terminal]
-    shown, _ = fastat("predict", named.run, *named.clips, "--top", 4, env=env)
+    fastat = TERMINALS[terminal]
+    shown, _ = fastat("predict", named.run, *named.clips, "--top", 4)
     heads = [line for line in shown.split("\n") if line and not line.startswith("  ")]
     assert len(heads) == len(CLIPS) and "\x1b" not in shown
     assert any("two  spaces" in head for head in heads)
     if terminal == "utf-8":
         paths = [one_line(str(path)) for path in named.clips]
         assert [head.partition("  (0.5 s")[0] for head in heads] == paths
-    plot = ("--plot", tmp_path / "p.png")
-    text, err = fastat("predict", named.run, *named.clips, *plot, "--json", env=env)
+    text, err = fastat("predict", named.run, *named.clips, "--plot", tmp_path / "p.png", "--json")
     files = [os.fsencode(item["file"]) for item in json.loads(text)]
     assert files == [os.fsencode(path) for path in named.clips]
     assert "Warning" not in err and len(list(tmp_path.glob("*.png"))) == len(CLIPS)
 
 
-@pytest.mark.parametrize("terminal", ["utf-8", "ascii"])
+@pytest.mark.parametrize("terminal", TERMINALS)
 def test_a_bad_file_is_one_line_whatever_its_name(
     named: Named, terminal: str, tmp_path: Path
 ) -> None:
+    fastat = TERMINALS[terminal]
     bad = tmp_path / f"{LATIN}\n\x1b[2J.wav"
     bad.write_text("text")
-    out, err = fastat("predict", named.run, bad, code=1, env=TERMINALS[terminal])
+    out, err = fastat("predict", named.run, bad, code=1)
     assert out == "" and err.count("\n") == 1 and "\x1b" not in err and f"/{LATIN} " in err
-    _, err = fastat("predict", named.run, f"{bad}2", code=2, env=TERMINALS[terminal])
+    _, err = fastat("predict", named.run, f"{bad}2", code=2)
     assert err.count("\n") == 1 and "does not exist" in err
 
 

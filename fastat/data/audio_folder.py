@@ -9,22 +9,17 @@ from pathlib import Path
 from fastat.errors import UserError
 
 NOT_AUDIO = frozenset(
-    ".csv .tsv .json .jsonl .txt .md .xml .yaml .yml .html .log .jpg .jpeg .png .gif .webp .vtt"
-    " .srt .npy .npz .h5 .hdf5 .pkl .pt .lab .jams .part .tmp .zip .tar .gz .py".split()
+    ".csv .tsv .json .jsonl .txt .md .xml .yaml .yml .html .log .jpg .jpeg .png .gif .webp .svg"
+    " .vtt .srt .npy .npz .h5 .hdf5 .pkl .pt .lab .jams .textgrid .rttm .mid .midi .m3u .m3u8 .pls"
+    " .cue .nfo .sfv .md5 .sha256 .pdf .doc .docx .xls .xlsx .ini .db .lnk .url .part .tmp .zip"
+    " .tar .gz .py".split()
 )
 """Extensions of what lies beside audio. Anything else is taken for audio, and tried."""
-
-SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-"""What Windows leaves in folders."""
 
 
 def is_audio_name(name: str) -> bool:
     """Whether a file of that name is taken for audio."""
-    return (
-        not name.startswith(".")
-        and name.lower() not in SYSTEM_FILES
-        and os.path.splitext(name)[1].lower() not in NOT_AUDIO
-    )
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() not in NOT_AUDIO
 
 
 def list_folder(folder: str) -> list[str]:

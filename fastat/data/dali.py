@@ -21,7 +21,7 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from fastat.data import dali_check
-from fastat.data.dali_check import BadClip, Decoder, Header
+from fastat.data.dali_check import BadClip, Decoder, Header, Refusal
 from fastat.data.loader import Batch, augment_of, mixed_targets, prefetch, to_device
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import SAMPLE_RATE, PackedSet
@@ -200,13 +200,16 @@ class DaliSource:
         rows = np.concatenate([rows for plan in plans for rows in (plan.rows, plan.partners)])
         paths = [path for path, _ in self.packed.sources(rows)]
         decoder = Decoder(self._graph, self._readers, threads=1)
-        nothing = Header(*[0] * len(Header._fields))
+        changed = []
         for row, path in zip(rows.tolist(), paths, strict=True):
-            (header,) = decoder.look([path], [nothing])
-            if header != Header(*self.clips.headers[row].tolist()):
-                now = header if isinstance(header, str) else "it is another file now"
-                return Failure(f"{path} changed after it was checked: {now}")
-        return Failure(f"DALI failed: {self._graph.said(error)} (files {paths[0]}, ...)")
+            (found,) = decoder.look([path], [None])
+            if isinstance(found, Refusal):
+                return Failure(f"{path} changed after it was checked: {found.reason}")
+            if found != Header(*self.clips.headers[row].tolist()):
+                changed.append(path)
+        if changed:  # perhaps merely touched
+            return Failure(f"{changed[0]} changed after it was checked: it is another file now")
+        return Failure(f"DALI failed: {self._graph.reason_of(error)} (files {paths[0]}, ...)")
 
 
 class _Run:

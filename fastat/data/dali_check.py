@@ -51,6 +51,15 @@ class Header(NamedTuple):
     frames: int
 
 
+class Refusal(NamedTuple):
+    """A file that DALI cannot take."""
+
+    reason: str
+    size: int = 0
+    mtime_ns: int = 0
+    """Of the file when DALI refused it; zeros when DALI was not asked."""
+
+
 class BadClip(NamedTuple):
     """A row that DALI cannot deliver."""
 
@@ -90,9 +99,9 @@ def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
     N = packed.num_clips
     fingerprint = f"{packed.fingerprint} DALI {graph.DALI_VERSION}"
     known = _load(packed, fingerprint)
-    kept = np.zeros_like(known)
+    kept = Checked(np.zeros_like(known.headers), {})
     first, length, skip, rate, channels = np.zeros((5, N), np.int32)
-    clips = Clips(first, length, skip, rate, channels, headers=kept, bad=[])
+    clips = Clips(first, length, skip, rate, channels, headers=kept.headers, bad=[])
     files = _by_file(packed)
     with (
         ThreadPoolExecutor(threads, "fastat-check") as readers,
@@ -100,20 +109,23 @@ def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
     ):
         decoder = Decoder(graph, readers, threads)
         while part := list(islice(files, BATCH)):
-            headers = decoder.look(
-                [path for path, _ in part], [Header(*known[places[0][0]]) for _, places in part]
+            results = decoder.look(
+                [path for path, _ in part], [known.of(places[0][0]) for _, places in part]
             )
-            for (path, places), header in zip(part, headers, strict=True):
+            for (path, places), found in zip(part, results, strict=True):
+                if isinstance(found, Refusal) and found.mtime_ns:
+                    kept.refusals[places[0][0]] = found
                 for row, start_seconds in places:
-                    reason = header if isinstance(header, str) else ""
-                    if isinstance(header, Header):
-                        kept[row] = header
-                        reason = _place(clips, packed, row, start_seconds, header)
+                    if isinstance(found, Refusal):
+                        reason = found.reason
+                    else:
+                        kept.headers[row] = found
+                        reason = _place(clips, packed, row, start_seconds, found)
                     if reason:
                         clips.bad.append(BadClip(row, path, reason))
                 advance(len(places))
     try:
-        if not np.array_equal(known, kept):
+        if known.refusals != kept.refusals or not np.array_equal(known.headers, kept.headers):
             _save(packed, fingerprint, kept)
         _list_bad(packed, clips.bad)
     except OSError as error:
@@ -121,7 +133,21 @@ def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
     return clips
 
 
-class _File(NamedTuple):
+class Checked(NamedTuple):
+    """What a check keeps for the next one."""
+
+    headers: NDArray[np.int64]
+    """[N, 5] of the files of the rows, as ``Header``; zeros for files that are not good."""
+    refusals: dict[int, Refusal]
+    """Of files that DALI refused, by their first rows."""
+
+    def of(self, row: int) -> Header | Refusal | None:
+        """What is known of the file whose first row is ``row``."""
+        header = Header(*self.headers[row].tolist())
+        return header if header.rate else self.refusals.get(row)
+
+
+class FileToCheck(NamedTuple):
     """A file for DALI to decode."""
 
     path: str
@@ -138,39 +164,42 @@ class Decoder:
         self._graph, self._readers, self._threads = graph, readers, threads
         self._pipe = self._build()
 
-    def look(self, paths: Sequence[str], known: Sequence[Header]) -> list[Header | str]:
+    def look(
+        self, paths: Sequence[str], known: Sequence[Header | Refusal | None]
+    ) -> list[Header | Refusal]:
         """Each file's header, or why DALI cannot take it; up to ``BATCH`` files.
 
         Args:
-            known: what an earlier look found, zeros for nothing; a file that did not change since
-                is not decoded again.
+            known: what an earlier look found; a file that did not change since is not decoded
+                again.
         """
         found = list(self._readers.map(_examine, paths, known))
-        decoded = iter(self._decode([file for file in found if isinstance(file, _File)]))
-        return [next(decoded) if isinstance(file, _File) else file for file in found]
+        decoded = iter(self._decode([file for file in found if isinstance(file, FileToCheck)]))
+        return [next(decoded) if isinstance(file, FileToCheck) else file for file in found]
 
-    def _decode(self, files: list[_File]) -> list[Header | str]:
+    def _decode(self, files: list[FileToCheck]) -> list[Header | Refusal]:
         if not files:
             return []
-        reason = ""
+        refusal = Refusal("")
         if len(files) == 1 or sum(file.values for file in files) <= BATCH_VALUES:
             try:
                 encoded = list(self._readers.map(_bytes, files))
                 self._pipe.feed_input("encoded", encoded)
                 samples, rates = self._pipe.run()
             except FileNotFoundError:
-                reason = "missing"
+                refusal = Refusal("missing")
             except OSError as error:
-                reason = f"unreadable: {error.strerror}"
+                refusal = Refusal(f"unreadable: {error.strerror}")
             except RuntimeError as error:
-                reason = f"unreadable: DALI: {self._graph.said(error)}"
+                reason = f"unreadable: DALI: {self._graph.reason_of(error)}"
+                refusal = Refusal(reason, files[0].size, files[0].mtime_ns)
                 self._pipe = self._build()  # a pipeline ends with its first error
             else:
                 return [
                     _header(file, samples.at(i), float(rates.at(i))) for i, file in enumerate(files)
                 ]
         if len(files) == 1:
-            return [reason]
+            return [refusal]
         middle = len(files) // 2
         return self._decode(files[:middle]) + self._decode(files[middle:])
 
@@ -186,43 +215,44 @@ class Decoder:
         return pipe
 
 
-def _examine(path: str, known: Header) -> _File | Header | str:
+def _examine(path: str, known: Header | Refusal | None) -> FileToCheck | Header | Refusal:
     """What there is to know about a file without decoding it; ``known`` if it did not change."""
     if is_row(path):
-        return "unreadable: a row of an HDF5 file, DALI reads audio files"
+        return Refusal("unreadable: a row of an HDF5 file, DALI reads audio files")
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return "missing"
+        return Refusal("missing")
     except OSError as error:
-        return f"unreadable: {error.strerror}"
-    if known.rate and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return Refusal(f"unreadable: {error.strerror}")
+    if known is not None and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
         return known
     if not stat.S_ISREG(status.st_mode):
-        return "unreadable: not a file"
+        return Refusal("unreadable: not a file")
     if status.st_size == 0:
-        return "empty: 0 bytes"
+        return Refusal("empty: 0 bytes")
     try:
         info = sf.info(os.fsencode(path))
         values = info.frames * info.channels
     except (sf.LibsndfileError, TypeError):  # TypeError: soundfile asks for the rate of *.raw
         values = 0
     if values > MAX_VALUES:
-        return "unreadable: its header promises no number of samples, or more than DALI's 2^31"
-    return _File(path, status.st_size, status.st_mtime_ns, values)
+        reason = "unreadable: its header promises no number of samples, or more than DALI's 2^31"
+        return Refusal(reason)
+    return FileToCheck(path, status.st_size, status.st_mtime_ns, values)
 
 
-def _bytes(file: _File) -> NDArray[np.uint8]:
+def _bytes(file: FileToCheck) -> NDArray[np.uint8]:
     return np.fromfile(file.path, np.uint8)
 
 
-def _header(file: _File, samples: NDArray[np.float32], rate: float) -> Header | str:
-    """Of a file that DALI decoded to ``samples`` [n, C]."""
+def _header(file: FileToCheck, samples: NDArray[np.float32], rate: float) -> Header | Refusal:
+    """The header of a file that DALI decoded to ``samples`` [n, C], or what is wrong with them."""
     frames, channels = samples.shape
     if frames == 0:
-        return "empty: no samples"
+        return Refusal("empty: no samples", file.size, file.mtime_ns)
     if not np.isfinite(samples).all():
-        return "non-finite: NaN or infinite samples"
+        return Refusal("non-finite: NaN or infinite samples", file.size, file.mtime_ns)
     return Header(file.size, file.mtime_ns, int(rate), channels, frames)
 
 
@@ -261,26 +291,35 @@ def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, head
     return ""
 
 
-def _load(packed: PackedSet, fingerprint: str) -> NDArray[np.int64]:
-    """What an earlier check kept, [N, 5] headers; zeros where nothing is known."""
+def _load(packed: PackedSet, fingerprint: str) -> Checked:
+    """What an earlier check kept."""
     path = packed.directory / CHECKED_FILE
-    nothing = np.zeros((packed.num_clips, len(Header._fields)), np.int64)
+    nothing = Checked(np.zeros((packed.num_clips, len(Header._fields)), np.int64), {})
     if not path.exists():
         return nothing
     try:
         with np.load(path, allow_pickle=False) as file:
             checked, headers = str(file["fingerprint"]), file["headers"]
+            stamps = zip(file["refused"].tolist(), file["reasons"].tolist(), strict=True)
+            refusals = {row: Refusal(why, size, time) for (row, size, time), why in stamps}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         _note(f"{path} is not readable ({error}): checking every file again")
         return nothing
-    if checked != fingerprint or headers.shape != nothing.shape:
+    if checked != fingerprint or headers.shape != nothing.headers.shape:
         return nothing
-    return np.asarray(headers, np.int64)
+    return Checked(np.asarray(headers, np.int64), refusals)
 
 
-def _save(packed: PackedSet, fingerprint: str, headers: NDArray[np.int64]) -> None:
+def _save(packed: PackedSet, fingerprint: str, checked: Checked) -> None:
+    refused = [(row, file.size, file.mtime_ns) for row, file in checked.refusals.items()]
     with atomic_path(packed.directory / CHECKED_FILE) as path, path.open("wb") as file:
-        np.savez_compressed(file, fingerprint=fingerprint, headers=headers)
+        np.savez_compressed(
+            file,
+            fingerprint=fingerprint,
+            headers=checked.headers,
+            refused=np.array(refused, np.int64).reshape(-1, 3),
+            reasons=np.array([file.reason for file in checked.refusals.values()], np.str_),
+        )
 
 
 def _list_bad(packed: PackedSet, bad: list[BadClip]) -> None:

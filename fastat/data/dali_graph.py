@@ -125,7 +125,7 @@ def decode_pipeline(dtype: Literal["int16", "float32"], **options: Any) -> Pipel
     return graph(**options)
 
 
-def said(error: RuntimeError) -> str:
+def reason_of(error: RuntimeError) -> str:
     """What DALI's error says went wrong, without where in the graph."""
     match = _SAID.search(str(error))
     return match[1] if match else first_line(error)

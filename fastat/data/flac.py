@@ -204,9 +204,9 @@ def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
     try:
         decoded, _ = pipe.share_outputs()
     except RuntimeError as error:
-        from fastat.data.dali_graph import said
+        from fastat.data.dali_graph import reason_of
 
-        raise _CannotDecode(said(error)) from error
+        raise _CannotDecode(reason_of(error)) from error
     bad: dict[int, str] = {}
     for i, (place, count) in enumerate(zip(batch.places, batch.num_samples, strict=True)):
         samples = decoded.at(i)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 QUOTED = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
@@ -9,12 +10,20 @@ NUMBER = r"[+-]?\d+"
 COMMA = r"(?:\s*,\s*|\s+)"
 ITEM = re.compile(rf"{QUOTED}|{NUMBER}")
 LIST = re.compile(
-    rf"\[\s*(?:{QUOTED}|{NUMBER})(?:{COMMA}(?:{QUOTED}|{NUMBER}))*\s*,?\s*\]"
-    rf"|\(\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*,?\s*\)"
+    rf"\[\s*(?:{QUOTED}|{NUMBER})(?:{COMMA}(?:{QUOTED}|{NUMBER}))*\s*(?:,\s*)?\]"
+    rf"|\(\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*(?:,\s*)?\)"
     rf"|\{{\s*{QUOTED}(?:{COMMA}{QUOTED})*\s*\}}"
 )
 """A list, tuple or set as Python, pandas, numpy (without commas) and JSON write it."""
-EMPTY_LISTS = ("[]", "()", "{}", "set()")
+EMPTY_LIST = re.compile(r"\[\s*\]|\(\s*\)|\{\s*\}|set\(\s*\)")
+OTHER = r"(?:None|null|nan|NaN|<NA>|NaT|True|False|[+-]?\d+\.\d*(?:e[+-]?\d+)?)"
+NOT_LABELS = re.compile(
+    r"""array\(|(?:set\()?[\[({]\s*['"]"""  # an array; a list of which only a part is quoted
+    r"|\[\s*[\[({]"  # lists in a list
+    r"|\{[^}]*:"  # a dict
+    rf"|[\[({{]\s*{OTHER}(?:{COMMA}{OTHER})*\s*(?:,\s*)?[\])}}]\Z"
+)
+"""How a value begins, or is, that Python wrote and that is no list of labels."""
 SEVERAL = (";", ",")
 
 
@@ -36,11 +45,20 @@ class LabelCells(NamedTuple):
         is_plural = name.endswith("s") and not name.endswith(("ss", "us", "species"))
         return cls(SEVERAL if is_plural else ())
 
+    def for_column(self, cells: Iterable[str]) -> "LabelCells":
+        """Those for a column with these ``cells``: where one holds ``;``, ``,`` separates nothing
+        in any of them."""
+        if self.verbatim or not self.separators:
+            return self
+        if any(";" in cell and not LIST.fullmatch(cell) for cell in cells):
+            return self._replace(separators=(";",))
+        return self
+
     def split(self, cell: str) -> list[str]:
         """The labels of a cell, without spaces around them.
 
         Raises:
-            ValueError: the cell begins as a list and cannot be read as one.
+            ValueError: the cell is written as a list, dict or array, and is no list of labels.
         """
         items = None if self.verbatim else _items(cell)
         if items is None:
@@ -51,9 +69,9 @@ class LabelCells(NamedTuple):
 
 def _items(cell: str) -> list[str] | None:
     """The items of a cell that is written as a list; None for any other cell."""
-    if not cell.startswith(("[", "(", "{", "set(")):
+    if not cell.startswith(("[", "(", "{", "set(", "array(")):
         return None
-    if cell in EMPTY_LISTS:
+    if EMPTY_LIST.fullmatch(cell):
         return []
     if LIST.fullmatch(cell):
         try:
@@ -62,6 +80,7 @@ def _items(cell: str) -> list[str] | None:
             raise ValueError(f"expected a list of labels, got {cell!r}") from None
     # [noise] is a label, and so are [noise], [music] in a cell of several.
     inside = cell[1:-1]
-    if cell[0] + cell[-1] == "[]" and re.search(r"[,;'\"]", inside) and "[" not in inside:
+    is_one_list = cell[0] + cell[-1] == "[]" and "[" not in inside
+    if is_one_list and re.search(r"[,;'\"]", inside) or NOT_LABELS.match(cell):
         raise ValueError(f"expected labels or a list of quoted labels, got {cell!r}")
     return None

@@ -5,7 +5,7 @@ one file are one clip, with the labels of all of them.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from sys import intern
 from typing import NamedTuple
@@ -13,14 +13,13 @@ from typing import NamedTuple
 from fastat.data.classes import ClassList
 from fastat.data.decode import Reason
 from fastat.data.hdf5_source import SUFFIXES, read_rows
-from fastat.data.label_cells import LabelCells
 from fastat.data.split import Holdout
-from fastat.data.table_forms import Grouping, Row, read_table, require_no_columns
+from fastat.data.table_forms import Grouping, Row, Table, read_table, require_no_columns
 from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 
 MAX_VALUES = 10
-"""Of a column, in a message."""
+"""Number of a column's values that a message lists."""
 
 
 class Entry(NamedTuple):
@@ -59,21 +58,8 @@ class Manifest(NamedTuple):
     entries: list[Entry]
     bad: list[BadFile]
     """Files that are missing or have an unknown label."""
-    bad_groups: Sequence[str] = ()
-    """The group of each of them."""
-
-    def split(self, group: str) -> tuple["Manifest", "Manifest"]:
-        """What is not of the group ``group``, and what is."""
-        parts = []
-        for is_held in (False, True):
-            entries = [entry for entry in self.entries if (entry.group == group) == is_held]
-            bad = [
-                file
-                for file, of in zip(self.bad, self.bad_groups, strict=True)
-                if (of == group) == is_held
-            ]
-            parts.append(Manifest(self.classes, entries, bad))
-        return parts[0], parts[1]
+    held: "Manifest | None" = None
+    """With ``--holdout COLUMN=VALUE`` the rows with that value; the fields above are the others."""
 
 
 def read_manifest(
@@ -90,7 +76,7 @@ def read_manifest(
 
     The class list is ``labels`` (a CSV in AudioSet's format), that of the packed set
     ``classes_from``, or the sorted distinct labels of the table, id and name alike. With
-    ``holdout`` the group of an entry, and of a bad file, is its value in that column.
+    ``holdout`` the group of an entry is its value in that column.
 
     Raises:
         UserError: no such source, a table that is none of the forms, or a wrong line in it.
@@ -111,32 +97,50 @@ def read_manifest(
         raise UserError(f"{source}: no clips in it")
     if holdout is not None:
         _check_holdout(source, table.rows, holdout)
-    rows = _one_a_clip(source, table.rows, holdout)
+    rows = _one_a_clip(source, table, holdout)
+    classes = None
     if labels is not None:
         classes = ClassList.from_csv(labels)
     elif classes_from is not None:
         classes = ClassList.from_packed(classes_from)
-    else:
-        every = (name for row in rows for name in _names(source, row, table.cells, None))
+    cells = table.cells.for_column(
+        part.labels
+        for row in rows
+        for part in (row, *row.more)
+        if classes is None or part.labels not in classes
+    )
+    table = Table(rows, cells, table.unit)
+    if classes is None:
+        every = (name for row in rows for name in _names(source, row, table, None))
         classes = ClassList.from_labels(every)
+    if holdout is None:
+        return _labelled(source, table, classes)
+    train, held = (
+        [row for row in rows if (row.group == holdout.value) == is_held]
+        for is_held in (False, True)
+    )
+    manifest = _labelled(source, table._replace(rows=train), classes)
+    return manifest._replace(held=_labelled(source, table._replace(rows=held), classes))
+
+
+def _labelled(source: Path, table: Table, classes: ClassList) -> Manifest:
+    """The rows of ``table`` with their classes, or what is wrong with them."""
     entries: list[Entry] = []
     bad: list[BadFile] = []
-    bad_groups: list[str] = []
-    for row in rows:
-        names = _names(source, row, table.cells, classes)
-        unknown = [name for name in names if name not in classes]
+    for row in table.rows:
+        names = _names(source, row, table, classes)
+        unknown = list(dict.fromkeys(name for name in names if name not in classes))
         if names and not unknown and row.exists:
             numbers = tuple(sorted({classes.number(name) for name in names}))
             entries.append(Entry(row.name, row.path, numbers, row.line, row.group))
             continue
-        listed = ";".join((row.labels, *row.more))
+        listed = ";".join(part.labels for part in (row, *row.more))
         if not names or unknown:
             detail = ", ".join(unknown) if names else "no label"
             bad.append(BadFile(row.path, "label unknown", detail, listed, row.line))
         else:
             bad.append(BadFile(row.path, "missing", "", listed, row.line))
-        bad_groups.append(row.group)
-    return Manifest(classes, entries, bad, bad_groups)
+    return Manifest(classes, entries, bad)
 
 
 def _check_holdout(source: Path, rows: Sequence[Row], holdout: Holdout) -> None:
@@ -152,7 +156,7 @@ def _check_holdout(source: Path, rows: Sequence[Row], holdout: Holdout) -> None:
         )
 
 
-def _one_a_clip(source: Path, rows: Iterable[Row], holdout: Holdout | None) -> list[Row]:
+def _one_a_clip(source: Path, table: Table, holdout: Holdout | None) -> list[Row]:
     """One row for each clip, in the order of their first rows.
 
     Raises:
@@ -160,7 +164,7 @@ def _one_a_clip(source: Path, rows: Iterable[Row], holdout: Holdout | None) -> l
     """
     places: dict[str, int] = {}
     merged: list[Row] = []
-    for row in rows:
+    for row in table.rows:
         place = places.setdefault(row.clip, len(merged))
         if place == len(merged):
             merged.append(row)
@@ -172,25 +176,26 @@ def _one_a_clip(source: Path, rows: Iterable[Row], holdout: Holdout | None) -> l
             is_split = (first.group == holdout.value) != (row.group == holdout.value)
         if is_split:
             raise UserError(
-                f"{source}: {row.name} belongs to {first.group!r} in line {first.line} and to "
-                f"{row.group!r} in line {row.line}; a file cannot be on both sides of --holdout"
+                f"{source}: {row.name} belongs to {first.group!r} in {table.unit} {first.line} and "
+                f"to {row.group!r} in {table.unit} {row.line}; a file cannot be on both "
+                "sides of --holdout"
             )
-        if row.labels not in (first.labels, *first.more):
-            merged[place] = first._replace(more=(*first.more, row.labels))
+        if all(row.labels != part.labels for part in (first, *first.more)):
+            merged[place] = first._replace(more=(*first.more, row))
     return merged
 
 
-def _names(source: Path, row: Row, cells: LabelCells, classes: ClassList | None) -> list[str]:
+def _names(source: Path, row: Row, table: Table, classes: ClassList | None) -> list[str]:
     """The labels of a clip. A cell that is a class of the list as a whole is one label."""
     names: list[str] = []
-    for cell in (row.labels, *row.more):
-        if classes is not None and cell in classes and not cells.verbatim:
-            names.append(cell)
+    for part in (row, *row.more):
+        if classes is not None and part.labels in classes and not table.cells.verbatim:
+            names.append(part.labels)
             continue
         try:
-            names.extend(intern(name) for name in cells.split(cell))
+            names.extend(intern(name) for name in table.cells.split(part.labels))
         except ValueError as error:
-            raise UserError(f"{source}, line {row.line}: {error}") from None
+            raise UserError(f"{source}, {table.unit} {part.line}: {error}") from None
     return names
 
 

@@ -123,11 +123,12 @@ def pack(
 ) -> PackSummary:
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
 
-    ``source`` is an AudioSet segments CSV, an AST data file, a CSV or TSV of files and labels, a
-    folder of classes (``manifest``) or an HDF5 file (``hdf5_source``). ``holdout`` is a share of
-    the clips or the value of a column. ``workers`` and
-    ``max_bad`` may differ when a killed command is run again; everything else is part of the set.
-    With ``part`` this packs one of several parts, and makes the set when it is the last.
+    ``source`` is a segments CSV of AudioSet or VGGSound, an AST data file, a CSV or TSV of files
+    and labels (DCASE's also without a header), a folder of classes (``table_forms``) or an HDF5
+    file (``hdf5_source``). ``holdout`` is a share of the clips or the value of a column.
+    ``workers`` and ``max_bad`` may differ when a killed command is run again; everything else is
+    part of the set. With ``part`` this packs one of several parts, and makes the set when it is
+    the last.
 
     Raises:
         UserError: a wrong argument, table or folder, or too many bad files.
@@ -170,7 +171,7 @@ def pack(
                 options={**options, "role": role},
             )
         )
-    num_files = len(manifest.entries) + len(manifest.bad)
+    num_files = sum(len(plan.entries) + len(plan.bad) for plan in plans)
     num_workers = workers or cores_of_rank()
     parts = part.count if part is not None and part.count > 1 else 0
     # Both folders are looked at before either is written.
@@ -188,6 +189,12 @@ def pack(
             _finished(plan, bad_count) if done else pack_set(plan, num_workers, bad_count)
             for plan, done in zip(plans, finished, strict=True)
         ]
+
+    def listed(name: str, has_files: list[bool]) -> tuple[Path, ...]:
+        """The list ``name`` of each set that has one, once the sets are whole."""
+        pairs = zip(plans, has_files, strict=True)
+        return tuple(plan.directory / name for plan, has in pairs if has and not waiting_for)
+
     train = results[0]
     classes = manifest.classes.classes
     return PackSummary(
@@ -199,17 +206,9 @@ def pack(
         rarest=rarest_class(classes, train.label_counts),
         bad=bad_count.reasons.total(),
         bad_reasons=dict(bad_count.reasons),
-        bad_lists=tuple(
-            plan.directory / BAD_FILE
-            for plan, result in zip(plans, results, strict=True)
-            if result.bad and not waiting_for
-        ),
+        bad_lists=listed(BAD_FILE, [result.bad > 0 for result in results]),
         notes=dict(Counter(file.note for result in results for file in result.noted)),
-        note_lists=tuple(
-            plan.directory / NOTES_FILE
-            for plan, result in zip(plans, results, strict=True)
-            if result.noted and not waiting_for
-        ),
+        note_lists=listed(NOTES_FILE, [len(result.noted) > 0 for result in results]),
         empty_classes=tuple(classes[k].id for k in np.flatnonzero(train.label_counts == 0)),
         eval_directory=plans[1].directory if holdout is not None else None,
         eval_clips=results[1].clips if holdout is not None else 0,
@@ -277,8 +276,8 @@ def _roles(
     entries = manifest.entries
     eval_out = out.with_name(out.name + EVAL_SUFFIX)
     if isinstance(holdout, Holdout):
-        kept_manifest, held_manifest = manifest.split(holdout.value)
-        return [("train", out, kept_manifest), ("eval", eval_out, held_manifest)]
+        assert manifest.held is not None
+        return [("train", out, manifest), ("eval", eval_out, manifest.held)]
     mask = holdout_mask(
         [entry.group for entry in entries], [entry.labels for entry in entries], holdout, seed
     )

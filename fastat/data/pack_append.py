@@ -35,7 +35,7 @@ from fastat.errors import UserError
 from fastat.host import cores_of_rank
 
 CHUNK_ROWS = 65_536
-"""Their paths are read at once."""
+"""Number of rows whose paths are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,10 @@ class AppendSummary:
     known_bad: int
     """Files of the table that bad.csv lists, as they were."""
     bad: int
-    """Of the others."""
+    """Bad files of the table that bad.csv did not list, or that have changed since."""
     bad_reasons: dict[str, int]
     notes: dict[str, int]
-    """Files of the whole set that were read and noted, by what was noted."""
+    """Files that were appended and noted, by what was noted."""
     resumed_clips: int
     """Clips that a killed run of the same command had already packed."""
     part: str | None
@@ -131,7 +131,7 @@ def append(
         known_bad=new.known_bad,
         bad=0 if result is None else result.bad_count.reasons.total(),
         bad_reasons={} if result is None else dict(result.bad_count.reasons),
-        notes=dict(Counter(file.note for file in whole.noted)),
+        notes=dict(Counter(file.note for file in whole.noted if file.path not in base.paths)),
         resumed_clips=0 if result is None else result.sets[0].resumed_clips,
         part=None if part is None else str(part),
         waiting_for=waiting_for,

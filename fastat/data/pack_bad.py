@@ -35,16 +35,17 @@ def write_bad(path: Path, bad: Iterable[BadFile]) -> None:
     _write(path, BadFile._fields, in_order)
 
 
-def add_notes(path: Path, noted: Iterable[NotedFile]) -> None:
-    """Adds to the list what it does not have; without files there is none."""
-    earlier = read_notes(path)
-    files = list(dict.fromkeys([*earlier, *noted]))
-    if len(files) > len(earlier):
+def write_notes(path: Path, noted: Iterable[NotedFile]) -> None:
+    """Writes the list, each file once; without files there is none."""
+    files = list(dict.fromkeys(noted))
+    if files:
         _write(path, NotedFile._fields, files)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_notes(path: Path) -> list[NotedFile]:
-    """What ``add_notes`` wrote."""
+    """What ``write_notes`` wrote."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -74,8 +75,8 @@ def read_bad(path: Path) -> list[BadFile]:
                 row["detail"],
                 row["labels"],
                 int(row["line"]),
-                int(row.get("size") or 0),  # lists of older sets have none
-                int(row.get("mtime_ns") or 0),
+                int(row["size"]),
+                int(row["mtime_ns"]),
             )
             for row in csv.DictReader(file)
         ]

@@ -11,7 +11,7 @@ State in OUT/.pack, next to what a plain pack keeps there:
     part-2-of-8/        part 2 while it is packed: its shards, and in .pack their state
     part-2-of-8.json    part 2 is finished: its shards and bad files
     merge.lock          held while parts begin and while they are merged
-    bad.csv             of a set that is appended to, until the new dataset.json is written
+    bad.csv, notes.csv  of a set that is appended to, until the new dataset.json is written
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from fastat.atomic import atomic_write_text, fsync
 from fastat.data.manifest import BadFile
-from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, add_notes, read_bad, write_bad
+from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, read_bad, read_notes, write_bad, write_notes
 from fastat.data.pack_index import appended, finished_result, index_of, set_result
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
@@ -181,7 +181,7 @@ def settle(directory: Path) -> None:
         # A state that appends to the set as it is now is at work, or waits to go on.
         if claim is None or claim.base != checksum(read_index(directory)):
             _remove_temporary(directory)
-            _publish_bad(directory)
+            _publish_lists(directory)
             _remove_state(directory)
 
 
@@ -329,10 +329,12 @@ def _joined(plan: Plan, part: Part, base: dict[str, Any] | None) -> _Note:
 
 def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResult:
     directory, bad = plan.directory, note.bad
+    noted = [file for shard in note.shards for file in shard.noted]
     with disk_errors(directory):
         _remove_temporary(directory)
         if base is None:
             write_bad(directory / BAD_FILE, bad)
+            write_notes(directory / NOTES_FILE, noted)
             require_clips(directory, note.shards, bad)
             index = index_of(plan, note.shards, len(bad))
         else:
@@ -340,7 +342,9 @@ def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResul
             earlier = read_bad(directory / BAD_FILE)
             bad = [*(file for file in earlier if file.path not in tried), *bad]
             index = appended(base, note.shards, len(bad))
+            noted = [*read_notes(directory / NOTES_FILE), *noted]
             write_bad(directory / STATE_FOLDER / BAD_FILE, bad)
+            write_notes(directory / STATE_FOLDER / NOTES_FILE, noted)
             (directory / APPEND_BAD_FILE).unlink(missing_ok=True)
         for path, shard in zip(note.paths, note.shards, strict=True):
             if path.exists():
@@ -348,24 +352,25 @@ def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResul
             elif not (directory / shard.file).exists():
                 raise Failure(f"{path}: this shard is gone since it was packed")
         fsync(directory)
-        add_notes(directory / NOTES_FILE, (n for shard in note.shards for n in shard.noted))
         atomic_write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
-        _publish_bad(directory)
+        _publish_lists(directory)
         _remove_state(directory)
     return finished_result(plan.directory)
 
 
-def _publish_bad(directory: Path) -> None:
-    """An appended bad.csv follows its dataset.json: until then the one there is the set's."""
-    listed = directory / STATE_FOLDER / BAD_FILE
-    if listed.exists():
-        os.replace(listed, directory / BAD_FILE)
-        fsync(directory)
+def _publish_lists(directory: Path) -> None:
+    """bad.csv and notes.csv of an append follow its dataset.json: until then those there are the
+    set's."""
+    for name in (BAD_FILE, NOTES_FILE):
+        listed = directory / STATE_FOLDER / name
+        if listed.exists():
+            os.replace(listed, directory / name)
+            fsync(directory)
 
 
 def _remove_temporary(directory: Path) -> None:
     """What a merge left that was killed while it wrote."""
-    for name in (BAD_FILE, INDEX_FILE):
+    for name in (BAD_FILE, NOTES_FILE, INDEX_FILE):
         for path in directory.glob(f".{name}.*.tmp"):  # of atomic_path
             path.unlink()
 

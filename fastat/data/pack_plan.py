@@ -85,8 +85,8 @@ class SetResult(NamedTuple):
     """Of audio, without padding."""
     shards: int
     bad: int
-    """Lines of its bad.csv."""
+    """Lines of its bad.csv; of a part, the bad files of this part alone."""
     noted: list[NotedFile]
-    """Lines of its notes.csv."""
+    """Lines of its notes.csv; of a part, the noted files of this part alone."""
     label_counts: NDArray[np.int64]  # [K]
     resumed_clips: int

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastat.atomic import fsync
 from fastat.data.manifest import BadFile, Entry
-from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, NotedFile, add_notes, stamp, write_bad
+from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, NotedFile, stamp, write_bad, write_notes
 from fastat.data.pack_index import index_of, set_result
 from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Write
 from fastat.data.pack_plan import BadCount, Plan, SetResult
@@ -52,7 +52,7 @@ def pack_set(plan: Plan, num_workers: int, bad_count: BadCount) -> SetResult:
     with PackState(plan.directory, plan.inputs) as state, disk_errors(plan.directory):
         packed = pack_rows(plan, state, num_workers, bad_count)
         write_bad(plan.directory / BAD_FILE, packed.bad)
-        add_notes(plan.directory / NOTES_FILE, (n for s in packed.shards for n in s.noted))
+        write_notes(plan.directory / NOTES_FILE, (n for s in packed.shards for n in s.noted))
         require_clips(plan.directory, packed.shards, packed.bad)
         state.finish(index_of(plan, packed.shards, len(packed.bad)))
     return set_result(plan, packed.shards, packed.bad, packed.resumed_clips)

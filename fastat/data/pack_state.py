@@ -59,9 +59,9 @@ class FinishedShard(NamedTuple):
     """Real samples of its rows, without their padding."""
     label_counts: list[int]
     bad: list[BadFile]
-    """Found since the shard before."""
+    """Bad files found since the previous shard."""
     noted: list[NotedFile]
-    """Likewise, of the files that were read."""
+    """Remarks on files read since the previous shard."""
     moments: dict[str, tuple[int, int, float, float]]
     """Of each feature: clips, bins, sum, sum of squares."""
 

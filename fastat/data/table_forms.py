@@ -25,6 +25,7 @@ from fastat.data.table_layout import (
     column_of,
     columns_without_header,
     is_audioset,
+    is_audioset_header,
     is_vggsound,
     is_vggsound_row,
     path_and_label,
@@ -45,8 +46,8 @@ class Row(NamedTuple):
     labels: str
     line: int
     group: str
-    more: tuple[str, ...] = ()
-    """Label cells of further rows of the clip."""
+    more: tuple["Row", ...] = ()
+    """Further rows of the clip, with other labels."""
 
 
 class Table(NamedTuple):
@@ -54,6 +55,8 @@ class Table(NamedTuple):
 
     rows: list[Row]
     cells: LabelCells
+    unit: str = "line"
+    """What ``Row.line`` counts, as an error is to name it."""
 
 
 class Grouping(NamedTuple):
@@ -79,7 +82,7 @@ def read_table(
     first = next((cells for _, cells in csv_rows(text, str(source)) if cells[0][:1] != "#"), [])
     if is_vggsound(first):
         return _read_segments(source, text, VGGSOUND_COLUMNS, audio, columns, grouping)
-    if is_audioset(first) or _is_audioset_comment(text):
+    if is_audioset(first) or is_audioset_header(first) or _is_audioset_comment(text):
         return _read_segments(source, text, AUDIOSET_COLUMNS, audio, columns, grouping)
     return _read_csv(source, text, audio, columns, grouping)
 
@@ -128,7 +131,7 @@ def _read_segments(
     folder = AudioFolder(audio)
     rows: list[Row] = []
     for number, cells in csv_rows(text, str(source)):
-        if cells[0].startswith("#"):
+        if cells[0].startswith("#") or (of_audioset and is_audioset_header(cells)):
             continue
         if not is_row(cells):
             raise UserError(
@@ -145,10 +148,9 @@ def _read_segments(
         name = folder.clip(ytid, start, end)
         path = os.path.join(folder.root, name or ytid)
         group = path if column is None else cells[column]
-        segment = f"{ytid} {start} {end}"
-        rows.append(
-            Row(segment, name or ytid, path, name is not None, intern(label), number, group)
-        )
+        # A name without a start is found for every segment of its video: they are one clip.
+        clip = f"{ytid} {start} {end}" if name is None else path
+        rows.append(Row(clip, name or ytid, path, name is not None, intern(label), number, group))
     return Table(rows, LabelCells.of_column(label_column, columns.separator))
 
 
@@ -220,9 +222,9 @@ def _read_ast(
         group = None
         if grouping is not None:
             column = column_of(list(fields), grouping.column, grouping.option, source)
-            group = str(list(fields.values())[column])
+            group = str(list(fields.values())[column]).strip()
         rows.append(_located(files, [wav.strip()], labels.strip(), number, group))
-    return Table(rows, LabelCells.of_column("labels", columns.separator))
+    return Table(rows, LabelCells.of_column("labels", columns.separator), "clip")
 
 
 def _read_folder(source: Path, audio: Path | None) -> Table:

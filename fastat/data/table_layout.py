@@ -110,6 +110,11 @@ def is_audioset(row: Sequence[str]) -> bool:
     return len(row) >= 4 and is_number(row[1]) and is_number(row[2]) and not _is_file(row[0])
 
 
+def is_audioset_header(row: Sequence[str]) -> bool:
+    """Whether a row is the header of AudioSet's table, as pandas writes it."""
+    return [cell.lower() for cell in row] == [name.lower() for name in AUDIOSET_COLUMNS]
+
+
 def is_vggsound_row(row: Sequence[str]) -> bool:
     """Whether a row reads: id, start in seconds, label, split."""
     return len(row) == 4 and is_number(row[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastat.errors import UserError
 
 LINE_END = re.compile(rb"\r\n|\r|\n")
+CELL_LINE_END = re.compile(r"\r\n|\r|\n")
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 """Bytes that no text in an encoding of one byte a character has."""
 HEAD_BYTES = 4096
@@ -68,7 +69,8 @@ def delimiter_of(text: str) -> str:
 def csv_rows(text: str, what: str) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not empty, each with the number of its first line; cells stripped.
 
-    A quoted cell may hold line ends.
+    A quoted cell may hold line ends, but in a TSV not tabs as well: there a quotation mark that
+    belongs to a text would take the rows up to the next one into its cell.
 
     Args:
         what: the table, as an error is to name it.
@@ -76,9 +78,10 @@ def csv_rows(text: str, what: str) -> Iterator[tuple[int, list[str]]]:
     Raises:
         UserError: not CSV; names the line.
     """
+    delimiter = delimiter_of(text)
     reader = csv.reader(
         io.StringIO(text, newline=""),
-        delimiter=delimiter_of(text),
+        delimiter=delimiter,
         skipinitialspace=True,
         strict=True,
     )
@@ -92,7 +95,21 @@ def csv_rows(text: str, what: str) -> Iterator[tuple[int, list[str]]]:
             ) from None
         if row is None:
             return
+        if delimiter == "\t" and reader.line_num > line:
+            _check_lines(row, what, line)
         cells = [cell.strip() for cell in row]
         if any(cells):
             yield line, cells
         line = reader.line_num + 1
+
+
+def _check_lines(row: list[str], what: str, line: int) -> None:
+    """Raises UserError for a cell of a TSV that holds several rows."""
+    for cell in row:
+        num_ends = len(CELL_LINE_END.findall(cell))
+        if num_ends and "\t" in cell:
+            raise UserError(
+                f"{what}, line {line}: a quoted cell begins here that holds tabs and {num_ends} "
+                "line ends: remove the quotation mark if it belongs to the text"
+            )
+        line += num_ends

@@ -11,7 +11,9 @@ from fastat.errors import UserError
 from fastat.weights.layouts import LAYOUTS, QKV, Drop, Layout, Rule, renamed, sum_rgb
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+"""What DataParallel, AveragedModel and torch.compile put before every name."""
+AVERAGED = "n_averaged"
+"""What torch.optim.swa_utils.AveragedModel saves beside its module."""
 
 COUNTER = "num_batches_tracked"
 """The last part of a BatchNorm's name for the batches it has seen, our one whole number."""
@@ -27,7 +29,7 @@ class Translated:
     model: str
     state: dict[str, Tensor]
     num_tensors: int
-    """Of theirs, the dropped ones included."""
+    """Number of tensors in the source, including dropped ones."""
     dropped: dict[str, str]
     """Their name -> why."""
     notes: list[str] = field(default_factory=list)
@@ -43,12 +45,15 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
         UserError: it fits no layout (says the nearest and what differs), a tensor is not of plain
             finite numbers, or one that is to be dropped is not what it should be.
     """
+    num_tensors = len(state)
     state = _unwrapped(state)
     layout = nearest_layout(state, source)
     state = {name: _numbers(tensor, name, source) for name, tensor in state.items()}
     ours: dict[str, Tensor] = {}
     parts: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
     dropped: dict[str, str] = {}
+    if len(state) < num_tensors:
+        dropped[AVERAGED] = "the number of averaged models"
     notes: list[str] = []
     for name, tensor in state.items():
         found = layout.place(name)
@@ -80,20 +85,21 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
         layout=layout,
         model=model,
         state=ours,
-        num_tensors=len(state),
+        num_tensors=num_tensors,
         dropped=dropped,
         notes=notes,
     )
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of wrappers that every name begins with, in any order and number."""
-    while state:
-        shared = [w for w in WRAPPERS if all(name.startswith(w) for name in state)]
+    """Without the prefixes of wrappers that every name begins with, in any order and number, and
+    without ``AVERAGED`` beside them."""
+    while True:
+        names = [name for name in state if name != AVERAGED]
+        shared = [w for w in WRAPPERS if names and all(name.startswith(w) for name in names)]
         if not shared:
-            break
-        state = {name.removeprefix(shared[0]): tensor for name, tensor in state.items()}
-    return state
+            return state
+        state = {name.removeprefix(shared[0]): state[name] for name in names}
 
 
 def _numbers(tensor: Tensor, name: str, source: str) -> Tensor:

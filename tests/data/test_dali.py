@@ -393,6 +393,38 @@ def test_a_check_is_kept_until_a_file_changes(tmp_path: Path) -> None:
         list(source.batches([plan([0], [], [])]))
 
 
+def test_a_refusal_is_kept_until_the_file_changes(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.flac", tmp_path / "b.flac"
+    for file in (path, other):
+        sf.write(file, sound(1.0, 1, 16_000, 0), 16_000)
+    packed = pack_files(tmp_path, [path, other])
+    kept, good = path.stat(), path.read_bytes()
+    path.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    first = dali(packed, max_bad=1.0).bad
+    assert [clip.row for clip in first] == [0] and "unreadable: DALI" in first[0].reason
+    path.write_bytes(good)
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert dali(packed, max_bad=1.0).bad == first, "a file of the same size and time was decoded"
+    listed = (packed.directory / dali_check.BAD_FILE).read_text()
+    assert str(path) in listed and str(other) not in listed
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns + 1))
+    assert not dali(packed).bad and not (packed.directory / dali_check.BAD_FILE).exists()
+
+
+def test_a_file_that_was_touched_is_not_blamed(tmp_path: Path) -> None:
+    files = [tmp_path / "touched.flac", tmp_path / "broken.flac"]
+    for path in files:
+        sf.write(path, sound(1.0, 1, 16_000, 0), 16_000)
+    source = dali(pack_files(tmp_path, files))
+    os.utime(files[0], ns=(0, files[0].stat().st_mtime_ns + 1))
+    files[1].write_bytes(files[1].read_bytes()[:-3000])
+    with pytest.raises(
+        Failure, match=r"broken\.flac changed after it was checked: unreadable: DALI"
+    ):
+        list(source.batches([plan([0, 1], [], [])]))
+
+
 def test_another_dali_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastat.data import dali_graph
 

@@ -74,6 +74,21 @@ def test_audioset_names(tmp_path: Path) -> None:
     assert Path(manifest.entries[3].path) == audio.resolve() / "part2/Y2aBcDeFgHi__2500.m4a"
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "YTID,start_seconds,end_seconds,positive_labels",
+        "ytid,Start_Seconds,END_SECONDS,positive_labels",
+    ],
+)
+def test_audioset_as_pandas_saves_it(tmp_path: Path, header: str) -> None:
+    touch(tmp_path / "audio", "v_30000.wav", "w.wav")
+    table = write(tmp_path / "t.csv", f'{header}\nv,30.0,40.0,"/m/1,/m/2"\nw,0.0,10.0,/m/1\n')
+    manifest = read_manifest(table)
+    assert labels_of(manifest) == {"v_30000.wav": ["/m/1", "/m/2"], "w.wav": ["/m/1"]}
+    assert [entry.line for entry in manifest.entries] == [2, 3]
+
+
 def test_audioset_default_folder_and_class_list(tmp_path: Path) -> None:
     table = write(tmp_path / "segments.csv", AUDIOSET)
     with pytest.raises(UserError, match="--audio DIR"):
@@ -100,7 +115,7 @@ def test_csv_columns(tmp_path: Path) -> None:
     table = write(
         tmp_path / "t.csv",
         "\ufeffid,path,labels\n"
-        '1,a.wav,"dog,cat"\n'
+        '1,a.wav,"dog;cat"\n'
         "2,b.wav,cat; bird\n"
         "\n"
         f"3,{absolute},dog\n"
@@ -158,7 +173,7 @@ def test_ast_data_file(tmp_path: Path) -> None:
     data = {
         "data": [
             {"wav": str(tmp_path / "a.wav"), "labels": "/m/1,/m/2", "source": "s"},
-            {"wav": "b.wav", "labels": "/m/2", "source": "t"},
+            {"wav": "b.wav", "labels": "/m/2", "source": " t "},
         ]
     }
     table = write(tmp_path / "train.json", json.dumps(data))
@@ -170,6 +185,19 @@ def test_ast_data_file(tmp_path: Path) -> None:
     assert [entry.group for entry in manifest.entries] == ["s", "t"]
     with pytest.raises(UserError, match="--group-by take: no such column"):
         read_manifest(table, group_by="take")
+
+
+def test_clips_of_ast_are_counted_as_clips(tmp_path: Path) -> None:
+    touch(tmp_path, "a.wav", "b.wav")
+    data = [
+        {"wav": "a.wav", "labels": "x", "fold": "1"},
+        {"wav": "a.wav", "labels": "[nan]", "fold": "2"},
+    ]
+    table = write(tmp_path / "t.json", json.dumps({"data": data}))
+    with pytest.raises(UserError, match=r"clip 2.*\[nan\]"):
+        read_manifest(table)
+    with pytest.raises(UserError, match="clip 1.*clip 2"):
+        read_manifest(table, group_by="fold")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ import soundfile as sf
 from fastat.data import pack_parts
 from fastat.data.pack import pack
 from fastat.data.pack_append import AppendSummary, append
+from fastat.data.pack_bad import read_notes
 from fastat.data.pack_parts import Part
+from fastat.data.pack_report import print_appended
 from fastat.data.shards import PackedSet
 from fastat.errors import UserError
 from tests.data.audio import noise, write_table
@@ -235,6 +237,64 @@ def test_killed_while_a_file_is_bad_once_more(tmp_path: Path) -> None:
         assert set(files(out)) == {"bad.csv", "dataset.json", "shard-00000.h5"}, step
         assert "unreadable" in (out / "bad.csv").read_text()
     assert step > 6
+
+
+def write_noted(folder: Path, *names: str) -> Path:
+    """A table of float files with a sample beyond full scale, which are packed and noted."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        x = noise(0.5, 16_000, 1)
+        x[100] = 1.5
+        sf.write(folder / name, x, 16_000, subtype="FLOAT")
+    table = folder / f"{names[-1]}.csv"
+    table.write_text("path,label\n" + "".join(f"{name},a\n" for name in names))
+    return table
+
+
+def noted_in(out: Path) -> list[str]:
+    return [Path(file.path).name for file in read_notes(out / "notes.csv")]
+
+
+def test_notes_are_those_of_the_set_wherever_it_is_killed(tmp_path: Path) -> None:
+    """Killed at any step, notes.csv names no file that the set lacks; run again, it has all."""
+    old = write_noted(tmp_path / "audio", "a.wav")
+    grown = write_noted(tmp_path / "audio", "a.wav", "b.wav")
+    base, step, killed = tmp_path / "set", 0, True
+    pack(old, base, clip_seconds=0.5, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_parts, "_merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            append(grown, base, workers=1)
+    while killed:
+        step += 1
+        out = Path(shutil.copytree(base, tmp_path / str(step)))
+        killed = killed_at(step, partial(append, grown, out, workers=1))
+        packed = PackedSet.open(out)
+        assert set(noted_in(out)) <= set(packed.names(np.arange(packed.num_clips))), step
+        append(grown, out, workers=1)
+        assert noted_in(out) == ["a.wav", "b.wav"], step
+        assert set(files(out)) == {
+            "bad.csv", "notes.csv", "dataset.json", "shard-00000.h5", "shard-00001.h5"
+        }, step  # fmt: skip
+    assert step > 6
+
+
+def test_files_are_counted_that_an_append_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Noted files as bad ones: those of the set before are not among them."""
+    audio = tmp_path / "audio"
+    pack(write_noted(audio, "a.wav", "b.wav"), tmp_path / "set", clip_seconds=0.5, workers=1)
+    table = write_noted(audio, "a.wav", "c.wav")
+    summary = append(table, tmp_path / "set", workers=1)
+    assert (summary.appended_clips, summary.notes) == (1, {"clipped": 1})
+    print_appended(summary, as_json=False)
+    assert "noted files: 1 (1 clipped)" in capsys.readouterr().out
+    summary = append(table, tmp_path / "set", workers=1)
+    assert (summary.appended_clips, summary.notes) == (0, {})
+    print_appended(summary, as_json=False)
+    assert "noted" not in capsys.readouterr().out
+    assert noted_in(tmp_path / "set") == ["a.wav", "b.wav", "c.wav"]
 
 
 def test_segments_and_labels_are_the_sets(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ LISTS = [
     ("{'dog', 'cat'}", ["cat", "dog"]),
     ("[0, 12]", ["0", "12"]),
     ("[0 12]", ["0", "12"]),
+    ("['dog', ]", ["dog"]),
     ("[noise]", ["[noise]"]),
     ("[noise], [music]", ["[music]", "[noise]"]),
     ("(male), speech", ["(male)", "speech"]),
@@ -49,6 +50,27 @@ def test_cells_of_several_labels(tmp_path: Path, cell: str, labels: list[str]) -
 
 
 @pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["Speech;Dog", "Male speech, man"], [["Dog", "Speech"], ["Male speech, man"]]),
+        (["Male speech, man", "Dog ;"], [["Male speech, man"], ["Dog"]]),
+        (["a,b", '["x; y"]'], [["a", "b"], ["x; y"]]),
+        (["a,b", "Rain; heavy"], [["a", "b"], ["Rain; heavy"]]),  # a class of the list
+    ],
+)
+def test_one_separator_for_a_column(
+    tmp_path: Path, cells: list[str], labels: list[list[str]]
+) -> None:
+    touch(tmp_path, "a.wav", "b.wav")
+    rows = "".join(f"{name}.wav,{quoted(c)}\n" for name, c in zip("ab", cells, strict=True))
+    table = write(tmp_path / "t.csv", f"path,labels\n{rows}")
+    classes = None
+    if "Rain; heavy" in cells:
+        classes = write(tmp_path / "c.csv", "display_name\na\nb\nRain; heavy\n")
+    assert list(labels_of(read_manifest(table, labels=classes)).values()) == labels
+
+
+@pytest.mark.parametrize(
     ("cell", "labels"),
     [
         ("female speech, woman speaking", ["female speech, woman speaking"]),
@@ -65,16 +87,36 @@ def test_cells_of_one_label(tmp_path: Path, cell: str, labels: list[str]) -> Non
     assert labels_of(read_manifest(table)) == {"a.wav": labels}
 
 
-@pytest.mark.parametrize("cell", ["[dog, cat]", "['dog', nan]", "['dog, 'cat']"])
-def test_a_list_that_cannot_be_read(tmp_path: Path, cell: str) -> None:
+NO_LISTS = [
+    "[dog, cat]", "['dog', nan]", "['dog, 'cat']", '{"dog": 0.9}', "{0: 0.9}",
+    "[['dog'], ['cat']]", "[[0], [1]]", "['dog'], ['cat']", "[None]", "[nan]", "[None None]",
+    "(None,)", "[0.5 1.]", "('dog', 1)", "array(['dog', 'cat'], dtype=object)",
+    "[('dog', 0.9)]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("cell", NO_LISTS)
+def test_a_list_that_cannot_be_read(tmp_path: Path, cell: str, column: str) -> None:
+    """Also in a further row of a file: the line is its own."""
     touch(tmp_path, "a.wav", "b.wav")
-    table = write(tmp_path / "t.csv", f'path,labels\na.wav,dog\nb.wav,"{cell}"\n')
-    with pytest.raises(UserError, match="line 3") as caught:
+    table = write(tmp_path / "t.csv", f"path,{column}\na.wav,x\nb.wav,x\nb.wav,{quoted(cell)}\n")
+    with pytest.raises(UserError, match="line 4") as caught:
         read_manifest(table)
-    assert cell in str(caught.value)
+    assert repr(cell) in str(caught.value)
 
 
-@pytest.mark.parametrize("cell", ["[]", "()", "set()", "{}", "", " "])
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("cell", ["['a'{}", "['a', {}", "[0{}'", "('a'{}", "{{'a'{}"])
+def test_lists_of_many_spaces(tmp_path: Path, cell: str) -> None:
+    """Time that grows with the square of their number would be minutes."""
+    cell = cell.format(100_000 * " " + "x") + "]"
+    table = write(tmp_path / "t.csv", f"path,labels\na.wav,{quoted(cell)}\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_manifest(table)
+
+
+@pytest.mark.parametrize("cell", ["[]", "[ ]", "()", "set()", "{}", "{ }", "", " "])
 def test_a_cell_without_a_label(tmp_path: Path, cell: str) -> None:
     touch(tmp_path, "a.wav", "b.wav")
     manifest = read_manifest(write(tmp_path / "t.csv", f"path,labels\na.wav,{cell}\nb.wav,dog\n"))
@@ -158,17 +200,28 @@ def test_segments_of_audioset_are_one_clip(tmp_path: Path) -> None:
     assert labels_of(read_manifest(table)) == {"v_0.wav": ["a", "c"], "v_10.wav": ["b"]}
 
 
+def test_segments_of_one_file_are_one_clip(tmp_path: Path) -> None:
+    """A file whose name has no start is found for every segment of its video."""
+    touch(tmp_path / "audio", "v.wav", "w.wav")
+    segments = write(tmp_path / "t.csv", "v, 0.0, 10.0, a\nv, 10.0, 20.0, b\nw, 0.0, 10.0, c\n")
+    assert labels_of(read_manifest(segments)) == {"v.wav": ["a", "b"], "w.wav": ["c"]}
+    vgg = write(tmp_path / "v.csv", "v,0,a,train\nw,5,c,test\nv,30,b,test\n")
+    assert labels_of(read_manifest(vgg)) == {"v.wav": ["a", "b"], "w.wav": ["c"]}
+    with pytest.raises(UserError, match=r"v\.wav.*line 1.*line 3.*both sides of --holdout"):
+        read_manifest(vgg, holdout=Holdout("split", "test"))
+
+
 def test_a_bad_clip_of_several_rows_is_one(tmp_path: Path) -> None:
     touch(tmp_path, "a.wav", "b.wav")
     classes = write(tmp_path / "c.csv", "display_name\ndog\ncat\n")
     table = write(
         tmp_path / "t.csv",
-        "path,label\na.wav,dog\na.wav,cow\nb.wav,\nb.wav,cat\ngone.wav,dog\ngone.wav,cat\n",
+        "path,labels\na.wav,dog;cow\na.wav,cow\nb.wav,\nb.wav,cat\ngone.wav,dog\ngone.wav,cat\n",
     )
     manifest = read_manifest(table, labels=classes)
     assert labels_of(manifest) == {"b.wav": ["cat"]}
     assert [(b.reason, b.detail, b.labels, b.line) for b in manifest.bad] == [
-        ("label unknown", "cow", "dog;cow", 2),
+        ("label unknown", "cow", "dog;cow;cow", 2),
         ("missing", "", "dog;cat", 6),
     ]
 
@@ -187,6 +240,28 @@ def test_line_ends_inside_cells(tmp_path: Path) -> None:
     manifest = read_manifest(table)
     assert [(e.name, e.line) for e in manifest.entries] == [("a.wav", 2), ("b.wav", 7)]
     assert [b.line for b in manifest.bad] == [8]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('path\tlabel\na.wav\t"dog\nb.wav\tcat\nc.wav\tx"\n', 2),
+        ('path\ttext\tlabel\na.wav\t"1\n2"\t"dog\r\nb.wav\tx\tcat\r\nc.wav\tx\tx"\n', 3),
+        ('path\tlabel\n\n"a.wav\tdog\nb.wav"\tcat\n', 3),
+    ],
+)
+def test_a_stray_quote_in_a_tsv(tmp_path: Path, text: str, line: int) -> None:
+    touch(tmp_path, "a.wav", "b.wav", "c.wav")
+    table = tmp_path / "t.tsv"
+    table.write_bytes(text.encode())
+    with pytest.raises(UserError, match=f"line {line}: .*quot"):
+        read_manifest(table)
+
+
+def test_quoted_cells_of_a_tsv(tmp_path: Path) -> None:
+    touch(tmp_path, "a.wav", "b.wav")
+    table = write(tmp_path / "t.tsv", 'path\tnote\tlabel\na.wav\t"1\n2"\tdog\nb.wav\t"1\t2"\tcat\n')
+    assert labels_of(read_manifest(table)) == {"a.wav": ["dog"], "b.wav": ["cat"]}
 
 
 def test_line_ends_inside_cells_of_a_class_list(tmp_path: Path) -> None:
@@ -389,10 +464,9 @@ def test_holdout_of_a_column(
     chosen = parse_holdout(holdout)
     assert isinstance(chosen, Holdout)
     manifest = read_manifest(make(tmp_path), holdout=chosen)
-    train, evaluation = manifest.split(chosen.value)
-    assert names_of(evaluation) == held
-    assert names_of(train) | held == {Path(name).name for name in SETS[make]}
-    assert not names_of(train) & held
+    assert manifest.held is not None and names_of(manifest.held) == held
+    assert names_of(manifest) | held == {Path(name).name for name in SETS[make]}
+    assert not names_of(manifest) & held
 
 
 @pytest.mark.parametrize(
@@ -424,7 +498,8 @@ def test_rows_of_a_file_in_both_parts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.wav.*line 3.*line 4"):
         read_manifest(table, group_by="fold")
     write(table, "path,label,fold\na.wav,dog,1\nb.wav,cat,2\nb.wav,dog,2\na.wav,cat,3\n")
-    _, held = read_manifest(table, holdout=Holdout("fold", "2")).split("2")
+    held = read_manifest(table, holdout=Holdout("fold", "2")).held
+    assert held is not None
     assert labels_of(held) == {"b.wav": ["cat", "dog"]}  # a.wav is in two folds of training
 
 
@@ -433,11 +508,10 @@ def test_missing_files_belong_to_their_part(tmp_path: Path) -> None:
     table = write(
         tmp_path / "t.csv", "path,label,fold\na.wav,x,1\nb.wav,x,2\ngone.wav,x,2\nlost.wav,x,1\n"
     )
-    parts = read_manifest(table, holdout=Holdout("fold", "2")).split("2")
-    assert [[Path(bad.path).name for bad in part.bad] for part in parts] == [
-        ["lost.wav"],
-        ["gone.wav"],
-    ]
+    manifest = read_manifest(table, holdout=Holdout("fold", "2"))
+    assert manifest.held is not None
+    assert [Path(bad.path).name for bad in manifest.bad] == ["lost.wav"]
+    assert [Path(bad.path).name for bad in manifest.held.bad] == ["gone.wav"]
 
 
 @pytest.mark.parametrize("text", ["0", "1", "1.5", "nan", "fold", "=5", "fold=", ""])
@@ -486,10 +560,12 @@ def test_a_class_folder_behind_a_broken_link(tmp_path: Path, target: str) -> Non
         read_manifest(root)
 
 
-def test_what_windows_leaves_in_folders(tmp_path: Path) -> None:
+def test_what_lies_beside_audio(tmp_path: Path) -> None:
+    """What Windows and macOS leave in folders, playlists, checksums, annotations, documents."""
     root = touch(
         tmp_path / "set", "dog/a.wav", "dog/Thumbs.db", "cat/b.wav", "cat/desktop.ini",
-        "cat/THUMBS.DB", "cat/.DS_Store",
+        "cat/THUMBS.DB", "cat/.DS_Store", "cat/all.m3u", "cat/all.M3U8", "cat/cd.cue", "dog/a.md5",
+        "dog/a.TextGrid", "dog/a.rttm", "dog/a.mid", "dog/about.pdf", "dog/site.url",
     )  # fmt: skip
     manifest = read_manifest(root)
     assert names_of(manifest) == {"a.wav", "b.wav"} and not manifest.bad

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastat.checkpoint import ModelMeta, load_model, save_weights
 from fastat.data.shards import ClassInfo
@@ -200,6 +201,23 @@ def test_the_authors_weights_start_a_run(prefix: str, tmp_path: Path) -> None:
         assert (model.eval().frames(x) - theirs).abs().max() < 1e-4  # type: ignore[operator]
     assert all(torch.equal(model.state_dict()[name], head[name]) for name in HEAD)
     assert any("no class list" in note for note in notes)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_averaged_weights_start_a_run(prefix: str, tmp_path: Path) -> None:
+    """Those of torch's AveragedModel, which counts beside its module what it averaged."""
+    original = randomise(TransformerEncoder(64, 64, 5))
+    averaged = AveragedModel(original)
+    averaged.update_parameters(original)
+    states = []
+    for name, source in (("plain.pth", original), ("averaged.pth", averaged)):
+        state = {f"{prefix}{k}": v for k, v in source.state_dict().items()}
+        torch.save(state, tmp_path / name)
+        model, meta = make("cnn_trans", **initial_options(tmp_path / name, "cnn_trans"))
+        notes = load_initial(model, meta, tmp_path / name)
+        states.append({k: v for k, v in state_of(model).items() if k not in HEAD})
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert any("1 dropped (the number of averaged models)" in note for note in notes)
 
 
 def test_hugging_faces_head_is_taken_with_the_same_names(tmp_path: Path) -> None:
