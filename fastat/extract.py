@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastat.atomic import atomic_path
-from fastat.data.decode import BadAudio, decode, to_int16
+from fastat.data.bad_audio import BadAudio
+from fastat.data.decode import decode, to_int16
 from fastat.errors import Failure, UserError, nearest, one_line
 from fastat.features import FEATURES, Feature
 from fastat.frontend import INT16_SCALE, Frontend

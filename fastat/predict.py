@@ -29,7 +29,7 @@ from torch import Tensor
 from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.config import check_precision
-from fastat.data.decode import BadAudio
+from fastat.data.bad_audio import BadAudio
 from fastat.errors import UserError, one_line
 from fastat.extract import BadFiles, output_names, read_waveform
 from fastat.features import FEATURES

@@ -25,9 +25,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from fastat.data.bad_audio import BadAudio as BadAudio
-from fastat.data.bad_audio import Note as Note
-from fastat.data.bad_audio import Reason as Reason
+from fastat.data.bad_audio import BadAudio, Note
 from fastat.data.blocks import Block
 from fastat.data.reader import MARGIN_SECONDS, Reader
 

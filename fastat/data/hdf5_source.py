@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from fastat.data.decode import Audio, BadAudio, decode, resample_clip
+from fastat.data.bad_audio import BadAudio
+from fastat.data.decode import Audio, decode, resample_clip
 from fastat.data.reader import SAMPLE_RATES
 from fastat.data.shards import H5PY_ERRORS
 from fastat.errors import UserError, first_line

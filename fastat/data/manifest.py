@@ -10,8 +10,8 @@ from pathlib import Path
 from sys import intern
 from typing import NamedTuple
 
+from fastat.data.bad_audio import Reason
 from fastat.data.classes import ClassList
-from fastat.data.decode import Reason
 from fastat.data.hdf5_source import SUFFIXES, read_rows
 from fastat.data.split import Holdout
 from fastat.data.table_forms import Grouping, Row, Table, read_table, require_no_columns

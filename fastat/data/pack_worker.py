@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from zlib_ng import zlib_ng
 
-from fastat.data.decode import BadAudio, decode, to_int16
+from fastat.data.bad_audio import BadAudio
+from fastat.data.decode import decode, to_int16
 from fastat.data.flac import encode
 from fastat.data.hdf5_source import Hdf5Rows, is_row
 from fastat.data.moments import Meter

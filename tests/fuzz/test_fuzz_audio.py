@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fastat.checkpoint import ModelMeta
-from fastat.data.decode import BadAudio, Reason
+from fastat.data.bad_audio import BadAudio, Reason
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
