@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
@@ -48,7 +49,8 @@ class Pool:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        self._load = [0] * num_workers
+        self._decoding: list[deque[Decode]] = [deque() for _ in range(num_workers)]
+        """What each worker has to decode, in order."""
         self._worker_of: dict[int, int] = {}
 
     def __enter__(self) -> Self:
@@ -69,12 +71,13 @@ class Pool:
 
     def idle_worker(self) -> int | None:
         """A worker that can take a batch; None when all have enough to do."""
-        worker = min(range(len(self._load)), key=self._load.__getitem__)
-        return worker if self._load[worker] < BATCHES_AHEAD else None
+        load = [len(batches) for batches in self._decoding]
+        worker = min(range(len(load)), key=load.__getitem__)
+        return worker if load[worker] < BATCHES_AHEAD else None
 
     def decode(self, worker: int, message: Decode) -> None:
         """Gives a batch to a worker."""
-        self._load[worker] += 1
+        self._decoding[worker].append(message)
         self._worker_of[message.batch] = worker
         self._send(worker, message)
 
@@ -107,7 +110,7 @@ class Pool:
             if isinstance(reply, Refused):
                 raise Failure(f"cannot write {reply.path}: {os.strerror(reply.errno)}")
             if isinstance(reply, Decoded):
-                self._load[worker] -= 1
+                self._decoding[worker].popleft()
             yield reply
 
     def _send(self, worker: int, message: Message) -> None:
@@ -119,7 +122,11 @@ class Pool:
     def _died(self, worker: int) -> Failure:
         process = self._processes[worker]
         process.join()
-        return Failure(
+        message = (
             f"a worker process ended with exit code {process.exitcode} (negative: a signal; -9 is "
             "often too little memory); the same command goes on, perhaps with fewer --workers"
         )
+        if self._decoding[worker]:
+            paths = ", ".join(self._decoding[worker][0].paths)
+            message += f"; if it ends so again, one of these files crashes its decoder: {paths}"
+        return Failure(message)

@@ -565,6 +565,7 @@ except Failure as failure:
 """
     done = run_python(code, table, tmp_path / "set")
     assert "Failure: a worker process ended with exit code -9" in done.stdout, done.stderr
+    assert "0000.wav" in done.stdout, "the files that it had to decode are named"
     assert not (tmp_path / "set").exists()
 
 
