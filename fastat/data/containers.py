@@ -36,7 +36,7 @@ class _Form(NamedTuple):
     """Name and size of a chunk, for ``struct``."""
     data: bytes
     """Name of the chunk with the samples."""
-    lead: int = 0
+    data_offset: int = 0
     """Bytes in that chunk before the samples."""
     counts_head: bool = False
     """Whether a chunk's size includes its head."""
@@ -48,8 +48,8 @@ _FORMS = {
     b"RIFX": _Form(12, ">4sI", b"data"),
     b"RF64": _Form(12, "<4sI", b"data"),
     b"BW64": _Form(12, "<4sI", b"data"),
-    b"FORM": _Form(12, ">4sI", b"SSND", lead=8),
-    b"caff": _Form(8, ">4sq", b"data", lead=4, align=1),
+    b"FORM": _Form(12, ">4sI", b"SSND", data_offset=8),
+    b"caff": _Form(8, ">4sq", b"data", data_offset=4, align=1),
     b"riff": _Form(40, "<16sQ", b"data", counts_head=True, align=8),
 }
 _AU_ORDERS = {b".snd": ">", b"dns.": "<"}
@@ -92,8 +92,8 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
         order = _AU_ORDERS[magic]
         file.seek(start + 4)
         offset, stated = struct.unpack(f"{order}II", file.read(8).ljust(8, b"\0"))
-        size_field = _Field(start, start + offset, start + 8, f"{order}I", stated, _AU)
-        return size_field.compared(file, size)
+        size_field = _SizeField(start, start + offset, start + 8, f"{order}I", stated, _AU)
+        return size_field.check(file, size)
     form = _FORMS.get(magic)
     if form is None:
         return UNKNOWN
@@ -113,13 +113,13 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
         place += max(head_size, length + -length % form.align)
     else:
         return UNKNOWN
-    first, field = place + head_size + form.lead, place + len(name)
+    first, field = place + head_size + form.data_offset, place + len(name)
     code = form.head[0] + form.head[-1]
     if sizes_64 is not None and stated == _MAX_32_BITS:
         file.seek(sizes_64)
         field, code = sizes_64, "<Q"
         (stated,) = struct.unpack(code, file.read(8).ljust(8, b"\0"))
-    return _Field(start, first, field, code, stated, form).compared(file, size)
+    return _SizeField(start, first, field, code, stated, form).check(file, size)
 
 
 def _next_mp4(file: BinaryIO, start: int) -> int | None:
@@ -155,7 +155,7 @@ def _missing_of_matroska(file: BinaryIO, start: int, size: int) -> str:
     return f"{size - start:,} of {place - start:,} bytes of the file" if place > size else ""
 
 
-class _Field(NamedTuple):
+class _SizeField(NamedTuple):
     """The field of a header that states the number of bytes."""
 
     start: int
@@ -169,10 +169,10 @@ class _Field(NamedTuple):
     form: _Form
 
     @property
-    def extra(self) -> int:
+    def overhead(self) -> int:
         """Bytes that it counts beside the samples."""
         head = struct.calcsize(self.form.head) if self.form.counts_head else 0
-        return self.form.lead + head
+        return self.form.data_offset + head
 
     @property
     def is_unknown(self) -> bool:
@@ -181,21 +181,23 @@ class _Field(NamedTuple):
             return self.stated <= 0 or self.stated >= 1 << 62
         return any(self.stated in sizes for sizes in _UNKNOWN_SIZES)
 
-    def compared(self, file: BinaryIO, size: int) -> Samples:
+    def check(self, file: BinaryIO, size: int) -> Samples:
         """The number against what lies behind the first sample."""
-        there = max(0, size - self.first)
+        available = max(0, size - self.first)
         if self.is_unknown:
-            if self.stated == 0 and (there == 0 or _is_chunk(file, self.first, size, self.form)):
+            if self.stated == 0 and (
+                available == 0 or _is_chunk(file, self.first, size, self.form)
+            ):
                 return UNKNOWN
-            return self._corrected(file, there, "")
-        stated = self.stated - self.extra
-        missing = stated - there
+            return self._with_size(file, available, "")
+        stated = self.stated - self.overhead
+        missing = stated - available
         if missing > SLACK_BYTES:
-            detail = f"{there:,} of {stated:,} bytes of audio"
-            return self._corrected(file, there, "")._replace(missing=detail)
+            detail = f"{available:,} of {stated:,} bytes of audio"
+            return self._with_size(file, available, "")._replace(missing=detail)
         if missing > 0:
             note = f"the header states {missing:,} bytes of audio more than there are"
-            return self._corrected(file, there, note)
+            return self._with_size(file, available, note)
         end = self.first + stated
         padded = end + (self.start - end) % self.form.align
         for place in (padded, end):  # some programs leave the padding out
@@ -205,20 +207,21 @@ class _Field(NamedTuple):
                 return UNKNOWN
         if size - padded <= SLACK_BYTES:
             return UNKNOWN
-        note = f"the header states {stated:,} bytes of audio, the file holds {there:,}"
-        return self._corrected(file, there, note)
+        note = f"the header states {stated:,} bytes of audio, the file holds {available:,}"
+        return self._with_size(file, available, note)
 
-    def _corrected(self, file: BinaryIO, there: int, note: str) -> Samples:
-        """The header with the number of bytes that are ``there``."""
+    def _with_size(self, file: BinaryIO, available: int, note: str) -> Samples:
+        """The header with the number of bytes that are ``available``."""
         file.seek(self.start)
         head = bytearray(file.read(self.first - self.start))
-        right, place = there + self.extra, self.place - self.start
+        right, place = available + self.overhead, self.place - self.start
         if head[:4] == b"RIFF" and right > _MAX_32_BITS:
             struct.pack_into(self.code, head, place, _MAX_32_BITS)
-            sizes_64 = struct.pack("<4sIQQQI", b"ds64", 28, len(head) + there, there, 0, 0)
+            sizes_64 = struct.pack("<4sIQQQI", b"ds64", 28, len(head) + available, available, 0, 0)
             head[:12] = b"RF64\xff\xff\xff\xffWAVE" + sizes_64
         else:
-            struct.pack_into(self.code, head, place, right)
+            most = _MAX_32_BITS if self.code[-1] == "I" else right
+            struct.pack_into(self.code, head, place, min(right, most))
         return Samples(self.first, bytes(head), note, None)
 
 
