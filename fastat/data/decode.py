@@ -31,8 +31,8 @@ from fastat.data.reader import MARGIN_SECONDS, Reader
 
 MAX_CLIPPED = 0.01
 """Share of samples beyond full scale above which a file that stores floats is bad: its scale is
-another one. Lossy codecs overshoot wherever the recording was clipped before, in up to half of the
-samples of a square wave: a file of theirs is never bad, and is noted above this share."""
+another one. Lossy codecs overshoot wherever the recording was clipped before, in most samples of a
+clipped sine: a file of theirs is never bad, and is noted above this share."""
 
 
 class Audio(NamedTuple):

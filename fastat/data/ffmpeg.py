@@ -24,7 +24,6 @@ class FFmpegFile:
     """A file opened by FFmpeg; its first audio stream is read.
 
     Raises:
-        BadAudio: FFmpeg finds no audio or has no decoder for it.
         av.FFmpegError: FFmpeg does not know the format.
     """
 
@@ -51,7 +50,8 @@ class FFmpegFile:
         """All samples, in blocks.
 
         Raises:
-            BadAudio: the container states more, or FLAC's checksum differs.
+            BadAudio: FFmpeg finds no audio or has no decoder for it, the container states more, or
+                FLAC's checksum differs.
             av.FFmpegError: damage.
         """
         if not self.container.streams.audio:

@@ -113,13 +113,6 @@ def _find(file: BinaryIO, start: int, pattern: bytes) -> int | None:
     return None
 
 
-def is_ogg_flac(file: BinaryIO, start: int) -> bool:
-    """Whether a file of FLAC in Ogg begins at byte ``start``."""
-    file.seek(start)
-    head = file.read(64)
-    return head.startswith(b"OggS") and b"\x7fFLAC" in head
-
-
 def check_ogg(file: BinaryIO, start: int, seconds: float) -> int | None:
     """Follows the pages of the Ogg file that begins at byte ``start`` over its first ``seconds``.
 

@@ -3,8 +3,9 @@
 An MPEG audio file has no header that states its length. Some encoders begin with a frame that
 holds the number of frames instead of audio (Xing or Info, VBRI); without it, readers estimate the
 length and may stop there. Here every frame of the file is decoded. This module finds the frames,
-and FFmpeg's decoder decodes them. Between frames only tags are accepted, and the number of frames
-is compared with the number stated. The samples that the encoder added (LAME's tag) are removed.
+and FFmpeg's decoder decodes them. Between frames only tags and a few zeros are accepted, and the
+number of frames is compared with the number stated. The samples that the encoder added (LAME's tag)
+are removed.
 Files that were joined are decoded one after the other.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from fastat.data.bad_audio import BadAudio, Note
 from fastat.data.blocks import Block, mono
+from fastat.data.ffmpeg import STRICT
 from fastat.data.window import skip_id3
 
 MPEG_1 = 3
@@ -179,7 +181,7 @@ class _Stream:
     def __init__(self, header: _Header, info: _Info | None) -> None:
         self.header, self.info = header, info or _Info(None, 0, 0)
         self.codec = av.CodecContext.create(f"mp{header.layer}float", "r")
-        self.codec.options = {"err_detect": "crccheck+explode"}
+        self.codec.options = STRICT
         self.packet: list[bytes] = []
         self.num_frames = 0
         self.cut = False
