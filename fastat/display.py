@@ -1,5 +1,9 @@
-"""What a training run shows while it runs: a live panel on a terminal, plain lines when piped."""
+"""What a training run shows while it runs: a live panel on a terminal, plain lines when piped.
 
+Modules report through ``logging``; ``show_messages`` prints what they log.
+"""
+
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -42,19 +46,40 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-class Display:
-    """Notes, the running status and a line an epoch, on standard error."""
+log = logging.getLogger(__name__)
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints each message as a line of its own, above the live panel if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _console.print(Text(one_line(record.getMessage())))
+
+
+def show_messages(*, shown: bool = True) -> None:
+    """Prints what fastat logs at level INFO and above on standard error.
+
+    Args:
+        shown: False prints nothing, for every rank of a distributed run but the first.
+    """
+    fastat = logging.getLogger("fastat")
+    fastat.handlers = [_ConsoleHandler() if shown else logging.NullHandler()]
+    fastat.setLevel(logging.INFO)
+
+
+class StatusDisplay:
+    """The status of a running training on standard error, refreshed while it runs."""
 
     def __init__(self, *, shown: bool = True) -> None:
-        """``shown``: False for a rank that keeps quiet."""
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not shown)
-        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
-        self.on_terminal = shown and sys.stderr.isatty()
-        self.last_plain = time.monotonic()
+        """``shown``: False for every rank but the first."""
+        self._live = Live(console=_console, refresh_per_second=4, transient=True)
+        self._on_terminal = shown and sys.stderr.isatty()
+        self._last_line = time.monotonic()
 
-    def __enter__(self) -> "Display":
-        if self.on_terminal:
-            self.live.start()
+    def __enter__(self) -> "StatusDisplay":
+        if self._on_terminal:
+            self._live.start()
         return self
 
     def __exit__(
@@ -63,19 +88,15 @@ class Display:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.live.stop()
+        self._live.stop()
 
-    def note(self, text: str) -> None:
-        """A line that stays, whatever names it holds."""
-        self.console.print(Text(one_line(text)))
-
-    def status(self, s: Status) -> None:
-        """Refreshes the panel, or prints a line when the last is old enough."""
-        if self.on_terminal:
-            self.live.update(_panel(s))
-        elif time.monotonic() - self.last_plain >= PLAIN_LINE_SECONDS:
-            self.last_plain = time.monotonic()
-            self.note(
+    def update(self, s: Status) -> None:
+        """Refreshes the panel, or logs a line when the last one is old enough."""
+        if self._on_terminal:
+            self._live.update(_panel(s))
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            log.info(
                 f"epoch {s.epoch}/{s.epochs} step {s.step}/{s.total_steps} loss {s.loss:.4f} "
                 f"lr {s.lr:.2e} {s.clips_per_s:.1f} clips/s data wait {s.data_wait:.1%} "
                 f"{clock(s.seconds_left)} left"

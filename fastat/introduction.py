@@ -1,52 +1,50 @@
-"""What a run says of itself before its first step."""
+"""What a run reports before its first step."""
 
+import logging
 from pathlib import Path
 
 import torch
 
 from fastat.config import TrainConfig
 from fastat.distributed import Ranks
-from fastat.fit_batch import memory_warning
 from fastat.network import Network
 from fastat.system.device import device_name, precision_warning
 from fastat.training_data import TrainingData
 from fastat_kernels.backend import chosen_kernels
 
+log = logging.getLogger(__name__)
 
-def device_notes(config: TrainConfig, device: torch.device) -> list[str]:
-    """What a run's options come to on its device."""
-    notes = []
+
+def log_device_choices(config: TrainConfig, device: torch.device) -> None:
+    """Logs what the run's options mean on its device."""
     if device.type == "cuda":
-        notes.append(f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}")
+        log.info(f"Triton kernels: {', '.join(chosen_kernels()) or 'none'}")
     elif config.kernels != "auto":
-        notes.append(f"kernels={config.kernels}: Triton kernels run on CUDA only")
+        log.info(f"kernels={config.kernels}: Triton kernels run on CUDA only")
     if warning := precision_warning(config.precision, device):
-        notes.append(warning)
-    return notes
+        log.warning(warning)
 
 
-def introduction(
+def log_introduction(
     config: TrainConfig,
     run: Path,
     data: TrainingData,
     network: Network,
     device: torch.device,
     ranks: Ranks,
-) -> list[str]:
-    """What is trained, on what, how long and where to."""
+) -> None:
+    """Logs the model, the data, the length of the run and its folder."""
     meta = data.meta
     size = sum(p.numel() for p in network.raw_model.parameters())
     devices = f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{device_name(device)}"
-    notes = [
+    log.info(
         f"{config.model}: {size:,} parameters, {config.proc}, {meta.feature} "
-        f"{meta.num_mels} x {meta.num_frames}, {config.precision} on {devices}, {network.whose}",
+        f"{meta.num_mels} x {meta.num_frames}, {config.precision} on {devices}, {network.whose}"
+    )
+    log.info(
         f"{data.train_set.num_clips:,} clips, {len(meta.classes)} classes: "
         f"{config.epochs} epochs of {data.sampler.steps_per_epoch:,} steps, "
-        f"batch {config.batch}, LR {config.lr:g} -> {run}",
-    ]
-    if ranks.first and device.type == "cpu":
-        warning = memory_warning(config, data.train_set, ranks.size)
-        notes += [] if warning is None else [warning]
+        f"batch {config.batch}, LR {config.lr:g} -> {run}"
+    )
     if data.eval_set is None:
-        notes.append("no --eval set: training without scoring")
-    return notes
+        log.info("no --eval set: training without scoring")

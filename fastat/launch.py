@@ -3,6 +3,7 @@
 Mistakes are found in the order of what finding them costs; torch is imported after the cheap ones.
 """
 
+import logging
 import os
 import shlex
 import stat
@@ -24,6 +25,8 @@ from fastat.signals import Interrupted, leaving_at_once
 
 if TYPE_CHECKING:
     from fastat.distributed import Ranks
+
+log = logging.getLogger(__name__)
 
 PATHS = ("data", "eval", "init")
 """Options that are paths; a run keeps them absolute."""
@@ -54,6 +57,9 @@ def run_training(
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
+    from fastat.display import show_messages
+
+    show_messages(shown=os.environ.get("RANK", "0") == "0")
     keep_compiled(cache_folder() / "compiled")
     make = partial(configure_ranks, proc, model, overrides, out, resume=resume)
     folder = out
@@ -69,7 +75,9 @@ def run_training(
                 folder = run_folder_of(config, out)
                 from fastat.train import train
 
-                train(config, folder, notes, resume=resume)
+                for note in notes:
+                    log.info(note)
+                train(config, folder, resume=resume)
                 return 0
             from fastat.distributed import peers_may_fail, started
             from fastat.train import train
@@ -78,7 +86,9 @@ def run_training(
                 with peers_may_fail(ranks):
                     config, notes = make(ranks)
                     folder = ranks.from_first(partial(run_folder_of, config, out))
-                train(config, folder, notes, resume=resume, ranks=ranks)
+                for note in notes:
+                    log.info(note)
+                train(config, folder, resume=resume, ranks=ranks)
     except Interrupted as stop:
         again = f"fastat train --resume --out {shlex.quote(str(folder))}"
         saved = f"saved in {folder}; go on with: {again}"

@@ -1,6 +1,6 @@
 """What a run trains, put together: model, DDP, compilation, optimizer, step."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,6 +17,8 @@ from fastat.models.sync_batchnorm import synchronise_batchnorm
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
 from fastat.step import TrainingStep, why_not_captured
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,11 +43,10 @@ def build_network(
     device: torch.device,
     ranks: Ranks,
     preparing: Ranks,
-    notes: list[str],
     *,
     start: bool,
 ) -> Network:
-    """Makes it, with the weights that the run starts from, and adds to ``notes``.
+    """Makes the model, with the weights that the run starts from, and its optimizer.
 
     Args:
         preparing: the same ranks, with more patience for each other.
@@ -57,11 +58,12 @@ def build_network(
     model = meta.create()
     if start:
         # The others get them from DDP.
-        notes += preparing.from_first(lambda: start_weights(config, model, meta))
+        for note in preparing.from_first(lambda: start_weights(config, model, meta)):
+            log.info(note)
     model.to(device).to(memory_format=torch.channels_last)
     with preparing.first_goes_ahead():
         if note := freeze(model, config.freeze):
-            notes.append(note)
+            log.info(note)
     if config.sync_batchnorm and ranks.device_group is not None:
         synchronise_batchnorm(model, ranks.device_group)
     trained = ranks.parallel(model, config.gradient_dtype, config.accumulate)
@@ -86,12 +88,11 @@ def training_step(
     network: Network,
     device: torch.device,
     ranks: Ranks,
-    note: Callable[[str], object],
 ) -> TrainingStep:
-    """The step as the device can take it; notes why it is not captured, if not."""
+    """The training step, captured as a CUDA graph where that is possible."""
     why = why_not_captured(device, ranks, checkpointing=network.raw_model.checkpointing)
     if why is not None and config.cuda_graphs and device.type == "cuda":
-        note(f"no CUDA graph of the step: {why}")
+        log.info(f"no CUDA graph of the step: {why}")
     return TrainingStep(
         network.model,
         network.params,

@@ -1,5 +1,6 @@
 """The trainer: read it from top to bottom."""
 
+import logging
 import shlex
 import time
 from contextlib import ExitStack
@@ -15,13 +16,13 @@ from fastat.checkpoint import build_frontend
 from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
 from fastat.data.loader import with_features
-from fastat.display import Display, Status
+from fastat.display import Status, StatusDisplay
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
 from fastat.environment import memory_is_full, peak_memory_gib
 from fastat.errors import Failure, UserError
 from fastat.evaluate import Evaluation, evaluate
 from fastat.finetune import train_mode
-from fastat.introduction import device_notes, introduction
+from fastat.introduction import log_device_choices, log_introduction
 from fastat.metrics import TaggingMetrics
 from fastat.network import build_network, training_step
 from fastat.readback import Reading, Readings
@@ -36,13 +37,14 @@ from fastat.system.device import choose_kernels, default_device
 from fastat.training_data import open_data
 from fastat_kernels.backend import set_kernels
 
+log = logging.getLogger(__name__)
+
 LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
 
 
 def train(
     config: TrainConfig,
     run: Path,
-    notes: list[str],
     *,
     resume: bool,
     ranks: Ranks = ALONE,
@@ -54,9 +56,9 @@ def train(
         Failure: a damaged row, a full disk, a loss that is not finite, another rank that is gone.
         Interrupted: SIGINT, SIGTERM or SIGUSR1; a checkpoint was saved.
     """
-    with Display(shown=ranks.first) as display, peers_may_fail(ranks):
+    with StatusDisplay(shown=ranks.first) as display, peers_may_fail(ranks):
         try:
-            trainer = Trainer(config, run, notes, display, resume=resume, ranks=ranks)
+            trainer = Trainer(config, run, display, resume=resume, ranks=ranks)
             return trainer.run_epochs()
         except RuntimeError as error:
             if not memory_is_full(error):
@@ -75,31 +77,29 @@ class Trainer:
         self,
         config: TrainConfig,
         run: Path,
-        notes: list[str],
-        display: Display,
+        display: StatusDisplay,
         *,
         resume: bool,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.run, self.display = config, run, display
         preparing, self.ranks = ranks, ranks.with_timeout(config.rank_timeout)
-        self.notes = list(notes)  # shown once everything fits together
-        self.lock = RunLock(run, self.notes.append)
+        self.lock = RunLock(run, log.info)
         ranks.from_first(self._look_first)
         torch.manual_seed(config.seed)
         self.device = default_device()
         set_kernels(choose_kernels(config.kernels, self.device))
-        self.notes += device_notes(config, self.device)
+        log_device_choices(config, self.device)
 
         # ---- data
-        self.data = open_data(config, self.device, self.ranks, preparing, self.notes)
+        self.data = open_data(config, self.device, self.ranks, preparing)
         self.sampler, self.meta = self.data.sampler, self.data.meta
         self.frontend = build_frontend(self.meta).to(self.device)
 
         # ---- model
         resuming = ranks.from_first(lambda: resume and holds_checkpoints(run / "checkpoints"))
         self.network = build_network(
-            config, self.meta, self.device, self.ranks, preparing, self.notes, start=not resuming
+            config, self.meta, self.device, self.ranks, preparing, start=not resuming
         )
         self.raw_model, self.optimizer = self.network.raw_model, self.network.optimizer
 
@@ -108,7 +108,7 @@ class Trainer:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
         self.readings = Readings(self.device)
-        self.step = training_step(config, self.network, self.device, self.ranks, self.notes.append)
+        self.step = training_step(config, self.network, self.device, self.ranks)
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
@@ -123,11 +123,11 @@ class Trainer:
             config.precision,
         )
         self.saving = Saving(
-            config, run, self.data, self.network, self.device, self.ranks, display.note
+            config, run, self.data, self.network, self.device, self.ranks, log.info
         )
         ranks.from_first(lambda: self._claim_run_folder(resume))
         if resuming:
-            self.notes += self._restore()
+            self._restore()
         total_steps = self.sampler.steps_per_epoch * config.epochs
         self.last_step = min(total_steps, config.steps or total_steps)
         if (
@@ -137,9 +137,7 @@ class Trainer:
             self.progress.unscored = False  # at an end that --steps set, and does not any more
         keep = self._whole_epochs()
         ranks.from_first(lambda: open_run_folder(run, config, self.device, keep))
-        self.notes += introduction(config, run, self.data, self.network, self.device, self.ranks)
-        for note in self.notes:
-            display.note(note)
+        log_introduction(config, run, self.data, self.network, self.device, self.ranks)
 
     def _look_first(self) -> None:
         """Before anything costs time: it can be written, and nobody trains in it; ranks fit."""
@@ -172,9 +170,7 @@ class Trainer:
                 stack.enter_context(self.compiling)
             self.ranks.from_first(lambda: self._open_records(stack))
             if not self._unfinished():
-                self.display.note(
-                    f"{self.run} has its {self.last_step:,} steps: nothing left to train"
-                )
+                log.info(f"{self.run} has its {self.last_step:,} steps: nothing left to train")
             elif self.config.on_nan == "rollback" and self.ranks.from_first(
                 lambda: not holds_checkpoints(self.run / "checkpoints")
             ):
@@ -206,7 +202,7 @@ class Trainer:
             if self.ranks.first:
                 self.records.waiting.close()
         command = f"fastat predict {shlex.quote(str(self.run))} FILE"
-        self.display.note(f"saved in {self.run}; tag a sound with: {command}")
+        log.info(f"saved in {self.run}; tag a sound with: {command}")
         self.data.close()
         return metrics
 
@@ -245,8 +241,8 @@ class Trainer:
 
     def _open_records(self, stack: ExitStack) -> None:
         """What rank 0 writes with."""
-        step, note = self.progress.step, self.display.note
-        self.records = stack.enter_context(RunRecords(self.run, purge_step=step, note=note))
+        step = self.progress.step
+        self.records = stack.enter_context(RunRecords(self.run, purge_step=step, note=log.info))
         self.saving.begin(self.records.checkpoints)
 
     def _unfinished(self) -> bool:
@@ -268,7 +264,7 @@ class Trainer:
 
     def _note_compiling(self) -> None:
         if self.compiling is not None and (note := self.compiling.note()):
-            self.display.note(note)
+            log.info(note)
 
     def _take(self, features: Tensor, target: Tensor, lr: float) -> Taken:
         """One step. Where the memory does not even hold the first of a run, activations are
@@ -289,9 +285,8 @@ class Trainer:
         self.meta = replace(self.meta, options=options)
         self.recorder = replace(self.recorder, meta=self.meta)
         self.raw_model.checkpointing = True
-        note = self.display.note
-        self.step = training_step(self.config, self.network, self.device, self.ranks, note)
-        note(
+        self.step = training_step(self.config, self.network, self.device, self.ranks)
+        log.info(
             f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
             f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
         )
@@ -334,7 +329,7 @@ class Trainer:
         if reason is not None:
             self.ranks.from_first(lambda: self._fail(f"{text}{reason}", step))
         p.left_out.append(step)
-        self.display.note(f"{text}{on_nan}: {len(p.left_out)} left out so far")
+        log.info(f"{text}{on_nan}: {len(p.left_out)} left out so far")
         if on_nan == "rollback":
             raise nonfinite.RollBack
 
@@ -346,8 +341,7 @@ class Trainer:
         left_out = self.progress.left_out
         self.readings.clear()
         self.saving.heed(self.progress, wait=True)
-        for note in self._restore():
-            self.display.note(note)
+        self._restore()
         self.progress.left_out = sorted({*self.progress.left_out, *left_out})
         self.ranks.from_first(lambda: drop_metrics(self.run, self._epoch()))
         if self.ranks.first:
@@ -362,7 +356,7 @@ class Trainer:
         summed = p.taken(first, seen.step + 1) - p.overflows
         rate = done * c.batch / p.train_seconds
         self.records.step(seen)
-        self.display.status(
+        self.display.update(
             Status(
                 epoch=epoch + 1,
                 epochs=c.epochs,
@@ -439,7 +433,7 @@ class Trainer:
                 self.records.predictions(evaluation, self.data.eval_set, classes)
         self._save(best=best)
         text = epoch_text(line, c.epochs, len(self.meta.classes))
-        self.display.note(text + ("  *" if best else ""))
+        log.info(text + ("  *" if best else ""))
 
     # -------------------------------------------------------------- checkpoints
     def _save_in_mid_epoch(self) -> None:
@@ -464,7 +458,8 @@ class Trainer:
     def _save(self, *, best: bool) -> None:
         self.saving.save(self.progress, self.meta, self.step.loss_scale, best=best)
 
-    def _restore(self) -> list[str]:
-        """Back to the newest whole checkpoint; notes on it."""
+    def _restore(self) -> None:
+        """Goes back to the newest whole checkpoint."""
         self.progress, notes = self.saving.restore(self.step)
-        return notes
+        for note in notes:
+            log.info(note)

@@ -1,5 +1,6 @@
 """What a run trains on and is scored on: sets, classes, the steps, and where batches come from."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from fastat.errors import UserError
 from fastat.evaluate import ClassMatch, match_classes
 from fastat.features import FEATURES
 from fastat.host import cores_of_rank
+
+log = logging.getLogger(__name__)
 
 Opened = tuple[Source, NDArray[np.bool_] | None]
 """A source, and the clips of its set that it can deliver; None: all."""
@@ -70,9 +73,9 @@ class TrainingData:
 
 
 def open_data(
-    config: TrainConfig, device: torch.device, ranks: Ranks, preparing: Ranks, notes: list[str]
+    config: TrainConfig, device: torch.device, ranks: Ranks, preparing: Ranks
 ) -> TrainingData:
-    """Opens the sets of a run and adds to ``notes`` what there is to say.
+    """Opens the sets of a run.
 
     Args:
         preparing: the same ranks, with more patience for each other.
@@ -91,7 +94,7 @@ def open_data(
             )
         match = None if eval_set is None else match_classes(train_set.classes, eval_set)
     if match is not None and match.note:
-        notes.append(match.note)
+        log.info(match.note)
     feature = FEATURES[config.feature]
     stats = train_set.stats[feature.name] if config.statistics == "set" else feature
     meta = ModelMeta(
@@ -112,10 +115,10 @@ def open_data(
     source: Source | None = None
     usable = None
     if config.cache != "none":
-        source, usable = _cached(config, train_set, device, ranks, preparing, notes)
+        source, usable = _cached(config, train_set, device, ranks, preparing)
     elif config.source == "dali":
         with preparing.first_goes_ahead():  # the others then find what it found of the files
-            source, usable = _dali(config, train_set, config.batch // ranks.size, device, notes)
+            source, usable = _dali(config, train_set, config.batch // ranks.size, device)
     with ranks.first_goes_ahead():
         weights = balanced_weights(train_set.target_bits, train_set.label_counts)
         sampler = Sampler(
@@ -134,9 +137,7 @@ def open_data(
         )
     eval_source, eval_rows = None, None
     if eval_set is not None:
-        eval_source, eval_usable = _open_evaluation(
-            config, eval_set, device, ranks, preparing, notes
-        )
+        eval_source, eval_usable = _open_evaluation(config, eval_set, device, ranks, preparing)
         eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
     rows = PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad)
     source = source or rows
@@ -159,24 +160,21 @@ def _open_evaluation(
     device: torch.device,
     ranks: Ranks,
     preparing: Ranks,
-    notes: list[str],
 ) -> Opened:
     if config.source == "dali":
         with preparing.first_goes_ahead():
-            return _dali(config, packed, config.eval_batch, device, notes)
+            return _dali(config, packed, config.eval_batch, device)
     if config.cache != "none":
         stretches = np.array_split(np.arange(packed.num_clips), ranks.size)  # as in evaluate
         try:
             own = stretches[ranks.rank]
-            return _cached(config, packed, device, ranks, ranks, notes, own)[0], None
+            return _cached(config, packed, device, ranks, ranks, own)[0], None
         except TooLittleMemory as error:
-            notes.append(f"the evaluation set is read from disk: {error}")
+            log.info(f"the evaluation set is read from disk: {error}")
     return PackedSource(packed, device), None
 
 
-def _dali(
-    config: TrainConfig, packed: PackedSet, batch: int, device: torch.device, notes: list[str]
-) -> Opened:
+def _dali(config: TrainConfig, packed: PackedSet, batch: int, device: torch.device) -> Opened:
     from fastat.data.dali import DaliSource  # DALI is heavy, and only needed here
 
     source = DaliSource(
@@ -190,7 +188,7 @@ def _dali(
     )
     if source.bad:
         row, path, reason = source.bad[0]
-        notes.append(f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}")
+        log.info(f"DALI cannot take {len(source.bad)} clips; the first: {path}: {reason}")
     return source, source.usable
 
 
@@ -200,7 +198,6 @@ def _cached(
     device: torch.device,
     ranks: Ranks,
     preparing: Ranks,
-    notes: list[str],
     rows: NDArray[np.int64] | None = None,
 ) -> Opened:
     """Log-mels kept in memory: of all clips, shared by the ranks, or of this rank's ``rows``."""
@@ -217,9 +214,7 @@ def _cached(
         ranks=ranks,
         preparing=preparing,
     )
-    notes.append(source.summary())
+    log.info(source.summary())
     if training and config.mixup:
-        notes.append(
-            "mixup adds the mel powers of cached clips, an approximation of mixing waveforms"
-        )
+        log.info("mixup adds the mel powers of cached clips, an approximation of mixing waveforms")
     return source, source.usable
