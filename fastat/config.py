@@ -32,7 +32,7 @@ SOURCES = ("packed", "dali")
 STATISTICS = ("set", "authors")
 CACHES = ("none", "host", "device")
 CACHE_DTYPES = ("float16", "uint8")
-ON_NAN = ("stop", "skip", "rollback")
+ON_NAN = ("stop", "skip")
 GRADIENT_DTYPES = ("float32", "bfloat16")
 
 

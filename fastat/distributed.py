@@ -28,8 +28,8 @@ from fastat.errors import Failure, RankZeroFailed, UserError
 
 T = TypeVar("T")
 
-START_TIMEOUT = timedelta(hours=24)
-"""While rank 0 makes the practice set or looks at the files of a set, the others wait."""
+PATIENCE = timedelta(hours=24)
+"""How long ranks wait for work that is no step: making the practice set, filling a cache."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Ranks:
         return self.rank == 0
 
     def with_timeout(self, seconds: float) -> "Ranks":
-        """The same ranks, which give up waiting for each other after ``seconds``."""
+        """The same ranks, which give up waiting for each other in a step after ``seconds``."""
         if self.control is None:
             return self
         timeout = timedelta(seconds=seconds)
@@ -61,7 +61,9 @@ class Ranks:
         return Ranks(self.rank, self.size, control, device_group)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on rank 0, which alone calls it, on every rank.
+        """Calls ``make`` on rank 0 alone and returns its value on every rank.
+
+        The other ranks wait for it as long as it takes.
 
         Raises:
             RankZeroFailed: ``make`` raised on rank 0, which reports it.
@@ -69,16 +71,22 @@ class Ranks:
         if self.control is None:
             return make()
         if not self.first:
-            return cast(T, self._heard())
-        with self._told():
+            return cast(T, self._receive())
+        with self._failure_broadcast():
             value = make()
-        dist.broadcast_object_list([value, None], src=0, group=self.control)
+        self._send(value, None)
         return value
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, in order of rank, on every rank."""
+    def gather(self, value: T, *, patient: bool = False) -> list[T]:
+        """Every rank's value, in order of rank, on every rank.
+
+        Args:
+            patient: wait for ranks that may be working for much longer than a step takes.
+        """
         if self.control is None:
             return [value]
+        if patient:
+            self._wait_for_all()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
@@ -87,7 +95,7 @@ class Ranks:
     def first_goes_ahead(self) -> Iterator[None]:
         """Rank 0 runs the block before the others do, which may then find what it left.
 
-        The block is no place for an exchange between ranks.
+        The block must not exchange anything between ranks.
 
         Raises:
             RankZeroFailed: the block raised on rank 0, which reports it.
@@ -95,25 +103,34 @@ class Ranks:
         if self.control is None:
             yield
         elif self.first:
-            with self._told():
+            with self._failure_broadcast():
                 yield
-            dist.broadcast_object_list([None, None], src=0, group=self.control)
+            self._send(None, None)
         else:
-            self._heard()
+            self._receive()
             yield
 
+    def _wait_for_all(self) -> None:
+        dist.monitored_barrier(self.control, timeout=PATIENCE)
+
+    def _send(self, value: object, exit_code: int | None) -> None:
+        """Sends what rank 0 made, or the exit code with which it failed, to the other ranks."""
+        self._wait_for_all()
+        dist.broadcast_object_list([value, exit_code], src=0, group=self.control)
+
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """On rank 0: the others, which listen, hear of an error in the block."""
+    def _failure_broadcast(self) -> Iterator[None]:
+        """On rank 0: reports an error in the block to the other ranks, which wait for it."""
         try:
             yield
         except BaseException as error:
             code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
-            dist.broadcast_object_list([None, code], src=0, group=self.control)
+            self._send(None, code)
             raise
 
-    def _heard(self) -> Any:
-        """On the other ranks: what rank 0 sends; RankZeroFailed where it fails."""
+    def _receive(self) -> Any:
+        """On the other ranks: returns what rank 0 sends, or raises RankZeroFailed."""
+        self._wait_for_all()
         box: list[Any] = [None, None]
         dist.broadcast_object_list(box, src=0, group=self.control)
         value, code = box
@@ -215,12 +232,12 @@ def started() -> Iterator[Ranks]:
             )
         torch.cuda.set_device(local)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=START_TIMEOUT))
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the ranks cannot meet at {place}: {first_line(error)}") from error
     store = _fresh_part(store, rank, size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     group = cast(dist.ProcessGroup, dist.group.WORLD)
     yield Ranks(rank, size, group, group)
     dist.destroy_process_group()  # not after an error: it may wait for a rank that is gone

@@ -1,5 +1,6 @@
 """Which parameters are trained, and how fast: frozen ones, and a learning rate for each layer."""
 
+import logging
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -8,17 +9,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastat.errors import UserError
 
+log = logging.getLogger(__name__)
+
 NAMES_SHOWN = 5
 
 
-def freeze(model: nn.Module, patterns: list[str]) -> str | None:
-    """Stops training the parameters whose name matches a shell pattern; returns a note on it.
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Stops training the parameters whose name matches a shell pattern.
 
     Raises:
         UserError: a pattern matches no parameter, or nothing is left to train.
     """
     if not patterns:
-        return None
+        return
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -33,7 +36,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> str | None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise UserError(f"--freeze {' '.join(patterns)} leaves no parameter to train")
-    return f"{trained:,} of {total:,} parameters are trained, the others frozen"
+    log.info(f"{trained:,} of {total:,} parameters are trained, the others frozen")
 
 
 def train_mode(model: nn.Module) -> None:

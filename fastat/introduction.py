@@ -39,7 +39,8 @@ def log_introduction(
     devices = f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{device_name(device)}"
     log.info(
         f"{config.model}: {size:,} parameters, {config.proc}, {meta.feature} "
-        f"{meta.num_mels} x {meta.num_frames}, {config.precision} on {devices}, {network.whose}"
+        f"{meta.num_mels} x {meta.num_frames}, {config.precision} on {devices}, "
+        f"{network.optimizer_name}"
     )
     log.info(
         f"{data.train_set.num_clips:,} clips, {len(meta.classes)} classes: "

@@ -142,11 +142,8 @@ def configure_ranks(
     from fastat.distributed import ALONE
     from fastat.fit_batch import fit_batch
 
-    fitted = fit_batch(config, ranks or ALONE)
-    options = overrides.get("model_options", {}) | fitted.overrides.get("model_options", {})
-    found = {"data": config.data, "eval": config.eval} | fitted.overrides
-    config, notes = make(overrides | found | {"model_options": options})
-    return config, [fitted.note, *notes]
+    batch = fit_batch(config, ranks or ALONE)
+    return make(overrides | {"data": config.data, "eval": config.eval, "batch": batch})
 
 
 def run_folder_of(config: TrainConfig, out: Path | None) -> Path:
@@ -193,6 +190,10 @@ def configure(
         missing = f"{out} holds no run to resume, and " if resume else ""
         raise UserError(f"{missing}a new run needs --proc (A1, A2, A3, A4) and --model")
     _check_early(proc, model, overrides)
+    if auto:
+        from fastat.fit_batch import check_auto_batch
+
+        check_auto_batch()
     if out is not None:
         from fastat.run_folder import check_writable
 

@@ -1,8 +1,9 @@
-"""Training steps taken to see what they take: ``python -m fastat.memory_trial``, on CUDA.
+"""Takes training steps on a GPU to find the largest batch: ``python -m fastat.memory_trial``.
 
-Reads what ``fastat.memory`` asks as JSON from standard input; the last line of standard output is
-the answer: bytes or clips, or null where it does not fit. The allocator is told to give no more
-than the limit, so that a batch that fits does so with what lies torn between its tensors.
+Reads a request of ``fastat.memory`` as JSON from standard input; the last line of standard output
+is the number of clips, or null where not even the smallest batch fits. The allocator is limited to
+the memory that training may take, so that a batch that fits does so with the fragmentation that it
+causes.
 """
 
 import gc
@@ -19,12 +20,15 @@ from fastat.data.loader import Batch, with_features
 from fastat.distributed import ALONE
 from fastat.features import FEATURES
 from fastat.frontend import Augment, Frontend
-from fastat.memory import ROWS_A_CLIP, Workload, search
+from fastat.memory import Workload, search
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
 from fastat.step import WARM_UP, TrainingStep, why_not_captured
 from fastat.system.device import autocast, choose_kernels
 from fastat_kernels.backend import set_kernels
+
+ROWS_A_CLIP = 1.5
+"""Rows of a batch for each of its clips: the clip, and mixup partners of some."""
 
 STEPS = WARM_UP + 2
 """Those before the capture, the one that is captured, and a replay."""
@@ -130,12 +134,10 @@ def _score(
 
 
 def answer(asked: dict[str, Any]) -> int | None:
-    """Bytes of one batch, or the largest batch under a limit."""
+    """The largest batch under the limit."""
     work, device = Workload(**asked["work"]), torch.device(asked["device"])
     torch.cuda.set_device(device)
     set_kernels(choose_kernels(work.kernels, device))
-    if "batch" in asked:
-        return measure(work, asked["batch"], device)
     limit = asked["limit"]
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)

@@ -33,8 +33,8 @@ class Network:
     params: list[nn.Parameter]
     """Those that are trained."""
     optimizer: torch.optim.Optimizer
-    whose: str
-    """Which Adam it is, and why."""
+    optimizer_name: str
+    """Which implementation of Adam it is, and why."""
 
 
 def build_network(
@@ -42,15 +42,13 @@ def build_network(
     meta: ModelMeta,
     device: torch.device,
     ranks: Ranks,
-    preparing: Ranks,
     *,
     start: bool,
 ) -> Network:
     """Makes the model, with the weights that the run starts from, and its optimizer.
 
     Args:
-        preparing: the same ranks, with more patience for each other.
-        start: there is no checkpoint that the weights will come from.
+        start: whether the run starts here; one that resumes takes its weights from a checkpoint.
 
     Raises:
         UserError: the weights to start from, or what is to be frozen, do not fit the model.
@@ -58,12 +56,11 @@ def build_network(
     model = meta.create()
     if start:
         # The others get them from DDP.
-        for note in preparing.from_first(lambda: start_weights(config, model, meta)):
+        for note in ranks.from_first(lambda: start_weights(config, model, meta)):
             log.info(note)
     model.to(device).to(memory_format=torch.channels_last)
-    with preparing.first_goes_ahead():
-        if note := freeze(model, config.freeze):
-            log.info(note)
+    with ranks.first_goes_ahead():  # and reports what cannot be frozen
+        freeze(model, config.freeze)
     if config.sync_batchnorm and ranks.device_group is not None:
         synchronise_batchnorm(model, ranks.device_group)
     trained = ranks.parallel(model, config.gradient_dtype, config.accumulate)
@@ -72,7 +69,7 @@ def build_network(
     scored = trained
     if ranks.size > 1:
         scored = cast(nn.Module, torch.compile(model)) if config.compile else model
-    optimizer, whose = create_adam(
+    optimizer, optimizer_name = create_adam(
         parameter_groups(model, config.layer_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -80,7 +77,7 @@ def build_network(
         device=device,
     )
     params = [p for p in model.parameters() if p.requires_grad]
-    return Network(model, trained, scored, params, optimizer, whose)
+    return Network(model, trained, scored, params, optimizer, optimizer_name)
 
 
 def training_step(

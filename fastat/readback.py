@@ -62,7 +62,3 @@ class Readings:
                 event.synchronize()
             loss, norm, found_inf, overflow, loss_sum = values.tolist()
             yield Reading(step, lr, loss, norm, bool(found_inf), bool(overflow), loss_sum)
-
-    def clear(self) -> None:
-        """Forgets the steps that were not read."""
-        self._waiting.clear()

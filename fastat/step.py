@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastat.distributed import ALONE, Ranks
-from fastat.environment import memory_is_full, random_state, restore_random_state
 from fastat.errors import Failure
 from fastat.loss_scale import LossScale
 from fastat.nonfinite import BufferGuard
@@ -120,29 +119,6 @@ class TrainingStep:
         self._warm = 0
         self._stream = torch.cuda.Stream(self.device) if self.graph else None
 
-    def attempt(self, features: Tensor, target: Tensor, lr: float) -> Taken | None:
-        """The first step of a run; None: the memory does not hold it, and it is as if it had not
-        been tried, random numbers and BatchNorm statistics included."""
-        before = random_state(self.device)
-        try:
-            return self(features, target, lr)
-        except RuntimeError as error:
-            if not memory_is_full(error):
-                raise
-        # Out of the except block, whose traceback holds the step's tensors.
-        if self.guard is not None:
-            self.guard.undo_if(torch.ones((), device=self.device))
-        self.optimizer.zero_grad()
-        self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            if "step" in group:  # apex's
-                group["step"].zero_()
-        restore_random_state(before, self.device)
-        self.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
     def _take(self, features: Tensor, target: Tensor) -> Taken:
         if self.guard is not None:
             self.guard.remember()
@@ -168,13 +144,11 @@ class TrainingStep:
         assert self._stream is not None
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                taken = self._take(features, target)
-        finally:  # what attempt() takes back comes after what was started here
-            current.wait_stream(self._stream)
-            for x in (features, target):
-                x.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            taken = self._take(features, target)
+        current.wait_stream(self._stream)
+        for x in (features, target):
+            x.record_stream(self._stream)
         for x in taken:
             x.record_stream(current)
         return taken

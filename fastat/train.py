@@ -4,14 +4,11 @@ import logging
 import shlex
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 
-from fastat import nonfinite
 from fastat.checkpoint import build_frontend
 from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
@@ -25,21 +22,24 @@ from fastat.finetune import train_mode
 from fastat.introduction import log_device_choices, log_introduction
 from fastat.metrics import TaggingMetrics
 from fastat.network import build_network, training_step
+from fastat.nonfinite import reason_to_stop
 from fastat.readback import Reading, Readings
 from fastat.run_checkpoints import holds_checkpoints
-from fastat.run_folder import Progress, RunLock, check_writable, drop_metrics, open_run_folder
+from fastat.run_folder import Progress, RunLock, check_writable, open_run_folder
 from fastat.run_records import RunRecords, epoch_line, epoch_text
 from fastat.saving import Saving
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
-from fastat.step import Taken
 from fastat.system.device import choose_kernels, default_device
 from fastat.training_data import open_data
 from fastat_kernels.backend import set_kernels
 
 log = logging.getLogger(__name__)
 
-LESS_MEMORY = "a smaller --batch, or more of --accumulate, needs less"
+LESS_MEMORY = (
+    "a smaller --batch, a larger --accumulate or --set model.activation_checkpointing=true "
+    "needs less"
+)
 
 
 def train(
@@ -83,7 +83,7 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.run, self.display = config, run, display
-        preparing, self.ranks = ranks, ranks.with_timeout(config.rank_timeout)
+        ranks = self.ranks = ranks.with_timeout(config.rank_timeout)
         self.lock = RunLock(run, log.info)
         ranks.from_first(self._look_first)
         torch.manual_seed(config.seed)
@@ -92,15 +92,13 @@ class Trainer:
         log_device_choices(config, self.device)
 
         # ---- data
-        self.data = open_data(config, self.device, self.ranks, preparing)
+        self.data = open_data(config, self.device, self.ranks)
         self.sampler, self.meta = self.data.sampler, self.data.meta
         self.frontend = build_frontend(self.meta).to(self.device)
 
         # ---- model
         resuming = ranks.from_first(lambda: resume and holds_checkpoints(run / "checkpoints"))
-        self.network = build_network(
-            config, self.meta, self.device, self.ranks, preparing, start=not resuming
-        )
+        self.network = build_network(config, self.meta, self.device, self.ranks, start=not resuming)
         self.raw_model, self.optimizer = self.network.raw_model, self.network.optimizer
 
         # ---- where it stands
@@ -112,16 +110,6 @@ class Trainer:
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
-        self.recorder = nonfinite.Recorder(
-            run / "nonfinite",
-            self.data.train_set,
-            self.sampler,
-            self.data.whole_steps,
-            self.raw_model,
-            self.meta,
-            self.frontend,
-            config.precision,
-        )
         self.saving = Saving(
             config, run, self.data, self.network, self.device, self.ranks, log.info
         )
@@ -171,10 +159,6 @@ class Trainer:
             self.ranks.from_first(lambda: self._open_records(stack))
             if not self._unfinished():
                 log.info(f"{self.run} has its {self.last_step:,} steps: nothing left to train")
-            elif self.config.on_nan == "rollback" and self.ranks.from_first(
-                lambda: not holds_checkpoints(self.run / "checkpoints")
-            ):
-                self._save(best=False)  # to go back to
             while self._unfinished():
                 epoch = self._epoch()
                 if not self.progress.unscored:
@@ -184,9 +168,6 @@ class Trainer:
                         if self.ranks.first:
                             self.records.bad_clips(self.data.train_set, self.data.bad_clips())
                         raise
-                    except nonfinite.RollBack:
-                        self._roll_back()
-                        continue
                 bad = self.data.share_bad_clips(self.ranks)
                 if self.ranks.first:
                     self.records.bad_clips(self.data.train_set, bad)
@@ -212,7 +193,7 @@ class Trainer:
         first = epoch * self.sampler.steps_per_epoch
         end = min(first + self.sampler.steps_per_epoch, self.last_step)
         train_mode(self.network.model)
-        steps = [step for step in range(p.step, end) if step not in p.left_out]
+        steps = range(p.step, end)
         plans = (
             self.data.own_part(self.sampler.plan(epoch, step - first), self.ranks) for step in steps
         )
@@ -220,7 +201,7 @@ class Trainer:
         clock = self._clock()
         for step, (batch, features, waited) in zip(steps, batches, strict=True):
             lr = self._lr(step)
-            taken = self._take(features, batch.target, lr)
+            taken = self.step(features, batch.target, lr)
             zero = torch.zeros_like(taken.loss)
             p.loss_sum += torch.where(taken.found_inf > 0, zero, taken.loss)
             self.readings.put(step, lr, taken, p.loss_sum)
@@ -235,7 +216,6 @@ class Trainer:
             if p.step < end:
                 self._save_in_mid_epoch()
             clock = self._clock()
-        p.step = end  # the last steps may be left out
         self._look_for_nonfinite(wait=True)
         p.train_seconds += self._clock() - clock
 
@@ -266,31 +246,6 @@ class Trainer:
         if self.compiling is not None and (note := self.compiling.note()):
             log.info(note)
 
-    def _take(self, features: Tensor, target: Tensor, lr: float) -> Taken:
-        """One step. Where the memory does not even hold the first of a run, activations are
-        computed again from then on."""
-        under_ddp = self.ranks.device_group is not None  # which a step cut short leaves unfit
-        if self.progress.step or self.raw_model.checkpointing or under_ddp:
-            return self.step(features, target, lr)
-        taken = self.step.attempt(features, target, lr)
-        if taken is None:
-            self._checkpoint_activations()
-            taken = self.step(features, target, lr)
-        return taken
-
-    def _checkpoint_activations(self) -> None:
-        options = self.config.model_options | {"activation_checkpointing": True}
-        self.config = replace(self.config, model_options=options)
-        self.config.save(self.run / "config.json")
-        self.meta = replace(self.meta, options=options)
-        self.recorder = replace(self.recorder, meta=self.meta)
-        self.raw_model.checkpointing = True
-        self.step = training_step(self.config, self.network, self.device, self.ranks)
-        log.info(
-            f"a step of {self.config.batch} clips does not fit in memory: activation checkpointing "
-            f"is on (model.activation_checkpointing): a third more operations; {LESS_MEMORY}"
-        )
-
     def _lr(self, step: int) -> float:
         """The learning rate of the head; layers below may have less of it."""
         return self.config.lr * lr_factor(
@@ -312,40 +267,37 @@ class Trainer:
             if seen.overflow:
                 self.progress.overflows += 1
             elif seen.found_inf:
-                self._leave_out(seen.step)
+                self._skip_or_stop(seen.step)
         return seen
 
-    def _leave_out(self, step: int) -> None:
-        """What ``on_nan`` says of a step that is not finite."""
+    def _skip_or_stop(self, step: int) -> None:
+        """Reports a step that is not finite, and ends the run where ``on_nan`` says so.
+
+        Raises:
+            Failure: the run ends.
+        """
         p, on_nan = self.progress, self.config.on_nan
-        kept = self.recorder.keep(step) if self.ranks.first else ""
-        train_mode(self.network.model)
         half = " of float16, which ends at 65,504" if self.config.precision == "fp16" else ""
         text = (
             f"the loss or a gradient is not finite at step {step + 1}{half}; "
-            f"that step was not taken{kept}; "
+            "that step was not taken"
         )
-        reason = nonfinite.why_stop(on_nan, step, p.left_out, self.sampler.steps_per_epoch)
-        if reason is not None:
-            self.ranks.from_first(lambda: self._fail(f"{text}{reason}", step))
+        if (reason := reason_to_stop(on_nan, step, p.left_out)) is not None:
+            self.ranks.from_first(lambda: self._fail(f"{text}; {reason}. {self._clips_of(step)}"))
         p.left_out.append(step)
-        log.info(f"{text}{on_nan}: {len(p.left_out)} left out so far")
-        if on_nan == "rollback":
-            raise nonfinite.RollBack
-
-    def _fail(self, text: str, step: int) -> NoReturn:
-        raise Failure(f"{text}. {self.recorder.clips(step)}")
-
-    def _roll_back(self) -> None:
-        """To the newest whole checkpoint; what is left out stays so."""
-        left_out = self.progress.left_out
-        self.readings.clear()
-        self.saving.heed(self.progress, wait=True)
-        self._restore()
-        self.progress.left_out = sorted({*self.progress.left_out, *left_out})
-        self.ranks.from_first(lambda: drop_metrics(self.run, self._epoch()))
         if self.ranks.first:
-            self.records.curves.purge(self.progress.step)
+            log.warning(f"{text}; {len(p.left_out)} skipped so far. {self._clips_of(step)}")
+
+    def _fail(self, text: str) -> NoReturn:
+        raise Failure(text)
+
+    def _clips_of(self, step: int) -> str:
+        """Names the clips of a step and those mixed into them, as they were read."""
+        plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
+        batch = next(iter(self.data.whole_steps.batches([plan])))  # damaged clips are replaced
+        names = self.data.train_set.names
+        mixed = f"; mixed in: {', '.join(names(batch.partners))}" if len(batch.partners) else ""
+        return f"Its clips: {', '.join(names(batch.rows))}{mixed}"
 
     def _report(self, epoch: int, seen: Reading) -> None:
         if not self.ranks.first:

@@ -72,19 +72,14 @@ class TrainingData:
             self.eval_source.close()
 
 
-def open_data(
-    config: TrainConfig, device: torch.device, ranks: Ranks, preparing: Ranks
-) -> TrainingData:
+def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainingData:
     """Opens the sets of a run.
-
-    Args:
-        preparing: the same ranks, with more patience for each other.
 
     Raises:
         UserError: the sets do not fit together, or are not the same on every rank.
         Failure: one is damaged.
     """
-    with preparing.first_goes_ahead():  # and says what is wrong
+    with ranks.first_goes_ahead():  # and says what is wrong
         train_set = PackedSet.open(config.data)
         eval_set = None if config.eval is None else PackedSet.open(config.eval)
         if eval_set is not None and eval_set.clip_samples != train_set.clip_samples:
@@ -115,9 +110,9 @@ def open_data(
     source: Source | None = None
     usable = None
     if config.cache != "none":
-        source, usable = _cached(config, train_set, device, ranks, preparing)
+        source, usable = _cached(config, train_set, device, ranks)
     elif config.source == "dali":
-        with preparing.first_goes_ahead():  # the others then find what it found of the files
+        with ranks.first_goes_ahead():  # the others then find what it found of the files
             source, usable = _dali(config, train_set, config.batch // ranks.size, device)
     with ranks.first_goes_ahead():
         weights = balanced_weights(train_set.target_bits, train_set.label_counts)
@@ -137,7 +132,7 @@ def open_data(
         )
     eval_source, eval_rows = None, None
     if eval_set is not None:
-        eval_source, eval_usable = _open_evaluation(config, eval_set, device, ranks, preparing)
+        eval_source, eval_usable = _open_evaluation(config, eval_set, device, ranks)
         eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
     rows = PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad)
     source = source or rows
@@ -159,16 +154,15 @@ def _open_evaluation(
     packed: PackedSet,
     device: torch.device,
     ranks: Ranks,
-    preparing: Ranks,
 ) -> Opened:
     if config.source == "dali":
-        with preparing.first_goes_ahead():
+        with ranks.first_goes_ahead():
             return _dali(config, packed, config.eval_batch, device)
     if config.cache != "none":
         stretches = np.array_split(np.arange(packed.num_clips), ranks.size)  # as in evaluate
         try:
             own = stretches[ranks.rank]
-            return _cached(config, packed, device, ranks, ranks, own)[0], None
+            return _cached(config, packed, device, ranks, own)[0], None
         except TooLittleMemory as error:
             log.info(f"the evaluation set is read from disk: {error}")
     return PackedSource(packed, device), None
@@ -197,7 +191,6 @@ def _cached(
     packed: PackedSet,
     device: torch.device,
     ranks: Ranks,
-    preparing: Ranks,
     rows: NDArray[np.int64] | None = None,
 ) -> Opened:
     """Log-mels kept in memory: of all clips, shared by the ranks, or of this rank's ``rows``."""
@@ -212,7 +205,6 @@ def _cached(
         max_bad=config.max_bad if training else 0.0,
         rows=rows,
         ranks=ranks,
-        preparing=preparing,
     )
     log.info(source.summary())
     if training and config.mixup:

@@ -1,9 +1,6 @@
-"""What a training step takes, estimated on the CPU, and the search for the largest batch."""
+"""The search for the largest batch, and the trial that takes steps for it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,18 +9,10 @@ import torch
 
 from fastat import memory, memory_trial
 from fastat.errors import Failure
-from fastat.memory import (
-    LIBRARIES_BYTES,
-    Workload,
-    estimated_bytes,
-    largest_batch,
-    search,
-    step_bytes,
-)
+from fastat.memory import Workload, largest_batch, search
 from fastat.models.cnn_trans import CnnTransformer
 
 CPU = torch.device("cpu")
-MIB = 1 << 20
 
 
 def work(model: str = "cnn_trans", **more: object) -> Workload:
@@ -80,107 +69,13 @@ def test_out_of_memory_below_the_line_is_stepped_down_from() -> None:
     assert found is not None and 686 <= found <= 700
 
 
-# ------------------------------------------------------------------------------ the estimate
-def test_the_estimate_is_what_a_step_must_keep() -> None:
-    """Weights, gradients and moments of float32; twice the clips, twice the activations."""
-    small = work("transformer", options={"num_layers": 1, "width": 64, "num_heads": 4})
-    one, two, four = (estimated_bytes(small, 64 * b) for b in (1, 2, 4))
-    assert (four - two) == pytest.approx(2 * (two - one), rel=0.05)
-    wide = work("transformer", options={"num_layers": 2})
-    with torch.device("meta"):
-        params = sum(p.numel() for p in wide.create().parameters())
-    assert estimated_bytes(wide, 1) - LIBRARIES_BYTES > 16 * params
-    # What does not grow with the batch, where activations are the most: weights, in float32 and in
-    # bf16, moments, and the gradients of the step before.
-    two, four = (estimated_bytes(wide, b) - LIBRARIES_BYTES for b in (32, 64))
-    assert 17 * params < 2 * two - four < 20 * params
-
-
-def test_checkpointing_precision_and_waveforms_count() -> None:
-    plain = estimated_bytes(work(), 16)
-    kept_less = estimated_bytes(work(activation_checkpointing=True), 16)
-    assert kept_less == estimated_bytes(work(options={"activation_checkpointing": True}), 16)
-    assert kept_less < 0.8 * plain
-    assert estimated_bytes(work(precision="fp32"), 16) > 1.2 * plain
-    assert estimated_bytes(work(clip_samples=160_000), 16) > plain + 16 * 160_000 * 6
-    assert estimated_bytes(work(accumulate=4), 16) < estimated_bytes(work(), 8)
-
-
-def test_modules_that_are_called_twice_are_counted() -> None:
-    shared = estimated_bytes(work(options={"shared": True, "num_layers": 3}), 16)
-    assert shared > estimated_bytes(work(options={"shared": True, "num_layers": 1}), 16)
-
-
-def test_the_largest_batch_fits_and_one_more_percent_does_not() -> None:
-    limit = 4 << 30
-    batch = largest_batch(work(), CPU, limit)
-    assert batch is not None
-    assert step_bytes(work(), batch, CPU) <= limit < step_bytes(work(), batch * 103 // 100, CPU)
-    assert largest_batch(work(), CPU, 64 * MIB) is None
-
-
-MEASURE = """
-import re, sys, torch
-from pathlib import Path
-from fastat.system.device import autocast
-from fastat.errors import Failure
-from fastat.memory import Workload
-from fastat.optim import create_adam, train_step
-work, batch, cpu = Workload(**eval(sys.argv[1])), int(sys.argv[2]), torch.device("cpu")
-# ru_maxrss would begin with what the process that started this one had at most.
-status = Path("/proc/self/status")
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
-with torch.device("meta"):
-    work.create()  # imports what it needs
-before = peak()
-model = work.create()
-params = list(model.parameters())
-optimizer, _ = create_adam(params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, device=cpu)
-features = torch.randn(batch, work.num_frames, work.num_mels)
-for _ in range(2):
-    target = torch.zeros(batch, work.num_classes)
-    train_step(model, params, optimizer, features, target, autocast(cpu, work.precision))
-print(peak() - before)
-"""
-
-
-@pytest.mark.parametrize(
-    ("model", "batch"),
-    [
-        ("cnn_trans", 16),
-        *(
-            pytest.param(model, batch, marks=pytest.mark.full)
-            # Of fewer clips these have activations below 32 MiB, which tear the heap.
-            for model, batch in (
-                ("crnn", 16),
-                ("resnet50", 16),
-                ("conformer", 32),
-                ("transformer", 32),
-            )
-        ),
-    ],
-)
-def test_the_estimate_is_near_a_real_peak(model: str, batch: int) -> None:
-    """What the process's resident set grows by in real steps."""
-    given: dict[str, Any] = {"model": model, "num_mels": 64, "num_frames": 400, "num_classes": 527}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, repr(given), str(batch)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr
-    real = int(done.stdout)
-    assert 0.75 * real < estimated_bytes(Workload(**given), batch) < 1.35 * real
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the trial works")
 def test_a_trial_that_fails_is_one_line() -> None:
     """The process of its own has no GPU either: what it says last."""
     with pytest.raises(
         Failure, match="^the trial of the memory that a step takes failed: .*NVIDIA"
     ):
-        step_bytes(work(), 4, torch.device("cuda:0"))
+        largest_batch(work(), torch.device("cuda:0"), 1 << 30)
 
 
 def test_a_trial_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,4 +122,6 @@ def test_the_largest_batch_on_a_gpu_fits(compiled: bool) -> None:
     small = work(compile=compiled)
     batch = largest_batch(small, device, limit, multiple=8)
     assert batch is not None and batch >= 8
-    assert step_bytes(small, batch, device) <= 1.1 * limit < step_bytes(small, 4 * batch, device)
+    taken, more = (memory_trial.measure(small, n, device) for n in (batch, 4 * batch))
+    assert taken is not None and taken <= 1.1 * limit
+    assert more is None or more > limit

@@ -15,20 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastat import step as stepping
-from fastat import train as training
 from fastat.distributed import ALONE, Ranks
-from fastat.errors import Failure
 from fastat.frontend import Augment, Frontend
 from fastat.loss_scale import LossScale
-from fastat.memory import make_fake
 from fastat.models import create_model
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam, finite_flag, train_step
 from fastat.readback import BEHIND, Readings
 from fastat.step import WARM_UP, Taken, TrainingStep, why_not_captured
 from tests.conftest import SMALL_MODELS, TinySets, fastat
-from tests.test_train import arguments, trainer
+from tests.test_train import arguments
 
 NAMES = [name for name in SMALL_MODELS if name != "resnet34"]
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
@@ -133,6 +129,19 @@ def test_no_model_waits_for_the_device(name: str) -> None:
             guard.undo_if(found_inf)
 
 
+def make_fake(model: nn.Module, device: torch.device) -> None:
+    """Gives ``model`` parameters and buffers of the current fake mode, as if on ``device``."""
+
+    def faked(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(faked(p), requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, faked(buffer))
+
+
 def fake_frontend() -> Frontend:
     """On the GPU of the current fake mode, without the operator, whose plan is made of numbers."""
     frontend = Frontend("logmel64", clip_samples=SAMPLES)
@@ -227,63 +236,6 @@ def test_readings_come_at_once_on_the_cpu_and_in_order() -> None:
         assert (seen.step, seen.lr, seen.norm) == (i, 0.5, 2.0)
         assert (seen.found_inf, seen.overflow) == (i > 0, i > 1)
         assert seen.loss == taken.loss.item() and seen.loss_sum == total.item()
-    readings.put(3, 0.5, taken, total)
-    readings.clear()
-    assert list(readings.due(wait=True)) == []
-
-
-# ------------------------------------------------------------------------- memory that is full
-def full_in_the_first(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
-    """The first ``times`` steps draw random numbers, count a batch, and find the memory full."""
-    calls: list[int] = []
-
-    def take(model: nn.Module, *args: Any) -> Any:
-        calls.append(1)
-        if len(calls) <= times:
-            model(args[2])
-            return torch.empty(1 << 55)
-        return train_step(model, *args)
-
-    monkeypatch.setattr(stepping, "train_step", take)
-    return calls
-
-
-def test_a_first_step_that_does_not_fit_is_taken_again_with_checkpointing(
-    tiny_sets: TinySets,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """As a run is that had it on from the start, random numbers and BatchNorm statistics too."""
-    options = {"embedding": 64, "num_heads": 4, "dropout": 0.5}
-    asked = trainer(
-        tiny_sets, tmp_path / "asked", model_options=options | {"activation_checkpointing": True}
-    )
-    asked.run_epochs()
-    calls = full_in_the_first(monkeypatch, 1)
-    run = trainer(tiny_sets, tmp_path / "run", model_options=options)
-    run.run_epochs()
-    assert len(calls) == 1 + run.progress.step
-    said = [x for x in capsys.readouterr().err.splitlines() if "does not fit in memory" in x]
-    assert len(said) == 1 and "activation checkpointing is on" in said[0]
-    for a, b in zip(
-        asked.raw_model.state_dict().values(), run.raw_model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["model_options"]["activation_checkpointing"] is True
-    kept = json.loads((tmp_path / "run" / "checkpoints" / "last" / "model.json").read_text())
-    assert kept["options"]["activation_checkpointing"] is True
-
-
-def test_memory_that_stays_full_is_one_line(
-    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = trainer(tiny_sets, tmp_path / "made").config
-    calls = full_in_the_first(monkeypatch, 5)
-    with pytest.raises(Failure, match="memory is full: a smaller --batch"):
-        training.train(config, tmp_path / "run", [], resume=False)
-    assert len(calls) == 2
 
 
 # ------------------------------------------------------------------------- compiled

@@ -79,7 +79,7 @@ def train(
     gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; default: one.")] = None,
     on_nan: Annotated[
         str | None,
-        typer.Option(help="When a loss is not finite: stop, skip the step, or rollback."),
+        typer.Option(help="When a loss or gradient is not finite: stop the run, or skip the step."),
     ] = None,
     max_bad: Annotated[
         float | None, typer.Option(help="Share of the clips that may be damaged.")

@@ -77,8 +77,6 @@ class CachedSource:
             evaluation. None: all rows, shared with the other ranks; ``batches`` then takes the
             plans of whole steps on every rank, and gives this rank's part of them.
         ranks: which of the run's processes this is.
-        preparing: the same ranks, with the patience to wait for each other's start; None: they are
-            patient enough.
 
     Raises:
         TooLittleMemory: it does not fit, on any of the ranks.
@@ -102,7 +100,6 @@ class CachedSource:
         max_bad: float = 0.0,
         rows: NDArray[np.int64] | None = None,
         ranks: Ranks = ALONE,
-        preparing: Ranks | None = None,
     ) -> None:
         self.packed, self.device, self.max_bad = packed, device, max_bad
         self.feature, self.dtype = get_feature(feature), DTYPES[dtype]
@@ -110,15 +107,14 @@ class CachedSource:
         # Rows kept for itself are no business of the other ranks.
         self.ranks = ranks if rows is None else ALONE
         self.rank, self.num_ranks = self.ranks.rank, self.ranks.size
-        preparing = self.ranks if rows is not None else preparing or ranks
         N = packed.num_clips
         self.usable = np.full(N, rows is None)
         self.rows = np.arange(self.rank, N, self.num_ranks) if rows is None else rows
         self.usable[self.rows] = True
         self._place = np.full(N, -1, np.int64)  # [N] of a row in ``codes``
         self._place[self.rows] = np.arange(len(self.rows))
-        problems = preparing.gather(self._too_little(place, dtype))
-        preparing.from_first(lambda: _refuse(problems))
+        problems = self.ranks.gather(self._too_little(place, dtype), patient=True)
+        self.ranks.from_first(lambda: _refuse(problems))
 
         self.codes = torch.empty(
             len(self.rows),
@@ -132,7 +128,7 @@ class CachedSource:
         shown = progress(f"caching {packed.directory.name}", len(self.rows))
         with shown if ranks.first else nullcontext(lambda n=1: None) as advance:
             self._fill(remove_mean, advance)
-        self._share(preparing)
+        self._share()
         packed.close()  # nothing is read from here on
 
     def summary(self) -> str:
@@ -239,13 +235,13 @@ class CachedSource:
             filled += len(codes)
             advance(len(codes))
 
-    def _share(self, preparing: Ranks) -> None:
+    def _share(self) -> None:
         """Every rank learns the scales and the damaged rows of all."""
         own = self.scales[self.rank :: self.num_ranks]
-        for rank, (scales, bad) in enumerate(preparing.gather((own, self.bad))):
+        for rank, (scales, bad) in enumerate(self.ranks.gather((own, self.bad), patient=True)):
             self.scales[rank :: self.num_ranks] = scales
             self.bad |= bad
-        preparing.from_first(self._check_bad)
+        self.ranks.from_first(self._check_bad)
         self.scales = self.scales.to(self.device)
         self.usable[list(self.bad)] = False
 

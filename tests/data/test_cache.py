@@ -20,7 +20,7 @@ from fastat.data.loader import Batch, PackedSource, evaluation_plans
 from fastat.data.pack import pack
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.display import Display
+from fastat.display import StatusDisplay
 from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, RankZeroFailed, UserError
 from fastat.features import FEATURES
@@ -306,7 +306,7 @@ def trainer(
         "model_options": {"embedding": 64, "num_heads": 4, "dropout": 0.0},
     }
     config, notes = resolve("A4", "cnn_trans", given | overrides, num_clips=36, clip_seconds=1.0)
-    return Trainer(config, run, notes, Display(shown=ranks.first), resume=resume, ranks=ranks)
+    return Trainer(config, run, StatusDisplay(shown=ranks.first), resume=resume, ranks=ranks)
 
 
 def learned(run: Path) -> list[tuple[float, float]]:
@@ -314,8 +314,11 @@ def learned(run: Path) -> list[tuple[float, float]]:
     return [(line["train_loss"], line["eval_loss"]) for line in lines]
 
 
-def test_training_from_the_cache(tiny_sets: TinySets, tmp_path: Path) -> None:
+def test_training_from_the_cache(
+    tiny_sets: TinySets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Close to the packed rows without mixup; resumed in mid-epoch, the same run."""
+    caplog.set_level("INFO")
     trainer(tiny_sets, tmp_path / "packed", mixup=0.0).run_epochs()
     trainer(tiny_sets, tmp_path / "cached", mixup=0.0, cache="device").run_epochs()
     want, got = learned(tmp_path / "packed"), learned(tmp_path / "cached")
@@ -325,8 +328,8 @@ def test_training_from_the_cache(tiny_sets: TinySets, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options: dict[str, Any] = {"cache": "host", "cache_dtype": "uint8"}
     run = trainer(tiny_sets, whole, **options)
-    assert any("approximation of mixing waveforms" in note for note in run.notes)
-    assert any("log-mels of 36 of 36 clips as uint8" in note for note in run.notes)
+    assert "approximation of mixing waveforms" in caplog.text
+    assert "log-mels of 36 of 36 clips as uint8" in caplog.text
     run.run_epochs()
     trainer(tiny_sets, parts, steps=6, **options).run_epochs()
     trainer(tiny_sets, parts, resume=True, **options).run_epochs()
@@ -354,16 +357,20 @@ def test_two_ranks_train_as_one(tiny_sets: TinySets, tmp_path: Path) -> None:
 
 
 def test_an_evaluation_set_that_does_not_fit_is_read_from_disk(
-    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sets: TinySets,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     free = iter([2**40, 0, 0])
     monkeypatch.setattr(cache, "free_bytes", lambda *_: next(free))
     run = trainer(tiny_sets, tmp_path / "run", cache="host", mixup=0.0)
     assert isinstance(run.data.source, CachedSource) and isinstance(
         run.data.eval_source, PackedSource
     )
-    assert any("evaluation set is read from disk: --cache host needs" in n for n in run.notes)
-    assert not any("approximation" in note for note in run.notes)
+    assert "evaluation set is read from disk: --cache host needs" in caplog.text
+    assert "approximation" not in caplog.text
     with pytest.raises(TooLittleMemory):
         trainer(tiny_sets, tmp_path / "other", cache="host")
     assert not (tmp_path / "other").exists()
