@@ -226,7 +226,8 @@ def test_the_loss_is_that_of_all_ranks(
     run_ranks(2, whole, config, tmp_path / "two")
     (one,), (two,) = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for key in ("train_loss", "eval_loss"):
-        assert two[key] == pytest.approx(one[key], rel=1e-3)
+        # Adam makes whole steps of biases whose gradient is only rounding.
+        assert two[key] == pytest.approx(one[key], rel=3e-3)
 
 
 def test_the_scores_are_those_of_the_checkpoint(tiny_sets: TinySets, tmp_path: Path) -> None:
