@@ -33,7 +33,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, run: Trainer, steps: set[int], place
     monkeypatch.setattr(Batch, "features", poisoned)
 
 
-def test_an_infinite_feature_stops_the_run_and_names_the_clip(
+def test_an_infinite_feature_stops_the_run_and_names_the_clips(
     tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(tiny_sets, tmp_path / "run", mixup=1.0)
