@@ -42,8 +42,8 @@ from fastat.frontend import Frontend
 from fastat.paper import NUM_CLASSES, TABLE_3, TRAIN_CLIPS
 from fastat.procedures import A1, A3, A4, AST_STRIDE, Procedure
 from fastat.profile.noise import noise_set
-from fastat.readback import Readings
-from fastat.step import Taken
+from fastat.readback import DelayedReadback
+from fastat.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Training:
         self.stream = PackedSource(packed, DEVICE, sampler=sampler).batches(plans)
         frontend = Frontend(proc.feature).to(DEVICE)
         self.batches = with_features(self.stream, frontend, DEVICE)
-        self.readings = Readings(DEVICE)  # keeps the host two steps ahead, as in training
+        self.readback = DelayedReadback(DEVICE)  # keeps the host two steps ahead, as in training
         self.nothing = torch.zeros((), device=DEVICE)
         self.waited, self.in_frontend = 0.0, 0.0
 
@@ -148,10 +148,10 @@ class Training:
             self.waited += waited
             self.in_frontend += perf_counter() - started - waited
             loss = self.step(features, batch.target)
-            taken = Taken(loss, loss, self.nothing, self.nothing)
-            self.readings.put(step, LR, taken, self.nothing)
-            losses += [seen.loss for seen in self.readings.due()]
-        losses += [seen.loss for seen in self.readings.due(wait=True)]
+            taken = StepResult(loss, loss, self.nothing, self.nothing)
+            self.readback.put(step, LR, taken, self.nothing)
+            losses += [seen.loss for seen in self.readback.due()]
+        losses += [seen.loss for seen in self.readback.due(wait=True)]
         return sum(losses) / num_steps
 
     def close(self) -> None:

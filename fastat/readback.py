@@ -1,4 +1,4 @@
-"""What the host learns of the steps: numbers that follow the device's work, never stop it."""
+"""Reads the results of steps a little later than they are computed, so that no step waits."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -7,40 +7,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastat.step import Taken
+from fastat.step import StepResult
 
 BEHIND = 2
-"""Steps that a GPU has before it while the host waits for an older one: enough that it never runs
-dry, and a bound on the batches that the host has ready. All ranks read the same step."""
+"""Steps queued on a GPU while the host waits for an older one: enough to keep the GPU busy, and a
+bound on the batches that the host has ready. All ranks read the same step."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One step, counted from 0."""
+    """The numbers of one step, which is counted from 0."""
 
     step: int
     lr: float
     loss: float
     norm: float
     found_inf: bool
-    """Loss or gradient is not finite: a fault, unless it is an overflow."""
+    """Whether the loss or a gradient is not finite: a fault, unless it is an overflow."""
     overflow: bool
-    """fp16's loss scale was too large; the step was not taken."""
+    """Whether fp16's loss scale was too large; the step was not taken."""
     loss_sum: float
-    """Of the epoch, up to this step."""
+    """Sum of the losses of the epoch up to this step."""
 
 
-class Readings:
-    """On CUDA the numbers of a step are copied into pinned memory behind its work, and read when an
-    event says that they are there; on the CPU they are there at once."""
+class DelayedReadback:
+    """On CUDA the numbers of a step are copied into pinned memory once it is computed, and read
+    when an event reports the copy; on the CPU they are available at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._behind = BEHIND if device.type == "cuda" else 0
         self._waiting: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, step: int, lr: float, taken: Taken, loss_sum: Tensor) -> None:
-        """After a step. loss_sum: scalar float64 on the device, which may change later."""
+    def put(self, step: int, lr: float, taken: StepResult, loss_sum: Tensor) -> None:
+        """Queues the numbers of a step. loss_sum: scalar float64 on the device; it is copied."""
         values = torch.stack([x.detach().double() for x in (*taken, loss_sum)])  # [5]
         event = None
         if self.device.type == "cuda":
@@ -51,10 +51,10 @@ class Readings:
         self._waiting.append((step, lr, values, event))
 
     def due(self, *, wait: bool = False) -> Iterator[Reading]:
-        """Those of the steps that may be read now, the oldest first.
+        """Yields the steps that may be read now, the oldest first.
 
         Args:
-            wait: for all of them.
+            wait: wait for all steps queued so far.
         """
         while len(self._waiting) > (0 if wait else self._behind):
             step, lr, values, event = self._waiting.popleft()

@@ -1,9 +1,8 @@
-"""A training step as the device takes it fastest: on CUDA one graph, launched at once.
+"""A training step, on CUDA captured as one graph.
 
 A step has hundreds of kernels, each of which the host launches; captured in a CUDA graph, they take
-one launch. What changes between steps lies where the graph reads it: features and targets in
-buffers of its own, learning rates in tensors; dropout advances torch's generator as a step that is
-not captured does.
+one launch. The graph reads features and targets from buffers of its own and learning rates from
+tensors; dropout advances torch's generator as in a step that is not captured.
 """
 
 from typing import NamedTuple
@@ -19,12 +18,12 @@ from fastat.optim import set_lr, train_step
 from fastat.system.device import autocast, set_products
 
 WARM_UP = 3
-"""Steps taken before one is captured, on the stream of the capture: they compile what is compiled
-at first use, choose algorithms, and make Adam's moments."""
+"""Steps before the captured one, on the stream of the capture: they compile what is compiled at
+first use, choose algorithms, and create Adam's moments."""
 
 
-class Taken(NamedTuple):
-    """What came of a step: scalars on the device, valid until the next one."""
+class StepResult(NamedTuple):
+    """Results of a step: scalars on the device, valid until the next step."""
 
     loss: Tensor
     norm: Tensor
@@ -32,11 +31,11 @@ class Taken(NamedTuple):
     found_inf: Tensor
     """1 where loss or gradient is not finite, and the step was not taken; else 0."""
     overflow: Tensor
-    """1 where that is no fault, but fp16's loss scale being too large; else 0."""
+    """1 where only fp16's loss scale was too large, which is no fault; else 0."""
 
 
 def why_not_captured(device: torch.device, ranks: Ranks, *, checkpointing: bool) -> str | None:
-    """What keeps a step out of a CUDA graph; None: nothing does."""
+    """Why a step cannot be captured in a CUDA graph, or None if it can."""
     if device.type != "cuda":
         return "there is no CUDA device"
     if ranks.size > 1 or ranks.device_group is not None:  # a torchrun of one has DDP too
@@ -48,19 +47,19 @@ def why_not_captured(device: torch.device, ranks: Ranks, *, checkpointing: bool)
 
 
 class TrainingStep:
-    """Forward, loss, backward, finite flag, guarded Adam. The host never waits for the device.
+    """Forward, loss, backward, finite flag, guarded Adam, without host-device synchronisation.
 
-    The graph takes no step that is not a training step: the first ``WARM_UP`` are taken as they
-    come, then one is captured, which computes nothing, and it and all others are replays.
+    The first ``WARM_UP`` steps run eagerly; the next is captured, and it and all later ones are
+    replays of the graph.
 
     Args:
         model: compiled or not, under DDP or not; in training mode when called.
-        params: those that are trained.
+        params: the parameters that are trained.
         optimizer: ``create_adam``'s, with ``lr_scale`` in its groups.
         precision: "bf16", "fp16", whose loss is scaled, or "fp32".
-        guard: takes a step that is not taken back out of BatchNorm's statistics.
+        guard: undoes what a step that is not taken did to BatchNorm's statistics.
         accumulate, ranks: as in ``train_step``.
-        graph: capture; only where ``why_not_captured`` has nothing to say.
+        graph: capture the step; only where ``why_not_captured`` returns None.
     """
 
     def __init__(
@@ -84,8 +83,8 @@ class TrainingStep:
         self.graph = graph
         self.forget()
 
-    def __call__(self, features: Tensor, target: Tensor, lr: float) -> Taken:
-        """Takes one step.
+    def __call__(self, features: Tensor, target: Tensor, lr: float) -> StepResult:
+        """Runs one step.
 
         Args:
             features: [B, T, F] float32.
@@ -97,29 +96,29 @@ class TrainingStep:
         """
         set_lr(self.optimizer, lr)
         if not self.graph:
-            return self._take(features, target)
-        if self._captured is None and self._warm < WARM_UP:
-            self._warm += 1
-            return self._aside(features, target)
+            return self._run(features, target)
+        if self._captured is None and self._num_warm_up < WARM_UP:
+            self._num_warm_up += 1
+            return self._warm_up_step(features, target)
         if self._captured is None:
             self._capture(features, target)
-        assert self._captured is not None and self._inputs is not None and self._taken is not None
+        assert self._captured is not None and self._inputs is not None and self._result is not None
         for buffer, given in zip(self._inputs, (features, target), strict=True):
             if buffer.shape != given.shape:
                 raise ValueError(f"expected {list(buffer.shape)}, got {list(given.shape)}")
             buffer.copy_(given, non_blocking=True)
         self._captured.replay()
-        return self._taken
+        return self._result
 
     def forget(self) -> None:
-        """Drops the graph: after the optimizer or the model got other tensors."""
+        """Drops the graph, after the optimizer or the model got other tensors."""
         self._captured: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
-        self._taken: Taken | None = None
-        self._warm = 0
+        self._result: StepResult | None = None
+        self._num_warm_up = 0
         self._stream = torch.cuda.Stream(self.device) if self.graph else None
 
-    def _take(self, features: Tensor, target: Tensor) -> Taken:
+    def _run(self, features: Tensor, target: Tensor) -> StepResult:
         if self.guard is not None:
             self.guard.remember()
         scale = self.loss_scale
@@ -137,21 +136,21 @@ class TrainingStep:
         if self.guard is not None:
             self.guard.undo_if(found_inf)
         overflow = torch.zeros_like(loss) if scale is None else scale.update(loss, found_inf)
-        return Taken(loss, norm, found_inf, overflow)
+        return StepResult(loss, norm, found_inf, overflow)
 
-    def _aside(self, features: Tensor, target: Tensor) -> Taken:
-        """A step on the stream of the capture."""
+    def _warm_up_step(self, features: Tensor, target: Tensor) -> StepResult:
+        """Runs a step on the stream of the capture."""
         assert self._stream is not None
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            taken = self._take(features, target)
+            result = self._run(features, target)
         current.wait_stream(self._stream)
         for x in (features, target):
             x.record_stream(self._stream)
-        for x in taken:
+        for x in result:
             x.record_stream(current)
-        return taken
+        return result
 
     def _capture(self, features: Tensor, target: Tensor) -> None:
         self._inputs = torch.empty_like(features), torch.empty_like(target)
@@ -160,7 +159,7 @@ class TrainingStep:
             # It empties the allocator's cache before. The loader's thread goes on pinning memory,
             # which a capture that watches all threads would not survive.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._taken = self._take(*self._inputs)
+                self._result = self._run(*self._inputs)
         except RuntimeError as error:
             full = (error, error.__context__)  # ending the capture may fail on top of it
             for e in full:

@@ -23,7 +23,7 @@ from fastat.introduction import log_device_choices, log_introduction
 from fastat.metrics import TaggingMetrics
 from fastat.network import build_network, training_step
 from fastat.nonfinite import reason_to_stop
-from fastat.readback import Reading, Readings
+from fastat.readback import DelayedReadback, Reading
 from fastat.run_checkpoints import holds_checkpoints
 from fastat.run_folder import Progress, RunLock, check_writable, open_run_folder
 from fastat.run_records import RunRecords, epoch_line, epoch_text
@@ -105,7 +105,7 @@ class Trainer:
         seed_rank(config.seed, ranks)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
-        self.readings = Readings(self.device)
+        self.readback = DelayedReadback(self.device)
         self.step = training_step(config, self.network, self.device, self.ranks)
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
@@ -201,10 +201,10 @@ class Trainer:
         clock = self._clock()
         for step, (batch, features, waited) in zip(steps, batches, strict=True):
             lr = self._lr(step)
-            taken = self.step(features, batch.target, lr)
-            zero = torch.zeros_like(taken.loss)
-            p.loss_sum += torch.where(taken.found_inf > 0, zero, taken.loss)
-            self.readings.put(step, lr, taken, p.loss_sum)
+            result = self.step(features, batch.target, lr)
+            zero = torch.zeros_like(result.loss)
+            p.loss_sum += torch.where(result.found_inf > 0, zero, result.loss)
+            self.readback.put(step, lr, result, p.loss_sum)
             p.step = step + 1
             seen = self._look_for_nonfinite()
 
@@ -263,7 +263,7 @@ class Trainer:
             the last of those steps, if any.
         """
         seen = None
-        for seen in self.readings.due(wait=wait):
+        for seen in self.readback.due(wait=wait):
             if seen.overflow:
                 self.progress.overflows += 1
             elif seen.found_inf:

@@ -18,7 +18,7 @@ from fastat.evaluate import evaluate_checkpoint
 from fastat.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LARGEST, LossScale
 from fastat.optim import create_adam, train_step
 from fastat.run_folder import Progress, restore_trainer_state, trainer_state
-from fastat.step import Taken
+from fastat.step import StepResult
 from fastat.train import Trainer
 from tests.conftest import TinySets, fastat
 from tests.test_nonfinite import poison
@@ -97,7 +97,7 @@ def test_a_scaled_step_is_the_step(accumulate: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def gradient_of(model: nn.Module, precision: str) -> tuple[Tensor, Taken]:
+def gradient_of(model: nn.Module, precision: str) -> tuple[Tensor, StepResult]:
     """Of a first step: what Adam was given, as its first moment has it."""
     features, target = inputs(0)
     if hasattr(model, "trunk"):  # ResNet50: the CPU is slow at it

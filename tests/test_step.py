@@ -21,8 +21,8 @@ from fastat.loss_scale import LossScale
 from fastat.models import create_model
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam, finite_flag, train_step
-from fastat.readback import BEHIND, Readings
-from fastat.step import WARM_UP, Taken, TrainingStep, why_not_captured
+from fastat.readback import BEHIND, DelayedReadback
+from fastat.step import WARM_UP, StepResult, TrainingStep, why_not_captured
 from tests.conftest import SMALL_MODELS, TinySets, fastat
 from tests.test_train import arguments
 
@@ -227,12 +227,12 @@ def test_what_is_not_captured_has_a_reason() -> None:
 
 
 def test_readings_come_at_once_on_the_cpu_and_in_order() -> None:
-    readings, total = Readings(CPU), torch.zeros((), dtype=torch.float64)
+    readback, total = DelayedReadback(CPU), torch.zeros((), dtype=torch.float64)
     for i in range(3):
-        taken = Taken(*map(torch.tensor, (0.1 * i, 2.0, float(i > 0), float(i > 1))))
+        taken = StepResult(*map(torch.tensor, (0.1 * i, 2.0, float(i > 0), float(i > 1))))
         total += taken.loss
-        readings.put(i, 0.5, taken, total)
-        (seen,) = readings.due()
+        readback.put(i, 0.5, taken, total)
+        (seen,) = readback.due()
         assert (seen.step, seen.lr, seen.norm) == (i, 0.5, 2.0)
         assert (seen.found_inf, seen.overflow) == (i > 0, i > 1)
         assert seen.loss == taken.loss.item() and seen.loss_sum == total.item()
@@ -290,7 +290,7 @@ def test_no_step_waits_for_the_gpu(name: str, precision: str) -> None:
     waveform = torch.zeros(CLIPS, SAMPLES, dtype=torch.int16, device=CUDA)
     num_samples = torch.full((CLIPS,), SAMPLES, device=CUDA)
     target = torch.rand(CLIPS, 5, device=CUDA)
-    readings, total = Readings(CUDA), torch.zeros((), dtype=torch.float64, device=CUDA)
+    readback, total = DelayedReadback(CUDA), torch.zeros((), dtype=torch.float64, device=CUDA)
     steps = WARM_UP + 5
     seen = []
     for i in range(steps):
@@ -298,10 +298,10 @@ def test_no_step_waits_for_the_gpu(name: str, precision: str) -> None:
         with no_sync() if i > WARM_UP else no_sync_needed():
             taken = step(frontend(waveform, num_samples), target, 1e-3)
             total += taken.loss
-            readings.put(i, 1e-3, taken, total)
-            seen += [r.step for r in readings.due()]
+            readback.put(i, 1e-3, taken, total)
+            seen += [r.step for r in readback.due()]
     assert seen == list(range(steps - BEHIND))
-    assert [r.step for r in readings.due(wait=True)] == list(range(steps - BEHIND, steps))
+    assert [r.step for r in readback.due(wait=True)] == list(range(steps - BEHIND, steps))
 
 
 @contextmanager
