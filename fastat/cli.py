@@ -17,6 +17,7 @@ from fastat.commands.study import ablate, compare, landscape
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.compiling import compiler_failed, compiler_said
+from fastat.display import show_messages
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
 from fastat.streams import prepare_standard_streams
 
@@ -75,6 +76,7 @@ USAGE_ERROR: Any = next(c for c in typer.BadParameter.mro() if c.__name__ == "Cl
 def main() -> None:
     """The ``fastat`` command."""
     prepare_standard_streams()
+    show_messages()
     try:
         os.getcwd()
     except FileNotFoundError:  # MKL would abort with an unclear message

@@ -28,7 +28,7 @@ def config_of(sets: TinySets, num_clips: int = LARGE, **overrides: Any) -> Train
         "data": str(sets.train),
         "model_options": {"embedding": 64, "num_heads": 4},
     } | overrides
-    return resolve("A4", "cnn_trans", given, num_clips=num_clips, clip_seconds=1.0)[0]
+    return resolve("A4", "cnn_trans", given, num_clips=num_clips, clip_seconds=1.0)
 
 
 def largest(

@@ -1,13 +1,25 @@
 """The command ``fastat train``."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastat.commands import Precision
+from fastat.config import (
+    Cache,
+    OnNan,
+    Source,
+    TrainConfig,
+    parse_batch,
+    parse_settings,
+    parse_stride,
+)
 from fastat.errors import UserError
+from fastat.procedures import Preset
+from fastat.schedule import Schedule
 
 
 def train(
@@ -22,28 +34,32 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Clips a step; auto: as many as the memory holds.")
+        str | None, typer.Option(help="Clips in a step; auto: as many as fit in the GPU's memory.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Maximum learning rate.")] = None,
-    steps: Annotated[int | None, typer.Option(help="End after so many steps in all.")] = None,
+    steps: Annotated[int | None, typer.Option(help="End after this many steps in all.")] = None,
     stride: Annotated[
         str | None, typer.Option(help="ast: distance of patches, FxT in mel bins and frames.")
     ] = None,
-    source: Annotated[str | None, typer.Option(help="packed or dali.")] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="paper (Table 1) or authors (the runs behind its numbers)."),
+    source: Annotated[
+        Source | None, typer.Option(help="dali: decode the original files while training.")
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="step, step2, constant or cyclic.")] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(help="paper: Table 1; authors: the runs behind its numbers."),
+    ] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="Of the learning rate after warm-up; default: step.")
+    ] = None,
     precision: Precision = "auto",
-    no_balance: Annotated[
-        bool, typer.Option("--no-balance", help="Draw every clip alike.")
-    ] = False,
+    balance: Annotated[
+        bool | None, typer.Option(" /--no-balance", help="Draw every clip equally often.")
+    ] = None,
     no_mixup: Annotated[bool, typer.Option("--no-mixup", help="Mix no clips.")] = False,
     no_specaug: Annotated[bool, typer.Option("--no-specaug", help="Mask nothing.")] = False,
-    no_normalize: Annotated[
-        bool, typer.Option("--no-normalize", help="Leave features as they are.")
-    ] = False,
+    normalize: Annotated[
+        bool | None, typer.Option(" /--no-normalize", help="Leave features as they are.")
+    ] = None,
     pretrained: Annotated[
         bool | None,
         typer.Option(
@@ -73,20 +89,19 @@ def train(
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),
     ] = None,
     cache: Annotated[
-        str | None,
-        typer.Option(help="none; host or device: log-mels computed once and kept in its memory."),
+        Cache | None, typer.Option(help="Compute log-mels once and keep them in memory.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; default: one.")] = None,
     on_nan: Annotated[
-        str | None,
-        typer.Option(help="When a loss or gradient is not finite: stop the run, or skip the step."),
+        OnNan | None,
+        typer.Option(help="When a loss or gradient is not finite: stop, or skip the step."),
     ] = None,
     max_bad: Annotated[
         float | None, typer.Option(help="Share of the clips that may be damaged.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in --out, or start there.")
+        bool, typer.Option("--resume", help="Resume the run in --out, or start it there.")
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of config.json; model.KEY=value.")
@@ -106,36 +121,16 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
-    from fastat.config import check_precision, parse_batch, parse_settings, parse_stride
+    options = {name.rstrip("_"): value for name, value in locals().items()}
     from fastat.launch import launched, run_training
 
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "batch": None if batch is None else parse_batch(batch),
-        "lr": lr,
-        "steps": steps,
-        "source": source,
-        "preset": preset,
-        "pretrained": pretrained,
-        "init": init,
-        "freeze": freeze,
-        "layer_decay": layer_decay,
-        "accumulate": accumulate,
-        "schedule": schedule,
-        "precision": check_precision(precision),
-        "compile": compile_,
-        "cache": cache,
-        "on_nan": on_nan,
-        "max_bad": max_bad,
-        "seed": seed,
-        "data": data,
-        "eval": eval_,
-    }
-    overrides = {k: v for k, v in given.items() if v is not None}
-    overrides |= {"balance": False} if no_balance else {}
+    # Options that are named after a field of the configuration set it.
+    own = {field.name for field in fields(TrainConfig)} - {"proc", "model"}
+    overrides = {k: v for k, v in options.items() if k in own and v is not None}
+    if batch is not None:
+        overrides["batch"] = parse_batch(batch)
     overrides |= {"mixup": 0.0} if no_mixup else {}
     overrides |= {"time_mask": 0, "freq_mask": 0} if no_specaug else {}
-    overrides |= {"normalize": False} if no_normalize else {}
     settings = parse_settings(set_ or [])
     if stride is not None:
         if model not in (None, "ast"):
