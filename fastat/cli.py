@@ -87,7 +87,7 @@ def main() -> None:
     except RankZeroFailed as error:
         sys.exit(error.exit_code)
     except USAGE_ERROR as error:
-        _fail(error.format_message(), 2)
+        _fail(_usage_message(error), 2)
     except UserError as error:
         _fail(str(error), 2)
     except Failure as error:
@@ -108,6 +108,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_message(error: Any) -> str:
+    """typer's message; about a value of another type, pydantic wrote it, without the value."""
+    message = str(error.format_message()).replace("Value error, ", "")
+    for detail in getattr(error.__cause__, "errors", list)()[:1]:
+        given = repr(detail["input"])
+        message += "" if given in message else f", got {given}"
+    return message
 
 
 def _fail(message: str, code: int) -> None:

@@ -46,6 +46,7 @@ Source = Literal["packed", "dali"]
 Cache = Literal["none", "host", "device"]
 OnNan = Literal["stop", "skip"]
 Beta = Annotated[float, Limit("a number in [0, 1)", lambda x: 0 <= x < 1)]
+Seed = Annotated[int, Limit("an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
 LayerDecay = Annotated[float, Limit("a number in (0, 1]", lambda x: 0 < x <= 1)]
 
 
@@ -118,7 +119,7 @@ class TrainConfig:
     """Share of the clips that may be damaged, or that DALI may be unable to decode."""
     on_nan: OnNan = "stop"
     """What follows a step whose loss or gradient is not finite, and which is never taken."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     eval_batch: Count = 64
     checkpoint_every_steps: Count | None = None
     """Also saves in mid-epoch, each time this many steps are done."""
@@ -341,8 +342,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     Raises:
         UserError: not of that form, an unknown key (with the nearest), or a value of another type.
     """
-    hints = typing.get_type_hints(TrainConfig, include_extras=True)
-    del hints["model_options"]
+    known = [field.name for field in fields(TrainConfig) if field.name != "model_options"]
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -354,12 +354,26 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _parsed(text)
         elif key in ("proc", "model", "freeze"):
             raise UserError(f"--set takes no {key}: say --{key} {text}")
-        elif key in hints:
-            overrides[key] = _value(text, hints[key])
-            check_value(f"--set {key}", overrides[key], hints[key])
+        elif key in known:
+            overrides[key] = parse_field(key, text, option=f"--set {key}")
         else:
-            raise UserError(f"unknown --set key {key!r}{nearest(key, [*hints, 'model.<option>'])}")
+            raise UserError(f"unknown --set key {key!r}{nearest(key, [*known, 'model.<option>'])}")
     return overrides
+
+
+def parse_field(name: str, text: str, *, option: str) -> Any:
+    """The value that ``text`` gives to the field ``name`` of TrainConfig; "null" is None.
+
+    Raises:
+        UserError: it names ``option``, what was expected and ``text``.
+    """
+    hint = typing.get_type_hints(TrainConfig, include_extras=True)[name]
+    parsed = _parsed(text)
+    number = float(parsed) if fits(parsed, int) else parsed
+    candidates = (None if text == "null" else text, number, parsed)
+    value = next((value for value in candidates if fits(value, hint)), text)
+    check_value(option, value, hint)
+    return value
 
 
 def _parsed(text: str) -> Any:
@@ -368,15 +382,6 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _value(text: str, hint: Any) -> Any:
-    """What ``text`` stands for in a field of the annotated type ``hint``; ``text`` where nothing
-    fits."""
-    parsed = _parsed(text)
-    number = float(parsed) if fits(parsed, int) else parsed
-    candidates = (None if text == "null" else text, number, parsed)
-    return next((value for value in candidates if fits(value, hint)), text)
 
 
 def resumed(

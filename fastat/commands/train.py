@@ -3,7 +3,7 @@
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from fastat.config import (
     Source,
     TrainConfig,
     parse_batch,
+    parse_field,
     parse_settings,
     parse_stride,
 )
@@ -32,14 +33,22 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/PROC-MODEL-TIME.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
-    batch: Annotated[
-        str | None, typer.Option(help="Clips in a step; auto: as many as fit in the GPU's memory.")
+    epochs: Annotated[
+        str | None, typer.Option(metavar="N", help="Passes over the training set.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Maximum learning rate.")] = None,
-    steps: Annotated[int | None, typer.Option(help="End after this many steps in all.")] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Clips in a step; auto: as many as fit in the GPU's memory."
+        ),
+    ] = None,
+    lr: Annotated[str | None, typer.Option(metavar="X", help="Maximum learning rate.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N", help="End after this many steps in all.")
+    ] = None,
     stride: Annotated[
-        str | None, typer.Option(help="ast: distance of patches, FxT in mel bins and frames.")
+        str | None,
+        typer.Option(metavar="FxT", help="ast: distance of patches in mel bins and frames."),
     ] = None,
     source: Annotated[
         Source | None, typer.Option(help="dali: decode the original files while training.")
@@ -75,13 +84,16 @@ def train(
         typer.Option(help="Do not train parameters of this name, as 'layers.0.*'; repeatable."),
     ] = None,
     layer_decay: Annotated[
-        float | None,
-        typer.Option(help="Transformers: factor on the rate from a layer to the one before it."),
+        str | None,
+        typer.Option(
+            metavar="X", help="Transformers: factor on the rate from a layer to the one before it."
+        ),
     ] = None,
     accumulate: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time."
+            metavar="N",
+            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time.",
         ),
     ] = None,
     compile_: Annotated[
@@ -97,9 +109,11 @@ def train(
         typer.Option(help="When a loss or gradient is not finite: stop, or skip the step."),
     ] = None,
     max_bad: Annotated[
-        float | None, typer.Option(help="Share of the clips that may be damaged.")
+        str | None, typer.Option(metavar="X", help="Share of the clips that may be damaged.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="N", help="Seed of everything random.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in --out, or start it there.")
     ] = False,
@@ -124,11 +138,15 @@ def train(
     options = {name.rstrip("_"): value for name, value in locals().items()}
     from fastat.launch import launched, run_training
 
-    # Options that are named after a field of the configuration set it.
-    own = {field.name for field in fields(TrainConfig)} - {"proc", "model"}
-    overrides = {k: v for k, v in options.items() if k in own and v is not None}
-    if batch is not None:
-        overrides["batch"] = parse_batch(batch)
+    # An option that is named after a field of the configuration sets it.
+    overrides: dict[str, Any] = {"precision": precision}
+    overrides |= {} if batch is None else {"batch": parse_batch(batch)}
+    for name in (field.name for field in fields(TrainConfig)):
+        value = options.get(name)
+        if value is None or name in ("proc", "model", *overrides):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        overrides[name] = parse_field(name, value, option=option) if type(value) is str else value
     overrides |= {"mixup": 0.0} if no_mixup else {}
     overrides |= {"time_mask": 0, "freq_mask": 0} if no_specaug else {}
     settings = parse_settings(set_ or [])
