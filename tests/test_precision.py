@@ -144,7 +144,7 @@ def test_an_unknown_precision_is_refused(
         main()
     assert left.value.code == 2
     message = capsys.readouterr().err
-    assert "fp8" in message and "auto, bf16, fp16, fp32" in message
+    assert "'fp8' is not one of 'auto', 'bf16', 'fp16', 'fp32'" in message
 
 
 def test_features_have_one_precision(
