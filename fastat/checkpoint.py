@@ -6,11 +6,10 @@ on from is a file beside them, see ``run_checkpoints``.
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,30 +20,48 @@ from fastat.atomic import atomic_path
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
+from fastat.fields import (
+    ANOTHER_VERSION,
+    Finite,
+    Limit,
+    Positive,
+    check_fields,
+    check_keys,
+    fits,
+)
 from fastat.frontend import Frontend
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
-from fastat.versions import ANOTHER_VERSION, check_keys
 
 FORMAT = "fastat-checkpoint"
 VERSION = 1
 WEIGHTS_FILE, META_FILE = "model.safetensors", "model.json"
 MAX_CLIP_SECONDS = 3600
+ClipSeconds = Annotated[
+    float, Limit(f"a number in (0, {MAX_CLIP_SECONDS}]", lambda x: 0 < x <= MAX_CLIP_SECONDS)
+]
+Class = Annotated[
+    ClassInfo, Limit("a class's id and name", lambda c: fits(c.id, str) and fits(c.name, str))
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMeta:
-    """All that prediction needs beside the weights; ``model.json``."""
+    """All that prediction needs beside the weights; ``model.json``.
+
+    Raises:
+        UserError: a value is not of its field's type.
+    """
 
     model: str
     feature: str
-    clip_seconds: float
+    clip_seconds: ClipSeconds
     num_mels: int
     num_frames: int
-    mean: float
+    mean: Finite
     """Of the training features, in the feature's units."""
-    std: float
-    classes: tuple[ClassInfo, ...]
+    std: Positive
+    classes: tuple[Class, ...]
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword options of create_model."""
     remove_mean: bool = True
@@ -53,25 +70,7 @@ class ModelMeta:
     """Where it comes from: procedure, epoch, step, mAP."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_seconds", "mean", "std"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, float | int):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value) or (value <= 0 and name != "mean"):
-                raise ValueError(f"{name} must be finite and positive, got {value}")
-        if self.clip_seconds > MAX_CLIP_SECONDS:
-            raise ValueError(f"clip_seconds must be at most {MAX_CLIP_SECONDS}")
-        for c in self.classes:
-            if not isinstance(c.id, str) or not isinstance(c.name, str):
-                raise TypeError(f"expected a class's id and name, got {c}")
-        for name in ("remove_mean", "normalize"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("num_mels", "num_frames"):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
-        if not isinstance(self.model, str) or not isinstance(self.options, dict):
-            raise TypeError(f"expected a model and its options, got {self.model}, {self.options}")
+        check_fields(self)
 
     @property
     def clip_samples(self) -> int:
@@ -208,6 +207,8 @@ def load_meta(checkpoint: Path) -> ModelMeta:
         return meta
     except OSError as error:
         raise Failure(f"{path} cannot be read: {error.strerror}") from error
+    except UserError as error:  # of ModelMeta
+        raise Failure(f"{path} is damaged: {error}") from error
     except (
         ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
     ) as error:  # fmt: skip

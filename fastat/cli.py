@@ -17,6 +17,7 @@ from fastat.commands.study import ablate, compare, landscape
 from fastat.commands.train import train
 from fastat.commands.trained import convert, evaluate, predict
 from fastat.compiling import compiler_failed, compiler_said
+from fastat.display import show_messages
 from fastat.errors import Failure, RankZeroFailed, UserError, one_line
 from fastat.streams import prepare_standard_streams
 
@@ -75,6 +76,7 @@ USAGE_ERROR: Any = next(c for c in typer.BadParameter.mro() if c.__name__ == "Cl
 def main() -> None:
     """The ``fastat`` command."""
     prepare_standard_streams()
+    show_messages()
     try:
         os.getcwd()
     except FileNotFoundError:  # MKL would abort with an unclear message
@@ -85,7 +87,7 @@ def main() -> None:
     except RankZeroFailed as error:
         sys.exit(error.exit_code)
     except USAGE_ERROR as error:
-        _fail(error.format_message(), 2)
+        _fail(_usage_message(error), 2)
     except UserError as error:
         _fail(str(error), 2)
     except Failure as error:
@@ -106,6 +108,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_message(error: Any) -> str:
+    """typer's message; about a value of another type, pydantic wrote it, without the value."""
+    message = str(error.format_message()).replace("Value error, ", "")
+    for detail in getattr(error.__cause__, "errors", list)()[:1]:
+        given = repr(detail["input"])
+        message += "" if given in message else f", got {given}"
+    return message
 
 
 def _fail(message: str, code: int) -> None:

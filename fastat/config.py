@@ -1,21 +1,34 @@
-"""A training run's configuration: procedure, size of the data and the user's overrides, resolved.
+"""A training run's configuration: a procedure with the user's options, fitted to the training set.
 
-Imports no torch, so that a mistake on the command line is answered at once.
+Imports neither torch nor numpy, so that a mistake on the command line is answered at once.
 """
 
 import json
+import logging
 import re
-import types
 import typing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastat.atomic import atomic_write_text
 from fastat.errors import Failure, UserError, nearest
-from fastat.features import FEATURES
+from fastat.fields import (
+    Count,
+    Limit,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Share,
+    check_fields,
+    check_keys,
+    check_value,
+    fits,
+)
 from fastat.procedures import (
     ATTENTION_MODELS,
+    Preset,
     Procedure,
     changes,
     model_options,
@@ -23,25 +36,30 @@ from fastat.procedures import (
     small_set_lr,
     small_set_sizes,
 )
-from fastat.schedule import SCHEDULES, warmup_length
-from fastat.versions import check_keys, writer_of
+from fastat.schedule import Schedule, warmup_length
 from fastat_kernels.choice import parse_kernels
 
-PRECISIONS = ("bf16", "fp16", "fp32")
-SOURCES = ("packed", "dali")
-STATISTICS = ("set", "authors")
-CACHES = ("none", "host", "device")
-CACHE_DTYPES = ("float16", "uint8")
-ON_NAN = ("stop", "skip")
-GRADIENT_DTYPES = ("float32", "bfloat16")
+log = logging.getLogger(__name__)
+
+Precision = Literal["bf16", "fp16", "fp32"]
+Source = Literal["packed", "dali"]
+Cache = Literal["none", "host", "device"]
+OnNan = Literal["stop", "skip"]
+Beta = Annotated[float, Limit("a number in [0, 1)", lambda x: 0 <= x < 1)]
+Seed = Annotated[int, Limit("an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)]
+LayerDecay = Annotated[float, Limit("a number in (0, 1]", lambda x: 0 < x <= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run; ``config.json``."""
+    """Everything that decides a run; ``config.json``.
+
+    Raises:
+        UserError: a value is not of its field's type, or options exclude each other.
+    """
 
     proc: str
-    preset: str = "paper"
+    preset: Preset = "paper"
     """"paper": Table 1; "authors": the runs behind the paper's numbers."""
     model: str
     feature: str
@@ -49,14 +67,14 @@ class TrainConfig:
     """The packed training set."""
     eval: str | None = None
     """The packed evaluation set; None trains without scoring."""
-    epochs: int
-    batch: int
+    epochs: Count
+    batch: Count
     """Global batch, in clips."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches that a batch is computed in; one Adam step on their mean gradient."""
-    lr: float
+    lr: Positive
     """Maximum learning rate."""
-    layer_decay: float = 1.0
+    layer_decay: LayerDecay = 1.0
     """Factor on the learning rate from each Transformer layer to the one before it."""
     freeze: list[str] = field(default_factory=list)
     """Shell patterns of the names of parameters that are not trained."""
@@ -64,101 +82,68 @@ class TrainConfig:
     """Start from ImageNet weights."""
     init: str | None = None
     """Start from this checkpoint's weights."""
-    steps: int | None = None
-    """Ends the run after so many optimizer steps; schedule and warm-up stay as they are."""
-    warmup_steps: int
-    schedule: str = "step"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
+    steps: Count | None = None
+    """Ends the run after this many optimizer steps; schedule and warm-up stay as they are."""
+    warmup_steps: NonNegativeInt
+    schedule: Schedule = "step"
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    weight_decay: NonNegative = 0.0
     balance: bool
-    mixup: float
-    mixup_alpha: float
-    time_mask: int
+    """Draw clips by the rarity of their classes instead of all alike."""
+    mixup: Share
+    """Probability that a clip is mixed with another."""
+    mixup_alpha: Positive
+    time_mask: NonNegativeInt
     """Largest width in frames, for this set's clip length."""
-    freq_mask: int
+    freq_mask: NonNegativeInt
     normalize: bool = True
     remove_mean: bool = True
-    statistics: str = "set"
+    statistics: Literal["set", "authors"] = "set"
     """Mean and standard deviation from the training "set", or the "authors" values."""
     model_options: dict[str, Any] = field(default_factory=dict)
-    precision: str = "fp32"
+    """Keyword options of create_model."""
+    precision: Precision = "fp32"
     """Of matrix products and convolutions; "auto" is resolved already."""
     compile: bool = False
     cuda_graphs: bool = True
     """On CUDA, replay the training step as one graph, where it can be captured."""
     kernels: str = "auto"
     """Operators that run Triton kernels on CUDA: "auto" (the measured winners), "all", "none", or
-    names with commas between."""
-    source: str = "packed"
-    window: int = 0
-    """Reads an epoch's clips in windows of so many rows, in random order; 0: all at random."""
-    cache: str = "none"
+    names separated by commas."""
+    source: Source = "packed"
+    cache: Cache = "none"
     """Keep un-augmented log-mels in the memory of the "host" or the "device"."""
-    cache_dtype: str = "float16"
-    max_bad: float = 0.01
-    """Share of the clips that may be damaged, or that --source dali may be unable to take."""
-    on_nan: str = "stop"
+    cache_dtype: Literal["float16", "uint8"] = "float16"
+    max_bad: Share = 0.01
+    """Share of the clips that may be damaged, or that DALI may be unable to decode."""
+    on_nan: OnNan = "stop"
     """What follows a step whose loss or gradient is not finite, and which is never taken."""
-    seed: int = 0
-    eval_batch: int = 64
-    checkpoint_every_steps: int | None = None
-    """Also saves in mid-epoch, every so many steps."""
-    checkpoint_every_minutes: float | None = None
-    """Also saves in mid-epoch, every so many minutes."""
+    seed: Seed = 0
+    eval_batch: Count = 64
+    checkpoint_every_steps: Count | None = None
+    """Also saves in mid-epoch, each time this many steps are done."""
+    checkpoint_every_minutes: Positive | None = None
+    """Also saves in mid-epoch, each time this many minutes have passed."""
     sync_batchnorm: bool = False
-    """BatchNorm sees the batch of all ranks."""
-    gradient_dtype: str = "float32"
+    """BatchNorm's statistics are those of the batch of all ranks."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which ranks exchange gradients."""
-    rank_timeout: float = 600.0
+    rank_timeout: Positive = 600.0
     """Seconds that a rank waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
-        _one_of("feature", self.feature, tuple(FEATURES))
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("source", self.source, SOURCES)
-        _one_of("statistics", self.statistics, STATISTICS)
-        _one_of("cache", self.cache, CACHES)
-        _one_of("cache_dtype", self.cache_dtype, CACHE_DTYPES)
-        _one_of("on_nan", self.on_nan, ON_NAN)
-        _one_of("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
-        for name in (
-            "epochs", "batch", "accumulate", "eval_batch", "steps", "checkpoint_every_steps"
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "time_mask", "freq_mask", "seed", "window"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
+        from fastat.features import FEATURES  # imports numpy
+
+        check_fields(self)
+        if self.feature not in FEATURES:
+            raise UserError(f"unknown feature {self.feature!r}{nearest(self.feature, FEATURES)}")
         try:
             parse_kernels(self.kernels)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if self.seed >= 2**63:
-            raise UserError(f"seed must be less than 2^63, got {self.seed}")
-        for name in ("mixup", "max_bad"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UserError(f"weight_decay must not be negative, got {self.weight_decay}")
-        for name in ("lr", "mixup_alpha", "rank_timeout", "checkpoint_every_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"{name} must be a positive number, got {value}")
         if self.cache != "none" and self.source != "packed":
             raise UserError(f"cache {self.cache} takes source packed, got {self.source}")
-        if self.cache != "none" and self.window:
-            raise UserError(
-                f"cache {self.cache} reads no clips while it trains: expected window 0, "
-                f"got {self.window}"
-            )
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.model not in ATTENTION_MODELS:
             raise UserError(
                 f"layer_decay is for models of Transformer layers ({', '.join(ATTENTION_MODELS)}), "
@@ -176,41 +161,19 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
-        """Reads ``config.json``. Raises Failure when it is damaged, or of another version."""
+        """Reads ``config.json``.
+
+        Raises:
+            Failure: it is damaged, or was written by another version of fastat.
+        """
         try:
             document = json.loads(path.read_text())
-            _check_types(document)
-            check_keys(path, document, cls, lambda: writer_of(path.parent))
+            check_keys(path, document, cls)
             return cls(**document)
         except OSError as error:
             raise Failure(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise Failure(f"{path} is damaged: {error}") from error
-
-
-def _check_types(document: Any) -> None:
-    """Raises TypeError unless every value of config.json has its field's type."""
-    if not isinstance(document, dict):
-        raise TypeError("expected an object")
-    for name, hint in typing.get_type_hints(TrainConfig).items():
-        if name in document and not _is_a(document[name], hint):
-            raise TypeError(f"{name} must be of type {getattr(hint, '__name__', hint)}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_is_a(value, kind) for kind in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    if kind is list:
-        return type(value) is list and all(type(item) is str for item in value)
-    if type(value) is int and kind in (int, float):
-        return abs(value) < 2**63
-    return type(value) is kind
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -222,16 +185,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
 """Options that leave the mathematics of training alone (the data must still be the same set)."""
 
 
-def resolve(
-    proc: str,
-    model: str,
-    overrides: dict[str, Any],
-    *,
-    num_clips: int,
-    clip_seconds: float,
-    initial_options: dict[str, Any] | None = None,
-) -> tuple[TrainConfig, list[str]]:
-    """The configuration for a training set of ``num_clips``, and what there is to say about it.
+def procedure_config(
+    proc: str, model: str, overrides: dict[str, Any], initial_options: dict[str, Any] | None = None
+) -> TrainConfig:
+    """A procedure with the user's options, not yet fitted to the training set.
 
     Args:
         overrides: TrainConfig fields that the user set (data among them).
@@ -241,81 +198,103 @@ def resolve(
     Raises:
         UserError: an unknown procedure or preset, or an impossible value.
     """
-    overrides = dict(overrides)
     p = procedure_of(proc, model, overrides.get("preset", "paper"))
-    notes: list[str] = []
+    shared = {f.name for f in fields(Procedure)} & {f.name for f in fields(TrainConfig)}
+    values = {name: getattr(p, name) for name in shared}
+    values["pretrained"] = p.pretrained and overrides.get("init") is None
+    options = model_options(model, p) | (initial_options or {}) | overrides.get("model_options", {})
+    given = {"proc": proc, "model": model, "model_options": options}
+    return TrainConfig(**values | overrides | given)
+
+
+def resolve(
+    proc: str,
+    model: str,
+    overrides: dict[str, Any],
+    *,
+    num_clips: int,
+    clip_seconds: float,
+    initial_options: dict[str, Any] | None = None,
+    report: bool = True,
+) -> TrainConfig:
+    """The configuration for a training set of ``num_clips``.
+
+    What differs from Table 1, and why, is logged at level INFO.
+
+    Args:
+        overrides, initial_options: as in ``procedure_config``.
+        report: False logs it at level DEBUG, for a configuration that is not final.
+
+    Raises:
+        UserError: as ``procedure_config``, or the set has no clips.
+    """
+    note = log.info if report else log.debug
+    config = procedure_config(proc, model, overrides, initial_options)
+    p = procedure_of(proc, model, config.preset)
     if changed := changes(p):
         values = ", ".join(f"{name} {_short(value)}" for name, value in changed.items())
-        notes.append(f"preset {p.preset}: {values}")
-    own_options = overrides.pop("model_options", {})
-    proc_options = model_options(model, p)
-    proc_or_initial = proc_options | (initial_options or {})
-    for name in sorted(proc_options.keys() - own_options.keys()):
-        if proc_or_initial[name] != proc_options[name]:
-            notes.append(
-                f"{name} {proc_or_initial[name]} of the weights to start from, "
-                f"not {proc}'s {proc_options[name]}"
+        note(f"preset {p.preset}: {values}")
+    wanted, needed = model_options(model, p), initial_options or {}
+    for name in sorted(wanted.keys() - overrides.get("model_options", {}).keys()):
+        if needed.get(name, wanted[name]) != wanted[name]:
+            note(
+                f"{name} {needed[name]} of the weights to start from, not {proc}'s {wanted[name]}",
             )
-    config = TrainConfig(
-        proc=proc,
-        model=model,
-        model_options=proc_or_initial | own_options,
-        **(_sized(p, model, overrides, num_clips, notes) | overrides),
-    )
+    config = _fit_to_set(config, p, overrides, num_clips, note)
     if config.accumulate > 1 and model in ATTENTION_MODELS:
-        notes.append("the paper reports that gradient accumulation >= 2 broke attention models")
+        note("the paper reports that gradient accumulation >= 2 broke attention models")
     scaled_mask = round(p.time_mask * clip_seconds / 10)
     if "time_mask" not in overrides and scaled_mask != p.time_mask:
         config = replace(config, time_mask=scaled_mask)
-        notes.append(
+        note(
             f"clips of {clip_seconds:g} s: time mask at most {scaled_mask} frames "
-            f"({proc}: {p.time_mask} for 10 s)"
+            f"({proc}: {p.time_mask} for 10 s)",
         )
     total = num_clips // config.batch * config.epochs
     warmup = warmup_length(config.warmup_steps, total)
     if warmup < config.warmup_steps:
-        notes.append(
+        note(
             f"warm-up over {warmup} steps, a tenth of the run's {total}, "
-            f"instead of {config.warmup_steps}"
+            f"instead of {config.warmup_steps}",
         )
         config = replace(config, warmup_steps=warmup)
-    return config, notes
+    return config
 
 
-def _sized(
-    p: Procedure, model: str, overrides: dict[str, Any], num_clips: int, notes: list[str]
-) -> dict[str, Any]:
-    """The procedure's fields, with batch, epochs and LR as the set's size wants them."""
-    values: dict[str, Any] = {
-        name: getattr(p, name)
-        for name in (
-            "feature", "epochs", "batch", "lr", "warmup_steps", "balance", "mixup", "mixup_alpha",
-            "time_mask", "freq_mask", "beta1", "beta2", "weight_decay", "statistics",
-        )
-    }  # fmt: skip
-    values["pretrained"] = p.pretrained and overrides.get("init") is None
+def _fit_to_set(
+    config: TrainConfig,
+    p: Procedure,
+    overrides: dict[str, Any],
+    num_clips: int,
+    note: Callable[[str], None],
+) -> TrainConfig:
+    """``config`` with the batch, epochs and learning rate that suit the size of the set, where the
+    user did not set them."""
     small = small_set_sizes(p, num_clips)
-    if small is not None:
-        values |= asdict(small)
-        from_scratch = overrides.get("init") is None and not overrides.get(
-            "pretrained", p.pretrained
+    if small is None:
+        if config.batch == p.batch or "lr" in overrides:
+            return config
+        lr = p.lr * config.batch / p.batch
+        note(f"LR {lr:g}: {p.lr:g} scaled with the batch ({p.batch} -> {config.batch})")
+        return replace(config, lr=lr)
+    fitted = asdict(small) | {
+        "lr": small_set_lr(
+            p,
+            config.model,
+            overrides.get("batch", small.batch),
+            from_scratch=config.init is None and not config.pretrained,
         )
-        batch = overrides.get("batch", small.batch)
-        values["lr"] = small_set_lr(p, model, batch, from_scratch=from_scratch)
-        kept = {name: values[name] for name in ("batch", "epochs", "lr") if name not in overrides}
-        changed = [
-            f"{'LR' if k == 'lr' else k} {_short(v)} instead of {_short(getattr(p, k))}"
-            for k, v in kept.items()
-            if v != getattr(p, k)
-        ]
-        if changed:
-            stays = f"; LR stays {p.lr:g}" if values["lr"] == p.lr and "lr" in kept else ""
-            notes.append(f"a small set ({num_clips:,} clips): {', '.join(changed)}{stays}")
-    elif overrides.get("batch", p.batch) != p.batch and "lr" not in overrides:
-        batch = overrides["batch"]
-        values["lr"] = p.lr * batch / p.batch
-        notes.append(f"LR {values['lr']:g}: {p.lr:g} scaled with the batch ({p.batch} -> {batch})")
-    return values
+    }
+    fitted = {name: value for name, value in fitted.items() if name not in overrides}
+    changed = [
+        f"{'LR' if name == 'lr' else name} {_short(value)} instead of {_short(getattr(p, name))}"
+        for name, value in fitted.items()
+        if value != getattr(p, name)
+    ]
+    if changed:
+        kept = f"; LR stays {p.lr:g}" if fitted.get("lr") == p.lr else ""
+        note(f"a small set ({num_clips:,} clips): {', '.join(changed)}{kept}")
+    return replace(config, **fitted)
 
 
 def _short(value: Any) -> str:
@@ -325,28 +304,16 @@ def _short(value: Any) -> str:
 AUTO = "auto"
 
 
-def check_precision(text: str) -> str:
-    """``--precision``: AUTO, or one of PRECISIONS.
-
-    Raises:
-        UserError: neither.
-    """
-    if text not in (AUTO, *PRECISIONS):
-        known = ", ".join((AUTO, *PRECISIONS))
-        raise UserError(f"--precision must be one of {known}, got {text!r}")
-    return text
-
-
 def parse_batch(text: str) -> int | str:
-    """A number of clips, or AUTO.
+    """``--batch``: a number of clips, or AUTO.
 
     Raises:
         UserError: neither.
     """
     if text == AUTO:
         return AUTO
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise UserError(f"--batch takes a number of clips or auto, got {text!r}")
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        raise UserError(f"--batch takes a number of clips from 1 on, or auto, got {text!r}")
     return int(text)
 
 
@@ -375,8 +342,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     Raises:
         UserError: not of that form, an unknown key (with the nearest), or a value of another type.
     """
-    hints = typing.get_type_hints(TrainConfig)
-    known = [f.name for f in fields(TrainConfig) if f.name != "model_options"]
+    known = [field.name for field in fields(TrainConfig) if field.name != "model_options"]
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -385,35 +351,37 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if key in SIZES_OF_THE_DATA:
             raise UserError(f"--set takes no {key}: the feature and the classes decide it")
         if key.startswith("model."):
-            overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _plain(text)
+            overrides.setdefault("model_options", {})[key.removeprefix("model.")] = _parsed(text)
         elif key in ("proc", "model", "freeze"):
             raise UserError(f"--set takes no {key}: say --{key} {text}")
         elif key in known:
-            overrides[key] = _typed(key, text, hints[key])
+            overrides[key] = parse_field(key, text, option=f"--set {key}")
         else:
             raise UserError(f"unknown --set key {key!r}{nearest(key, [*known, 'model.<option>'])}")
     return overrides
 
 
-def _plain(text: str) -> Any:
+def parse_field(name: str, text: str, *, option: str) -> Any:
+    """The value that ``text`` gives to the field ``name`` of TrainConfig; "null" is None.
+
+    Raises:
+        UserError: it names ``option``, what was expected and ``text``.
+    """
+    hint = typing.get_type_hints(TrainConfig, include_extras=True)[name]
+    parsed = _parsed(text)
+    number = float(parsed) if fits(parsed, int) else parsed
+    candidates = (None if text == "null" else text, number, parsed)
+    value = next((value for value in candidates if fits(value, hint)), text)
+    check_value(option, value, hint)
+    return value
+
+
+def _parsed(text: str) -> Any:
     """A number, true, false or null as JSON reads it; any other text as it is."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
-
-
-def _typed(key: str, text: str, hint: Any) -> Any:
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    value: Any = _plain(text)
-    if str in allowed and value is not None:
-        value = text
-    if float in allowed and type(value) is int:
-        value = float(value)
-    if type(value) not in allowed:
-        names = " or ".join("null" if t is types.NoneType else t.__name__ for t in allowed)
-        raise UserError(f"--set {key} takes {names}, got {text!r}")
-    return value
 
 
 def resumed(

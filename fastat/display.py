@@ -51,10 +51,14 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints each message as a line of its own, above the live panel if there is one."""
+    """Prints each message as a line of its own, above the live panel if there is one.
+
+    A warning, like an error, begins with the program's name.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        _console.print(Text(one_line(record.getMessage())))
+        who = "fastat: " if record.levelno >= logging.WARNING else ""
+        _console.print(Text(f"{who}{one_line(record.getMessage())}"))
 
 
 def show_messages(*, shown: bool = True) -> None:

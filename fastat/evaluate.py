@@ -1,7 +1,7 @@
 """Scores of a model on a packed set, matched to its classes by id; ``fastat eval``."""
 
 import csv
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import nn
 
 from fastat.atomic import atomic_path
 from fastat.checkpoint import build_frontend, load_model
-from fastat.config import check_precision
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.distributed import ALONE, Ranks
@@ -27,6 +26,8 @@ from fastat.outputs import check_output, finite
 from fastat.predictions import save_predictions
 from fastat.progress import progress
 from fastat.system.device import autocast, choose_precision, default_device, set_products
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,6 @@ def evaluate_checkpoint(
     """
     if batch < 1:
         raise UserError(f"--batch must be at least 1, got {batch}")
-    check_precision(precision)
     for option, path in (("--predictions", predictions), ("--per-class", per_class)):
         check_output(option, path)
     quality = None if label_quality is None else read_quality(label_quality)
@@ -166,7 +166,7 @@ def evaluate_checkpoint(
             f"set's ids, got {next(iter(quality))!r}, ... ({len(quality)})"
         )
     if match.note:
-        print(f"fastat: {match.note}", file=sys.stderr)
+        log.warning(match.note)
     with progress("evaluating", packed.num_clips) as advance:
         result = evaluate(
             model,

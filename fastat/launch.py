@@ -7,26 +7,27 @@ import logging
 import os
 import shlex
 import stat
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastat.atomic import new_folder, remove_if_unused
 from fastat.compiling import keep_compiled
-from fastat.config import AUTO, TrainConfig, resolve, resumed
+from fastat.config import AUTO, TrainConfig, procedure_config, resolve, resumed
 from fastat.errors import UserError, nearest
 from fastat.features import FEATURES
-from fastat.procedures import PROCEDURES
 from fastat.signals import Interrupted, leaving_at_once
 
 if TYPE_CHECKING:
     from fastat.distributed import Ranks
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PATHS = ("data", "eval", "init")
 """Options that are paths; a run keeps them absolute."""
@@ -57,9 +58,10 @@ def run_training(
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
-    from fastat.display import show_messages
+    if os.environ.get("RANK", "0") != "0":
+        from fastat.display import show_messages
 
-    show_messages(shown=os.environ.get("RANK", "0") == "0")
+        show_messages(shown=False)  # rank 0 reports for all
     keep_compiled(cache_folder() / "compiled")
     make = partial(configure_ranks, proc, model, overrides, out, resume=resume)
     folder = out
@@ -71,12 +73,10 @@ def run_training(
     try:
         with leaving_at_once():
             if not launched():
-                config, notes = make()
+                config = make()
                 folder = run_folder_of(config, out)
                 from fastat.train import train
 
-                for note in notes:
-                    log.info(note)
                 train(config, folder, resume=resume)
                 return 0
             from fastat.distributed import peers_may_fail, started
@@ -84,21 +84,17 @@ def run_training(
 
             with started() as ranks:
                 with peers_may_fail(ranks):
-                    config, notes = make(ranks)
+                    config = make(ranks)
                     folder = ranks.from_first(partial(run_folder_of, config, out))
-                for note in notes:
-                    log.info(note)
                 train(config, folder, resume=resume, ranks=ranks)
     except Interrupted as stop:
         again = f"fastat train --resume --out {shlex.quote(str(folder))}"
         saved = f"saved in {folder}; go on with: {again}"
         why = saved if stop.saved else "there was nothing to save"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastat: stopped; {why}", file=sys.stderr)
+        log.warning(f"stopped; {why}")
         return stop.exit_code
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("fastat: interrupted", file=sys.stderr, flush=True)
+        log.warning("interrupted")
         drop_unused()
         os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint
     finally:
@@ -114,10 +110,11 @@ def configure_ranks(
     ranks: "Ranks | None" = None,
     *,
     resume: bool,
-) -> tuple[TrainConfig, list[str]]:
-    """What rank 0 ``configure``s, on every rank; for ``--batch auto`` each looks at its device.
+) -> TrainConfig:
+    """The configuration on every rank, as rank 0 makes it.
 
-    A run that goes on keeps the batch that was found for it.
+    With the batch AUTO, every rank measures its own device; a run that is resumed keeps the batch
+    that was found for it.
 
     Args:
         ranks: None: this process alone, which then has no use for torch yet.
@@ -126,24 +123,24 @@ def configure_ranks(
         UserError, Failure: as ``configure`` and ``fit_batch``.
     """
 
-    def make(overrides: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
-        there = partial(configure, proc, model, overrides, out, resume=resume)
-        return there() if ranks is None else ranks.from_first(there)
+    def on_first(make: Callable[[], T]) -> T:
+        return make() if ranks is None else ranks.from_first(make)
 
-    config, notes = make(overrides)
-    if overrides.get("batch") != AUTO:
-        return config, notes
+    def make(overrides: dict[str, Any]) -> TrainConfig:
+        return on_first(partial(configure, proc, model, overrides, out, resume=resume))
 
-    def goes_on() -> bool:
-        return out is not None and (out / "config.json").exists()
-
-    if goes_on() if ranks is None else ranks.from_first(goes_on):
-        return config, notes
+    config = make(overrides)
+    if overrides.get("batch") != AUTO or on_first(lambda: _holds_run(out)):
+        return config
     from fastat.distributed import ALONE
     from fastat.fit_batch import fit_batch
 
     batch = fit_batch(config, ranks or ALONE)
     return make(overrides | {"data": config.data, "eval": config.eval, "batch": batch})
+
+
+def _holds_run(out: Path | None) -> bool:
+    return out is not None and (out / "config.json").exists()
 
 
 def run_folder_of(config: TrainConfig, out: Path | None) -> Path:
@@ -159,38 +156,39 @@ def configure(
     out: Path | None,
     *,
     resume: bool,
-) -> tuple[TrainConfig, list[str]]:
-    """The configuration of a run to start or to go on with, and notes on it.
+) -> TrainConfig:
+    """The configuration of a run to start or to resume; logs what was chosen, and why.
 
     Args:
+        overrides: TrainConfig fields that the user set. A batch AUTO is still to be found: the
+            procedure's stands in for it, and nothing is logged. A precision AUTO is the one that
+            suits the device.
         out: the run folder; None: a new one is made later, so that a mistake leaves none behind.
-        overrides: TrainConfig fields that the user set. With the batch AUTO as without a batch,
-            which is still to be found; with the precision AUTO, the one that suits the device.
 
     Raises:
         UserError: options that are impossible, or that do not fit the run in ``out``.
         Failure: ``out`` is read-only.
     """
-    auto = overrides.get("batch") == AUTO
+    final = overrides.get("batch") != AUTO
     overrides = {
         k: v for k, v in overrides.items() if not (k in ("batch", "precision") and v == AUTO)
     }
     paths = {k: overrides[k] for k in PATHS if overrides.get(k) is not None}
-    # A link stays one: "best" of a run that goes on is another folder tomorrow.
+    # abspath follows no link: checkpoints/best of a run under way is another folder tomorrow.
     overrides = overrides | {k: os.path.abspath(path) for k, path in paths.items()}
     if resume and out is None:
         raise UserError("--resume needs --out, the run folder to go on in")
-    if out is not None and (out / "config.json").exists():
+    if out is not None and _holds_run(out):
         if not resume:
             raise UserError(
                 f"{out} already holds a run: --resume goes on with it, another --out starts anew"
             )
-        return resumed(TrainConfig.load(out / "config.json"), proc, model, overrides), []
+        return resumed(TrainConfig.load(out / "config.json"), proc, model, overrides)
     if proc is None or model is None:
         missing = f"{out} holds no run to resume, and " if resume else ""
         raise UserError(f"{missing}a new run needs --proc (A1, A2, A3, A4) and --model")
     _check_early(proc, model, overrides)
-    if auto:
+    if not final:
         from fastat.fit_batch import check_auto_batch
 
         check_auto_batch()
@@ -214,39 +212,32 @@ def configure(
 
     num_clips, clip_samples = sizes_of(Path(overrides["data"]))
     device = default_device()
-    overrides.setdefault("compile", supports_triton(device))
-    chosen = None
-    if "precision" not in overrides:
-        chosen = auto_precision(device)
-        overrides["precision"] = chosen.precision
-    config, notes = resolve(
+    suited = auto_precision(device)
+    config = resolve(
         proc,
         model,
-        overrides,
+        {"compile": supports_triton(device), "precision": suited.precision} | overrides,
         num_clips=num_clips,
         clip_seconds=clip_samples / SAMPLE_RATE,
         initial_options=initial,
+        report=final,
     )
-    if chosen is not None:
-        notes.append(f"precision {chosen.precision}: {chosen.reason}")
-    if not auto:  # the batch that is found will be a multiple
+    if final:
+        if "precision" not in overrides:
+            log.info(f"precision {suited.precision}: {suited.reason}")
         _check_parts(config)
     _check_model(config, clip_samples)
-    return config, notes
+    return config
 
 
 def _check_early(proc: str, model: str, overrides: dict[str, Any]) -> None:
-    """Before any data is made or opened: the procedure, the model and the values exist."""
-    if proc not in PROCEDURES:
-        raise UserError(f"unknown procedure {proc!r}{nearest(proc, PROCEDURES)}")
+    """Checks the procedure, the model and the values, before any data is made or opened."""
+    config = procedure_config(proc, model, {"data": ""} | overrides)
     from fastat.data.demo import CLIP_SECONDS
     from fastat.models import IMAGENET_MODELS, MODELS
 
     if model not in MODELS:
         raise UserError(f"unknown model {model!r}{nearest(model, MODELS)}")
-    given = {"data": ""} | overrides
-    seconds = CLIP_SECONDS if "data" not in overrides else 10.0
-    config, _ = resolve(proc, model, given, num_clips=1_000_000, clip_seconds=seconds)
     if "batch" in overrides:
         _check_parts(config)
     if config.pretrained and model not in IMAGENET_MODELS:
@@ -268,7 +259,7 @@ def _check_parts(config: TrainConfig) -> None:
 
 
 def _check_model(config: TrainConfig, clip_samples: int) -> None:
-    """The model can be made with these options; before every rank makes it."""
+    """Raises UserError unless the model can be made with these options."""
     import torch
 
     from fastat.models import create_model
@@ -324,10 +315,8 @@ def _temporary_cache() -> Path:
             "to a writable folder"
         )
     folder.chmod(0o700)
-    print(
-        f"fastat: the home folder cannot be written: {folder} is the cache folder (FASTAT_CACHE "
-        "moves it)",
-        file=sys.stderr,
+    log.warning(
+        f"the home folder cannot be written: {folder} is the cache folder (FASTAT_CACHE moves it)"
     )
     os.environ["FASTAT_CACHE"] = str(folder)
     return folder

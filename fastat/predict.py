@@ -28,7 +28,6 @@ from torch import Tensor
 
 from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
-from fastat.config import check_precision
 from fastat.data.bad_audio import BadAudio
 from fastat.errors import UserError, one_line
 from fastat.extract import BadFiles, output_names, read_waveform
@@ -111,7 +110,7 @@ class Tagger:
     def __init__(self, run: Path, precision: str = "auto") -> None:
         """Raises UserError where there is no checkpoint, Failure for a damaged one."""
         self.device = default_device()
-        self.precision = choose_precision(check_precision(precision), self.device)
+        self.precision = choose_precision(precision, self.device)
         set_products(self.precision)
         self.model: TaggingModel
         self.meta: ModelMeta

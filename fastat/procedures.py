@@ -4,9 +4,10 @@ authors' own runs changed, and the rule for small training sets.
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from fastat.errors import UserError, nearest
+from fastat.fields import check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def model_options(model: str, procedure: Procedure) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------ presets
-PRESETS = ("paper", "authors")
+Preset = Literal["paper", "authors"]
 
 AUTHORS: dict[str, Any] = {
     "beta1": 0.95,
@@ -167,8 +168,7 @@ def procedure_of(name: str, model: str, preset: str = "paper") -> Procedure:
     """
     if name not in PROCEDURES:
         raise UserError(f"unknown procedure {name!r}{nearest(name, PROCEDURES)}")
-    if preset not in PRESETS:
-        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_value("preset", preset, Preset)
     procedure = PROCEDURES[name]
     if preset == "paper":
         return procedure

@@ -13,6 +13,7 @@ from fastat.config import TrainConfig
 from fastat.distributed import Ranks
 from fastat.environment import random_state
 from fastat.errors import UserError
+from fastat.fields import check_keys
 from fastat.loss_scale import LossScale
 from fastat.network import Network
 from fastat.outputs import finite
@@ -27,7 +28,6 @@ from fastat.run_checkpoints import (
 from fastat.run_folder import Progress, restore_trainer_state, trainer_state
 from fastat.step import TrainingStep
 from fastat.training_data import TrainingData
-from fastat.versions import check_keys, writer_of
 
 
 class Saving:
@@ -148,6 +148,6 @@ class Saving:
             )
         progress = newest.trainer["progress"]
         path = self.folder / step_name(newest.step) / TRAINER_FILE
-        check_keys(path, progress, Progress, lambda: writer_of(self.run))
+        check_keys(path, progress, Progress)
         best_step = progress.get("best_step")
         return newest, go_back(self.folder, newest.step, best_step)

@@ -1,6 +1,8 @@
 """Learning-rate schedules: pure functions of the step that give a factor on the maximum rate."""
 
-SCHEDULES = ("step", "step2", "constant", "cyclic")
+from typing import Literal
+
+Schedule = Literal["step", "step2", "constant", "cyclic"]
 
 CYCLE_EPOCHS = 2
 CYCLE_FLOOR = 0.1
@@ -40,5 +42,5 @@ def lr_factor(
             height = 1 - abs(epoch % CYCLE_EPOCHS / (CYCLE_EPOCHS / 2) - 1)
             factor = CYCLE_FLOOR + (1 - CYCLE_FLOOR) * height
         case _:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+            raise ValueError(f"unknown schedule {schedule!r}")
     return float(warmup * factor)

@@ -16,7 +16,7 @@ from fastat.host import cores_of_rank
 
 
 def run_ranks(num_ranks: int, arguments: list[str]) -> int:
-    """Runs ``fastat ARGUMENTS`` (without --gpus) in ``num_ranks`` processes; the exit code.
+    """Runs ``fastat ARGUMENTS`` in ``num_ranks`` processes, one for each GPU; the exit code.
 
     A signal reaches every rank; the exit code is that of one process which it stopped.
 
@@ -44,7 +44,7 @@ def run_ranks(num_ranks: int, arguments: list[str]) -> int:
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
-    command = ["-m", "fastat.cli", *_without_gpus(arguments)]
+    command = ["-m", "fastat.cli", *arguments, "--gpus", "1"]  # the last --gpus counts
     try:
         elastic_launch(config, sys.executable)(*command)
     except SignalException as received:
@@ -53,13 +53,3 @@ def run_ranks(num_ranks: int, arguments: list[str]) -> int:
         code = failed.get_first_failure()[1].exitcode
         return code if code > 0 else 1
     return 0
-
-
-def _without_gpus(arguments: list[str]) -> list[str]:
-    kept = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == "--gpus":
-            return kept[:i] + kept[i + 2 :]
-        if argument.startswith("--gpus="):
-            return kept[:i] + kept[i + 1 :]
-    return kept

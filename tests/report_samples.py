@@ -29,7 +29,7 @@ def write_run(
     **overrides: Any,
 ) -> Path:
     """A run of ``len(maps)`` epochs with these scores; predictions unless ``seed`` is None."""
-    config, _ = resolve(
+    config = resolve(
         proc,
         model,
         {"data": "/sets/tiny/train", "eval": eval_set, "epochs": len(maps), **overrides},

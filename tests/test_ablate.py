@@ -151,7 +151,7 @@ def test_what_the_baselines_device_decides_serves_all(
     monkeypatch.chdir(tmp_path)
     options = {"activation_checkpointing": True} if less_memory else {}
     overrides = {"data": "x", "batch": 72, "precision": "fp16", "model_options": options}
-    config, _ = resolve("A4", "cnn_trans", overrides, num_clips=1_000_000, clip_seconds=10.0)
+    config = resolve("A4", "cnn_trans", overrides, num_clips=1_000_000, clip_seconds=10.0)
     config.save(Path("config.json"))
     program = [sys.executable, "-c", RECORDING, "config.json"]
     monkeypatch.setattr(ablate, "TRAIN", program)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from fastat.checkpoint import ModelMeta, load_model
 from fastat.cli import COMMANDS, main
 from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
+from fastat.display import show_messages
 from fastat.predictions import read_predictions
 from fastat.procedures import PROCEDURES
 from fastat.report.curves import class_curves
@@ -182,7 +184,10 @@ def test_no_clip_of_a_known_class(checkpoint: Path, tiny_sets: TinySets, tmp_pat
     ("args", "message"),
     [
         (("--batch", 0), "--batch must be at least 1"),
-        (("--precision", "fp8"), "--precision must be one of auto, bf16, fp16, fp32"),
+        (
+            ("--precision", "fp8"),
+            "'--precision': 'fp8' is not one of 'auto', 'bf16', 'fp16', 'fp32'",
+        ),
         (("--predictions", "."), "--predictions takes a file"),
         (("--per-class", "nowhere/x.csv"), "--per-class nowhere/x.csv: there is no folder"),
     ],
@@ -205,7 +210,10 @@ def test_clips_of_another_length(checkpoint: Path, tmp_path: Path) -> None:
     [
         (("trian",), "train"),
         (("train", "--epoch", 3), "--epochs"),
-        (("train", "--epochs", "three"), "--epochs"),
+        (("train", "--epochs", "three"), "--epochs must be an integer from 1 on, got 'three'"),
+        (("pack", "x", "--workers", "two"), "--workers': Input should be a valid integer"),
+        (("pack", "x", "--workers", "two"), "got 'two'"),
+        (("train", "--preset", "theirs"), "'theirs' is not one of 'paper', 'authors'"),
         (("train",), "--proc"),
         (("train", "--resume"), "--resume needs --out"),
         (("train", "--proc", "A4", "--model", "cnn_trans", "--eval", "x"), "--eval without --data"),
@@ -221,6 +229,73 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in one_line(fastat(*args, code=2))
     assert not list(tmp_path.iterdir())
+
+
+OPTIONS = {
+    "--epochs 3": {"epochs": 3},
+    "--batch 8": {"batch": 8},
+    "--batch auto": {"batch": "auto"},
+    "--lr 1e-3": {"lr": 1e-3},
+    "--steps 7": {"steps": 7},
+    "--stride 8x10": {"model_options": {"fstride": 8, "tstride": 10}},
+    "--source dali": {"source": "dali"},
+    "--preset authors": {"preset": "authors"},
+    "--schedule step2": {"schedule": "step2"},
+    "--precision bf16": {"precision": "bf16"},
+    "--no-balance": {"balance": False},
+    "--no-mixup": {"mixup": 0.0},
+    "--no-specaug": {"time_mask": 0, "freq_mask": 0},
+    "--no-normalize": {"normalize": False},
+    "--pretrained": {"pretrained": True},
+    "--no-pretrained": {"pretrained": False},
+    "--init runs/a": {"init": Path("runs/a")},
+    "--freeze a.* --freeze b": {"freeze": ["a.*", "b"]},
+    "--layer-decay 1": {"layer_decay": 1.0},
+    "--accumulate 2": {"accumulate": 2},
+    "--compile": {"compile": True},
+    "--no-compile": {"compile": False},
+    "--cache host": {"cache": "host"},
+    "--gpus 1": {},
+    "--on-nan skip": {"on_nan": "skip"},
+    "--max-bad 0": {"max_bad": 0.0},
+    "--seed 5": {"seed": 5},
+    "--set beta1=0.5 --set seed=6 --seed 5": {"beta1": 0.5, "seed": 6},
+    "--data a --eval b": {"data": Path("a"), "eval": Path("b")},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_of_train_sets_its_field(
+    options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "fastat.launch.run_training", lambda *args, resume: asked.append((*args, resume)) or 0
+    )
+    argv = ["fastat", "train", "--proc", "A4", "--model", "ast", "--out", "runs/x", "--resume"]
+    monkeypatch.setattr("sys.argv", [*argv, *options.split()])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    want = {"precision": "auto"} | OPTIONS[options]
+    assert asked == [("A4", "ast", want, Path("runs/x"), True)]
+    (given,) = asked
+    assert [type(given[2][name]) for name in want] == [type(value) for value in want.values()]
+
+
+def test_warnings_have_the_programs_name_and_notes_have_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = logging.getLogger("fastat.some.module")
+    show_messages()
+    log.info("saved in\nruns/a")
+    log.warning("fp16 is slow\x1b[2J")
+    log.debug("not shown")
+    assert capsys.readouterr().err == "saved in runs/a\nfastat: fp16 is slow\\x1b[2J\n"
+    show_messages(shown=False)
+    log.warning("of another rank")
+    assert capsys.readouterr().err == ""
+    show_messages()
 
 
 # ------------------------------------------------------------------------------ odd surroundings

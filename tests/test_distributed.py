@@ -38,7 +38,7 @@ def config_of(sets: TinySets, model: str = "cnn_trans", **overrides: Any) -> Tra
         "precision": "fp32", "sync_batchnorm": True, "rank_timeout": 100.0,
         "model_options": SMALL_MODELS[model],
     }  # fmt: skip
-    return resolve("A4", model, options | overrides, num_clips=36, clip_seconds=1.0)[0]
+    return resolve("A4", model, options | overrides, num_clips=36, clip_seconds=1.0)
 
 
 def without_dropout(sets: TinySets, model: str, **overrides: Any) -> TrainConfig:

@@ -47,8 +47,7 @@ def configured(
     sets: TinySets, proc: str = "A4", model: str = "cnn_trans", **overrides: Any
 ) -> TrainConfig:
     given = {"data": sets.train} | overrides
-    config, _ = configure(proc, model, given, Path("run"), resume=False)
-    return config
+    return configure(proc, model, given, Path("run"), resume=False)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +56,9 @@ def configured(
         ("A5", "ast", {}, "unknown procedure 'A5'"),
         ("A4", "cnntrans", {}, "did you mean 'cnn_trans'"),
         ("A4", "ast", {"preset": "author"}, "preset must be one of"),
-        ("A4", "ast", {"accumulate": 0}, "accumulate must be at least 1"),
+        ("A4", "ast", {"accumulate": 0}, "accumulate must be an integer from 1 on"),
         ("A4", "ast", {"accumulate": 3, "batch": 8}, "batch must be a multiple of accumulate"),
-        ("A4", "ast", {"cache": "host", "window": 16}, "expected window 0, got 16"),
+        ("A4", "ast", {"cache": "host", "source": "dali"}, "takes source packed, got dali"),
         ("A4", "crnn", {"layer_decay": 0.5}, "layer_decay is for models of Transformer layers"),
         ("A4", "ast", {"pretrained": True, "init": "x"}, "exclude each other"),
         ("A1", "cnn_trans", {}, "A1 starts from ImageNet weights, and none exist for cnn_trans"),
@@ -79,7 +78,11 @@ def test_mistakes_wait_for_no_data(
     [
         ("ast", {"fstride": 100, "tstride": 100}, "fstride must be in 1..16, got 100"),
         ("crnn", {"pooling": "median"}, "pooling must be one of"),
-        ("crnn", {"activation_checkpointing": "no"}, "activation_checkpointing must be of type"),
+        (
+            "crnn",
+            {"activation_checkpointing": "no"},
+            "activation_checkpointing must be true or false",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_is_told_before_the_practice_set_is_made(
@@ -149,12 +152,12 @@ def test_paths_are_kept_absolute(
     """Whether they come from an option (a path) or from --set (text)."""
     monkeypatch.chdir(tiny_sets.train.parent)
     given = {"data": "train", "eval": Path("eval"), "init": "run"}
-    config, _ = configure("A4", "cnn_trans", given, Path("run"), resume=False)
+    config = configure("A4", "cnn_trans", given, Path("run"), resume=False)
     root = tiny_sets.train.parent.resolve()
     got = (config.data, config.eval, config.init)
     assert got == (str(root / "train"), str(root / "eval"), str(root / "run"))
     config.save(tmp_path / "config.json")
-    assert configure(None, None, given, tmp_path, resume=True) == (config, [])
+    assert configure(None, None, given, tmp_path, resume=True) == config
 
 
 def test_accumulation_must_divide_the_batch_that_the_set_gets(
@@ -179,6 +182,17 @@ def test_a_damaged_set_is_one_line(tiny_sets: TinySets, tmp_path: Path) -> None:
         (tmp_path / "dataset.json").write_text(json.dumps(damaged))
         with pytest.raises(Failure, match=f"dataset.json: damaged: {reason}"):
             configure("A4", "cnn_trans", {"data": tmp_path}, Path("run"), resume=False)
+
+
+def test_what_was_chosen_is_logged_once_for_the_set_at_hand(
+    tiny_sets: TinySets, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing where the configuration is not final, or stays that of the run."""
+    with caplog.at_level("INFO", "fastat"):
+        configured(tiny_sets, precision="auto")
+    assert sum("a small set (36 clips)" in line for line in caplog.messages) == 1
+    assert sum(line.startswith("precision ") for line in caplog.messages) == 1
+    assert len(caplog.messages) == len(set(caplog.messages))
 
 
 # ------------------------------------------------------------------------------ run folders
@@ -212,7 +226,7 @@ def test_a_training_that_did_not_begin_leaves_no_default_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def train(config: TrainConfig, run: Path, notes: list[str], **_: Any) -> None:
+    def train(config: TrainConfig, run: Path, **_: Any) -> None:
         run.mkdir(exist_ok=True)
         (run / ".lock").touch()
         raise Failure("a shard is damaged")
@@ -242,13 +256,13 @@ def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_home_the_cache_is_a_temporary_folder(
-    no_home: Path, capsys: pytest.CaptureFixture[str]
+    no_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = no_home / f"fastat-{os.getuid()}"
     folder.mkdir(0o755)
     assert cache_folder() == folder == cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.messages
     assert str(folder) in line and "FASTAT_CACHE" in line
 
 

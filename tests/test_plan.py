@@ -208,7 +208,7 @@ def test_fastat_train_takes_every_command(monkeypatch: pytest.MonkeyPatch) -> No
         done = CliRunner().invoke(app, shlex.split(c.command)[1:])
         assert done.exit_code == 0, done.output
         proc, model, overrides, _ = given.pop()
-        config, _ = resolve(proc, model, overrides, num_clips=TRAIN_CLIPS, clip_seconds=10.0)
+        config = resolve(proc, model, overrides, num_clips=TRAIN_CLIPS, clip_seconds=10.0)
         made = config.proc, config.model, config.batch, config.accumulate, config.epochs
         assert made == (c.proc, c.model, c.batch, c.accumulate, c.epochs)
         assert config.model_options.get("fstride") == c.fstride

@@ -14,7 +14,7 @@ import torch
 from fastat.errors import UserError
 from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
 from fastat.profile import run
-from fastat.profile.cases import choices, parse_batch, parse_strides
+from fastat.profile.cases import choices, parse_strides
 from fastat.profile.measure import Case, Measured, OutOfMemory, Spread
 from fastat.profile.parts import PARTS
 from fastat.profile.plot import draw
@@ -151,12 +151,6 @@ def test_strides_are_those_of_table_3() -> None:
 def test_impossible_strides(text: str) -> None:
     with pytest.raises(UserError, match="--strides"):
         parse_strides(text)
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "2.5", "many", "1" * 30, ""])
-def test_impossible_batches(text: str) -> None:
-    with pytest.raises(UserError, match="--batch"):
-        parse_batch(text)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fastat.run_folder import open_run_folder
 
 @pytest.mark.parametrize("line", [b"\xff{}", b"{nothing}", b'{"step": 3}', b'{"epoch": "x"}'])
 def test_damaged_metrics_are_not_dropped_in_silence(tmp_path: Path, line: bytes) -> None:
-    config, _ = resolve("A4", "cnn_trans", {"data": "x"}, num_clips=100, clip_seconds=10.0)
+    config = resolve("A4", "cnn_trans", {"data": "x"}, num_clips=100, clip_seconds=10.0)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"epoch": 1}\n' + line + b'\n{"epoch": 3}\n')
     before = path.read_bytes()

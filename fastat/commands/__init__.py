@@ -1,13 +1,14 @@
 """The commands of ``fastat``, a function each; what they need is imported when they run."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Precision = Annotated[
-    str, typer.Option(help="bf16, fp16, fp32, or auto: the fastest that suits this device.")
+    Literal["auto", "bf16", "fp16", "fp32"],
+    typer.Option(help="auto: the fastest that suits this device."),
 ]
 
 TABLE_WIDTH = 80

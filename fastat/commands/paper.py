@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastat.commands import Json, table_console
-from fastat.errors import UserError
+from fastat.procedures import Preset
 
 
 def models(json_: Json = False) -> None:
@@ -53,7 +53,8 @@ def models(json_: Json = False) -> None:
 
 def procs(
     preset: Annotated[
-        str, typer.Option(help="authors: also what the runs behind the paper's numbers changed.")
+        Preset,
+        typer.Option(help="authors: also what the runs behind the paper's numbers changed."),
     ] = "paper",
     json_: Json = False,
 ) -> None:
@@ -61,10 +62,8 @@ def procs(
 
     Example: `fastat procs --json`
     """
-    from fastat.procedures import AUTHORS, AUTHORS_OPTIONS, AUTHORS_RUNS, PRESETS, PROCEDURES
+    from fastat.procedures import AUTHORS, AUTHORS_OPTIONS, AUTHORS_RUNS, PROCEDURES
 
-    if preset not in PRESETS:
-        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if json_:
         document: dict[str, Any] = {name: asdict(p) for name, p in PROCEDURES.items()}
         if preset == "authors":

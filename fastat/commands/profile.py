@@ -104,9 +104,9 @@ def profile(
 
     `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
-    from fastat.config import check_precision
+    from fastat.config import parse_batch
     from fastat.outputs import check_output
-    from fastat.profile.cases import choices, parse_batch
+    from fastat.profile.cases import choices
     from fastat.profile.plan_choices import check_options, parse_limits, planned
 
     check_options(
@@ -119,8 +119,7 @@ def profile(
     )  # fmt: skip
     budget = parse_limits(budget_hours, memory_gib)
     found = choices(proc or [], model or [], strides, set_ or [])
-    size = parse_batch(batch)
-    check_precision(precision)
+    size = None if batch is None else parse_batch(batch)
     if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:

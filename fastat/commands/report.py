@@ -1,10 +1,12 @@
 """The command that shows results side by side: report."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+log = logging.getLogger(__name__)
 
 
 def report(
@@ -34,5 +36,5 @@ def report(
 
     inputs, size = write_report(paths, out, label_quality)
     for note in inputs.notes:
-        print(f"fastat: {note}", file=sys.stderr)
+        log.warning(note)
     print(f"{out}: {inputs.counts}, {size / 1e6:.1f} MB")

@@ -1,6 +1,7 @@
 """The commands that ask what a choice costs: compare, ablate, landscape."""
 
 import json
+import logging
 import shlex
 import sys
 import time
@@ -15,13 +16,14 @@ from rich.text import Text
 
 from fastat.atomic import new_folder, remove_if_unused
 from fastat.commands import Json, Precision, table_console
-from fastat.config import check_precision
 from fastat.errors import UserError, one_line
 from fastat.outputs import check_output, finite
 
 if TYPE_CHECKING:
     from fastat.ablate import Ablation
     from fastat.landscape import Landscape
+
+log = logging.getLogger(__name__)
 
 
 def compare(
@@ -129,7 +131,7 @@ def ablate(
             remove_if_unused(out)
         if stop.exit_code in STOPPED and out.is_dir():
             again = f"--out {shlex.quote(str(out))}"
-            print(f"fastat: go on with the same command and {again}", file=sys.stderr)
+            log.warning(f"stopped; go on with the same command and {again}")
         raise typer.Exit(stop.exit_code) from None
     result = table_4(out, resamples=resamples)
     if json_:
@@ -158,14 +160,14 @@ def _check_passed_on(context: typer.Context, arguments: list[str]) -> dict[str, 
     given: dict[str, Any] = train.make_context(
         "train", list(arguments), parent=context.parent
     ).params
-    for name, option in (
-        ("no_balance", "--no-balance"),
-        ("no_mixup", "--no-mixup"),
-        ("no_specaug", "--no-specaug"),
-        ("no_normalize", "--no-normalize"),
-        ("resume", "--resume"),
+    for option, is_given in (
+        ("--no-balance", given["balance"] is False),
+        ("--no-mixup", given["no_mixup"]),
+        ("--no-specaug", given["no_specaug"]),
+        ("--no-normalize", given["normalize"] is False),
+        ("--resume", given["resume"]),
     ):
-        if given[name]:
+        if is_given:
             raise UserError(f"ablate takes no {option}: it switches off and goes on by itself")
     settings = parse_settings(given["set_"] or [])
     for part, (_, off) in OFF.items():
@@ -234,7 +236,6 @@ def landscape(
     from fastat.landscape import landscape as landscape_of
     from fastat.system.device import choose_precision, default_device
 
-    check_precision(precision)
     check_output("--plot", plot)
     if points % 2 == 0:
         raise UserError(f"--points must be odd, so that the weights are one, got {points}")

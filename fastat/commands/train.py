@@ -1,13 +1,26 @@
 """The command ``fastat train``."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastat.commands import Precision
+from fastat.config import (
+    Cache,
+    OnNan,
+    Source,
+    TrainConfig,
+    parse_batch,
+    parse_field,
+    parse_settings,
+    parse_stride,
+)
 from fastat.errors import UserError
+from fastat.procedures import Preset
+from fastat.schedule import Schedule
 
 
 def train(
@@ -20,30 +33,42 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/PROC-MODEL-TIME.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    epochs: Annotated[
+        str | None, typer.Option(metavar="N", help="Passes over the training set.")
+    ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Clips a step; auto: as many as the memory holds.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Maximum learning rate.")] = None,
-    steps: Annotated[int | None, typer.Option(help="End after so many steps in all.")] = None,
-    stride: Annotated[
-        str | None, typer.Option(help="ast: distance of patches, FxT in mel bins and frames.")
-    ] = None,
-    source: Annotated[str | None, typer.Option(help="packed or dali.")] = None,
-    preset: Annotated[
         str | None,
-        typer.Option(help="paper (Table 1) or authors (the runs behind its numbers)."),
+        typer.Option(
+            metavar="N|auto", help="Clips in a step; auto: as many as fit in the GPU's memory."
+        ),
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="step, step2, constant or cyclic.")] = None,
+    lr: Annotated[str | None, typer.Option(metavar="X", help="Maximum learning rate.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N", help="End after this many steps in all.")
+    ] = None,
+    stride: Annotated[
+        str | None,
+        typer.Option(metavar="FxT", help="ast: distance of patches in mel bins and frames."),
+    ] = None,
+    source: Annotated[
+        Source | None, typer.Option(help="dali: decode the original files while training.")
+    ] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(help="paper: Table 1; authors: the runs behind its numbers."),
+    ] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="Of the learning rate after warm-up; default: step.")
+    ] = None,
     precision: Precision = "auto",
-    no_balance: Annotated[
-        bool, typer.Option("--no-balance", help="Draw every clip alike.")
-    ] = False,
+    balance: Annotated[
+        bool | None, typer.Option(" /--no-balance", help="Draw every clip equally often.")
+    ] = None,
     no_mixup: Annotated[bool, typer.Option("--no-mixup", help="Mix no clips.")] = False,
     no_specaug: Annotated[bool, typer.Option("--no-specaug", help="Mask nothing.")] = False,
-    no_normalize: Annotated[
-        bool, typer.Option("--no-normalize", help="Leave features as they are.")
-    ] = False,
+    normalize: Annotated[
+        bool | None, typer.Option(" /--no-normalize", help="Leave features as they are.")
+    ] = None,
     pretrained: Annotated[
         bool | None,
         typer.Option(
@@ -59,13 +84,16 @@ def train(
         typer.Option(help="Do not train parameters of this name, as 'layers.0.*'; repeatable."),
     ] = None,
     layer_decay: Annotated[
-        float | None,
-        typer.Option(help="Transformers: factor on the rate from a layer to the one before it."),
+        str | None,
+        typer.Option(
+            metavar="X", help="Transformers: factor on the rate from a layer to the one before it."
+        ),
     ] = None,
     accumulate: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time."
+            metavar="N",
+            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time.",
         ),
     ] = None,
     compile_: Annotated[
@@ -73,20 +101,21 @@ def train(
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),
     ] = None,
     cache: Annotated[
-        str | None,
-        typer.Option(help="none; host or device: log-mels computed once and kept in its memory."),
+        Cache | None, typer.Option(help="Compute log-mels once and keep them in memory.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; default: one.")] = None,
     on_nan: Annotated[
-        str | None,
-        typer.Option(help="When a loss or gradient is not finite: stop the run, or skip the step."),
+        OnNan | None,
+        typer.Option(help="When a loss or gradient is not finite: stop, or skip the step."),
     ] = None,
     max_bad: Annotated[
-        float | None, typer.Option(help="Share of the clips that may be damaged.")
+        str | None, typer.Option(metavar="X", help="Share of the clips that may be damaged.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="N", help="Seed of everything random.")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in --out, or start there.")
+        bool, typer.Option("--resume", help="Resume the run in --out, or start it there.")
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of config.json; model.KEY=value.")
@@ -106,36 +135,20 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
-    from fastat.config import check_precision, parse_batch, parse_settings, parse_stride
+    options = {name.rstrip("_"): value for name, value in locals().items()}
     from fastat.launch import launched, run_training
 
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "batch": None if batch is None else parse_batch(batch),
-        "lr": lr,
-        "steps": steps,
-        "source": source,
-        "preset": preset,
-        "pretrained": pretrained,
-        "init": init,
-        "freeze": freeze,
-        "layer_decay": layer_decay,
-        "accumulate": accumulate,
-        "schedule": schedule,
-        "precision": check_precision(precision),
-        "compile": compile_,
-        "cache": cache,
-        "on_nan": on_nan,
-        "max_bad": max_bad,
-        "seed": seed,
-        "data": data,
-        "eval": eval_,
-    }
-    overrides = {k: v for k, v in given.items() if v is not None}
-    overrides |= {"balance": False} if no_balance else {}
+    # An option that is named after a field of the configuration sets it.
+    overrides: dict[str, Any] = {"precision": precision}
+    overrides |= {} if batch is None else {"batch": parse_batch(batch)}
+    for name in (field.name for field in fields(TrainConfig)):
+        value = options.get(name)
+        if value is None or name in ("proc", "model", *overrides):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        overrides[name] = parse_field(name, value, option=option) if type(value) is str else value
     overrides |= {"mixup": 0.0} if no_mixup else {}
     overrides |= {"time_mask": 0, "freq_mask": 0} if no_specaug else {}
-    overrides |= {"normalize": False} if no_normalize else {}
     settings = parse_settings(set_ or [])
     if stride is not None:
         if model not in (None, "ast"):

@@ -17,7 +17,7 @@ from fastat.data.pack_bad import BAD_FILE, NotedFile
 from fastat.data.shard_writer import PART_SUFFIX
 from fastat.data.shards import INDEX_FILE, STATE_FOLDER, ShardInfo, read_index, shard_file
 from fastat.errors import UserError
-from fastat.versions import check_keys
+from fastat.fields import check_keys
 
 STATE_FILE = "state.json"
 

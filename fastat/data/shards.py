@@ -46,7 +46,7 @@ from zlib_ng import zlib_ng
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError, first_line
-from fastat.versions import check_keys
+from fastat.fields import check_keys
 
 SAMPLE_RATE = 16_000
 FORMAT = "fastat packed set"

@@ -1,10 +1,10 @@
 """The models by name. Every model maps [B, T, F] float32 features to [B, K] float32 logits."""
 
 import inspect
-import typing
 from typing import Any
 
 from fastat.errors import UserError, nearest
+from fastat.fields import check_value
 from fastat.models.ast import Ast
 from fastat.models.base import TaggingModel
 from fastat.models.cnn_trans import CnnTransformer
@@ -62,19 +62,17 @@ def create_model(
             f"got {num_mels}, {num_frames} and {num_classes}"
         )
     parameters = inspect.signature(MODELS[name]).parameters
-    known = {key: p.annotation for key, p in parameters.items()} | {
-        "activation_checkpointing": bool
-    }
+    known = {key: p.annotation for key, p in parameters.items()}
+    known["activation_checkpointing"] = bool
     given = options | {"activation_checkpointing": activation_checkpointing}
     for option, value in given.items():
         if option not in known:
             raise UserError(f"model {name} has no option {option!r}{nearest(option, known)}")
-        kind = known[option]
-        if not _is_a(value, kind):
-            kind_name = getattr(kind, "__name__", kind)
-            raise UserError(f"model {name}: {option} must be of type {kind_name}, got {value!r}")
-        if option == "num_layers" and value > MAX_LAYERS:
-            raise UserError(f"model {name}: num_layers must be at most {MAX_LAYERS}, got {value}")
+        check_value(f"model {name}: {option}", value, known[option])
+    if options.get("num_layers", 1) > MAX_LAYERS:
+        raise UserError(
+            f"model {name}: num_layers must be at most {MAX_LAYERS}, got {options['num_layers']}"
+        )
     try:
         model = MODELS[name](
             num_mels=num_mels, num_frames=num_frames, num_classes=num_classes, **options
@@ -83,9 +81,3 @@ def create_model(
         raise UserError(f"model {name}: {error}") from error
     model.checkpointing = activation_checkpointing
     return model
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    """Whether ``value`` has the type of an option: a float may be an int, an int no bool."""
-    kinds = typing.get_args(kind) or (kind,)
-    return type(value) in kinds or (float in kinds and type(value) is int)

@@ -110,15 +110,6 @@ def default_batch(choice: Choice, device: str) -> int:
     return p.batch if device == "cuda" else CPU_BATCH[p.feature]
 
 
-def parse_batch(text: str | None) -> int | str | None:
-    """A number of clips, "auto", or None for the default. Raises UserError for anything else."""
-    if text is None or text == "auto":
-        return text
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:10]) <= 1_000_000:
-        raise UserError(f"--batch takes auto, or a number of clips from 1 on, got {text!r}")
-    return int(text)
-
-
 def _known(option: str, names: Sequence[str], known: dict[str, Any]) -> None:
     for name in names:
         if name not in known:

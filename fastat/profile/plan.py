@@ -117,7 +117,7 @@ def candidates(
     """
     found = []
     for choice in choices:
-        config, _ = resolve(
+        config = resolve(
             choice.proc, choice.model, {"data": ""}, num_clips=clips, clip_seconds=clip_seconds
         )
         small = small_set_sizes(choice.procedure, clips) is not None

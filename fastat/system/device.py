@@ -5,8 +5,8 @@ than float32's where the hardware multiplies them, and thirty times slower where
 them. ``--precision auto`` asks the device at hand.
 """
 
+import logging
 import platform
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ import torch
 
 from fastat.errors import UserError
 from fastat_kernels.choice import parse_kernels
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -89,12 +91,17 @@ def _onednn_has_bf16() -> bool:
 def choose_precision(asked: str, device: torch.device) -> str:
     """``asked``, or what "auto" means on ``device``.
 
-    Prints a warning to standard error where a precision that was asked for is slow.
+    Logs a warning where a precision that was asked for is slow.
+
+    Raises:
+        UserError: an unknown precision.
     """
     if asked == "auto":
         return auto_precision(device).precision
+    if asked not in DTYPES:
+        raise UserError(f"precision must be one of auto, {', '.join(DTYPES)}, got {asked!r}")
     if warning := precision_warning(asked, device):
-        print(f"fastat: {warning}", file=sys.stderr)
+        log.warning(warning)
     return asked
 
 

@@ -305,7 +305,7 @@ def trainer(
         "rank_timeout": 100.0,
         "model_options": {"embedding": 64, "num_heads": 4, "dropout": 0.0},
     }
-    config, notes = resolve("A4", "cnn_trans", given | overrides, num_clips=36, clip_seconds=1.0)
+    config = resolve("A4", "cnn_trans", given | overrides, num_clips=36, clip_seconds=1.0)
     return Trainer(config, run, StatusDisplay(shown=ranks.first), resume=resume, ranks=ranks)
 
 

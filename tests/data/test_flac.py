@@ -469,8 +469,8 @@ def test_training_is_the_same_bit_for_bit(tiny_sets: TinySets, tmp_path: Path) -
             "steps": 2,
             "model_options": {"embedding": 64, "num_heads": 4},
         }
-        config, notes = resolve("A4", "cnn_trans", given, num_clips=36, clip_seconds=1.0)
-        training.train(config, tmp_path / name, notes, resume=False)
+        config = resolve("A4", "cnn_trans", given, num_clips=36, clip_seconds=1.0)
+        training.train(config, tmp_path / name, resume=False)
         lines.append(json.loads((tmp_path / name / "metrics.jsonl").read_text()))
     for key in ("step", "train_loss", "eval_loss", "mAP"):
         assert lines[0][key] == lines[1][key]

@@ -221,7 +221,7 @@ def test_class_list(tmp_path: Path, numbers: range) -> None:
 # ------------------------------------------------------------------------------------------ runs
 def a_config() -> TrainConfig:
     overrides = {"data": "set", "steps": 3, "checkpoint_every_minutes": 5.0}
-    return resolve("A4", "cnn_trans", overrides, num_clips=1000, clip_seconds=10.0)[0]
+    return resolve("A4", "cnn_trans", overrides, num_clips=1000, clip_seconds=10.0)
 
 
 @numbers_of_cases
