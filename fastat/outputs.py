@@ -27,6 +27,20 @@ def check_output(option: str, path: Path | None) -> None:
         raise UserError(f"{option} {path}: {folder} is read-only")
 
 
+def check_writable(run: Path) -> None:
+    """Checks that the folder ``run`` can be written or made, before anything else costs time.
+
+    Raises:
+        UserError: it, or a folder it is to be made in, is a file.
+        Failure: it is read-only.
+    """
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out takes a folder for the run, and {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Failure(f"cannot write the run folder {run}: {there} is read-only")
+
+
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """``atomic_path`` of a command's output. Raises Failure where it cannot be written."""
