@@ -31,6 +31,7 @@ from fastat.checkpoint import (
     read_weights,
     write_model,
 )
+from fastat.data.shards import PackedSet
 from fastat.distributed import Ranks, seed_rank
 from fastat.environment import numerics, random_state, restore_random_state
 from fastat.errors import Failure, UserError
@@ -56,7 +57,7 @@ class CheckpointManager:
 
     Args:
         run: the run folder.
-        fingerprint: that of the training set.
+        train_set: a run is only resumed on the set that it was started with.
         every_steps, every_minutes: how often ``is_due`` asks for a checkpoint; None: never.
     """
 
@@ -68,13 +69,13 @@ class CheckpointManager:
         device: torch.device,
         ranks: Ranks,
         *,
-        fingerprint: str,
+        train_set: PackedSet,
         every_steps: int | None,
         every_minutes: float | None,
     ) -> None:
         self.run, self.folder = run, run / "checkpoints"
         self.model, self.optimizer, self.device, self.ranks = model, optimizer, device, ranks
-        self.fingerprint = fingerprint
+        self.train_set = train_set
         self._every_steps = every_steps or math.inf
         self._every_seconds = 60 * (every_minutes or math.inf)
         self._due, self._saved_at = False, time.monotonic()
@@ -129,7 +130,7 @@ class CheckpointManager:
             "progress": asdict(progress),
             "random": random_states,
             "loss_scale": None if loss_scale is None else loss_scale.state(),
-            "data": self.fingerprint,
+            "data": self.train_set.fingerprint,
             "numerics": numerics(self.device),
         }
         weights, trainer = to_host(self.model.state_dict()), to_host(trainer)
@@ -224,10 +225,10 @@ class CheckpointManager:
         """The newest whole checkpoint, and whether the best one is whole too; ``last`` and ``best``
         point at them afterwards."""
         newest = newest_whole(self.folder)
-        if newest.trainer["data"] != self.fingerprint:
+        if newest.trainer["data"] != self.train_set.fingerprint:
             raise UserError(
-                f"the training set is not the one that {self.run} was trained on, or it has grown "
-                "since (fastat pack --append)"
+                f"{self.train_set.directory} is not the set that {self.run} was trained on, or it "
+                "has grown since (fastat pack --append)"
             )
         before, now = newest.trainer["optimizer_class"], _class_name(self.optimizer)
         if before != now:

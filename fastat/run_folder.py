@@ -248,7 +248,10 @@ class RunFolder:
         """Adds a point to each curve; opens a new file first if an error ended the last one."""
         try:
             if self._curves is None:
-                self._curves = SummaryWriter(str(self.path / "tb"), purge_step=self._purge_step)
+                # A long queue, so that a slow disk does not make training wait.
+                self._curves = SummaryWriter(
+                    str(self.path / "tb"), purge_step=self._purge_step, max_queue=10_000
+                )
                 self._purge_step = None
             for name, value in values.items():
                 self._curves.add_scalar(name, value, step)

@@ -116,7 +116,7 @@ class Trainer:
             self.optimizer,
             self.device,
             self.ranks,
-            fingerprint=self.data.train_set.fingerprint,
+            train_set=self.data.train_set,
             every_steps=config.checkpoint_every_steps,
             every_minutes=config.checkpoint_every_minutes,
         )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,11 +35,12 @@ from tests.test_checkpoint import META, damage
 FILES = ("model.safetensors", "model.json", "trainer.pt")
 
 
-def manager_of(run: Path, model: nn.Module, data: str = "a set") -> CheckpointManager:
+def manager_of(run: Path, model: nn.Module) -> CheckpointManager:
     optimizer = torch.optim.Adam(model.parameters())
     device = next(model.parameters()).device
+    train_set: Any = SimpleNamespace(directory="a set", fingerprint="its fingerprint")
     options: dict[str, Any] = {"every_steps": None, "every_minutes": None}
-    return CheckpointManager(run, model, optimizer, device, ALONE, fingerprint=data, **options)
+    return CheckpointManager(run, model, optimizer, device, ALONE, train_set=train_set, **options)
 
 
 @pytest.fixture
