@@ -111,13 +111,18 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+no_traceback_of_a_thread = pytest.mark.filterwarnings(
+    "error::pytest.PytestUnhandledThreadExceptionWarning"
+)
+
+
+@no_traceback_of_a_thread
 def test_training_waits_out_a_full_disk(
     whole: Path,
     tiny_sets: TinySets,
     disk: Disk,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Full from the third step to the sixth, the end of an epoch between: the same run, in full."""
     out = disk.folder / "run"
@@ -127,7 +132,6 @@ def test_training_waits_out_a_full_disk(
     said = [record.getMessage() for record in caplog.records]
     for what in ("checkpoint .*step-00000004", "metrics of epoch 1", "predictions.h5"):
         assert any(re.search(f"cannot write .*{what}.*No space", line) for line in said), what
-    assert "Traceback" not in capfd.readouterr().err
     assert_same_run(out, whole)
     assert (out / "predictions.h5").stat().st_size == (whole / "predictions.h5").stat().st_size
 
@@ -217,8 +221,9 @@ def step_of(step: int, loss: float) -> Reading:
     )
 
 
+@no_traceback_of_a_thread
 def test_curves_are_readable_after_a_full_disk(
-    disk: Disk, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By TensorBoard's own reader; the points of the time between are gone."""
     with RunFolder(disk.folder) as folder:
@@ -236,7 +241,6 @@ def test_curves_are_readable_after_a_full_disk(
         folder.add_step(step_of(501, loss=0.125))
     warnings = [x.getMessage() for x in caplog.records if "curves" in x.getMessage()]
     assert warnings and all("No space left" in warning for warning in warnings)
-    assert "Traceback" not in capfd.readouterr().err
     losses = curve(disk.folder, "train/loss")
     assert [loss for step, loss in losses if step <= 10] == [0.5] * 10
     assert losses[-1] == (502, 0.125) and len(losses) < 500
