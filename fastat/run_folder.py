@@ -255,7 +255,7 @@ class RunFolder:
                 self._purge_step = None
             for name, value in values.items():
                 self._curves.add_scalar(name, value, step)
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:  # it takes no path that is not UTF-8
             self._curves = None
             self._curves_failed(error)
 
@@ -265,10 +265,10 @@ class RunFolder:
         if not type(args.thread).__module__.startswith("tensorboard."):
             self._excepthook(args)
 
-    def _curves_failed(self, error: OSError) -> None:
+    def _curves_failed(self, error: Exception) -> None:
         log.warning(
-            f"cannot write {self.path / 'tb'}: {error.strerror}; TensorBoard's curves will have no "
-            "points until the next epoch"
+            f"cannot write TensorBoard's curves in {self.path}: {error}; training goes on, and "
+            "the next epoch tries again"
         )
 
 
