@@ -1,12 +1,15 @@
-"""Files and folders that appear whole or not at all, also after a power cut."""
+"""Files and folders that are written whole or not at all, also after a power cut; locks."""
 
-import io
+import errno
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import IO, Any
 
 
 def fsync(path: Path) -> None:
@@ -20,11 +23,11 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path, *, over_folder: bool = False) -> Iterator[Path]:
-    """A temporary path to write a file or folder at; renamed to ``path`` when the block ends well.
+    """A temporary path at which to write a file or folder; renamed to ``path`` after the block.
 
-    ``path`` may be an existing file, which is replaced, but not an existing folder, unless
-    ``over_folder`` says so: that takes two steps, and killed between them there is neither. When
-    the block raises, what it wrote is removed and ``path`` stays as it was.
+    An existing file is replaced; an existing folder only with ``over_folder``, which takes two
+    renames: a process killed between them leaves neither the old nor the new folder. If the block
+    raises, what it wrote is removed and ``path`` stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,9 +52,9 @@ def atomic_path(path: Path, *, over_folder: bool = False) -> Iterator[Path]:
 
 
 def new_folder(path: Path) -> Path:
-    """Makes the folder ``path``, or where that exists already ``path``-2, ``path``-3, and so on.
+    """Makes the folder ``path``, or if that exists ``path``-2, ``path``-3, and so on.
 
-    No two processes get the same one.
+    No two processes get the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path
@@ -65,9 +68,9 @@ def new_folder(path: Path) -> Path:
 
 
 def remove_if_unused(run: Path) -> None:
-    """Removes a run folder that holds at most a lock: its training ended before it began.
+    """Removes a run folder that has at most a lock file in it: the training failed to start.
 
-    What cannot be removed stays, since an error here would hide the one that ended the training.
+    Errors are ignored, because one here would hide the one that ended the training.
     """
     if run.is_dir() and {path.name for path in run.iterdir()} <= {".lock"}:
         shutil.rmtree(run, ignore_errors=True)
@@ -79,28 +82,55 @@ def atomic_write_text(path: Path, text: str) -> None:
         temporary.write_text(text, "utf-8", "surrogateescape")
 
 
-def append(file: io.FileIO, data: bytes) -> None:
-    """Writes ``data`` at the end of an unbuffered file, whole or, when it raises, not at all.
+def append(path: Path, data: bytes) -> None:
+    """Appends ``data`` to a file; if that fails, the file stays as it was.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: for example on a full disk.
     """
-    end = file.seek(0, os.SEEK_END)
-    try:
-        while data:
-            data = data[file.write(data) :]
-    except OSError:
-        file.truncate(end)
-        raise
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
-def drop_temporaries(folder: Path) -> None:
+def remove_temporaries(folder: Path) -> None:
     """Removes what ``atomic_path`` left in ``folder`` when its process was killed.
 
-    Only for a folder that nobody else writes to.
+    No other process may be writing to the folder.
     """
     for path in folder.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def lock(file: IO[Any]) -> bool:
+    """Locks ``file`` for this process alone; False if its file system has no locks, as Lustre
+    without the mount option ``flock``.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            return False
+        raise
+    return True
+
+
+def locks_work(folder: Path) -> bool:
+    """Whether the file system of ``folder`` has locks.
+
+    Raises:
+        OSError: no file can be made in it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return lock(file)

@@ -1,7 +1,7 @@
-"""A checkpoint: a folder of weights in safetensors and what prediction needs in JSON.
+"""A checkpoint: a folder with weights in safetensors, and in JSON what prediction needs.
 
-``model.json`` has the checksums of all its files. Nothing read here can run code. What a run goes
-on from is a file beside them, see ``run_checkpoints``.
+``model.json`` has the checksums of all files in the folder. Nothing that is read here can run code.
+A run's checkpoints have one more file, from which it is resumed, see ``fastat.checkpoints``.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ class ModelMeta:
 
 
 def build_frontend(meta: ModelMeta) -> Frontend:
-    """The front end that a model was, or is to be, trained with."""
+    """The front end that the model is trained and used with."""
     return Frontend(
         meta.feature,
         clip_samples=meta.clip_samples,
@@ -101,10 +101,10 @@ def build_frontend(meta: ModelMeta) -> Frontend:
 
 
 def save_weights(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
-    """Writes the folder ``path``: a checkpoint to predict with or to start from, not to resume.
+    """Writes a checkpoint to predict with or to start from, but not to resume.
 
     Raises:
-        Failure: the disk is full or the folder cannot be written; nothing is left of it.
+        Failure: the disk is full or the folder cannot be written; nothing of it is left.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def save_weights(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
 
 
 def write_model(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -> None:
-    """Writes weights and ``model.json``, with the checksums of all that ``folder`` holds."""
+    """Writes weights and ``model.json`` into ``folder``, with the checksums of all its files."""
     save_tensors({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
     document = {"format": FORMAT, "version": VERSION, **asdict(meta)}
     sums = {path.name: _file_checksum(path) for path in sorted(folder.iterdir())}
@@ -127,7 +127,7 @@ def write_model(folder: Path, state: dict[str, Tensor], meta: ModelMeta) -> None
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """safetensors' ``save_file``, which makes files for their owner alone; these heed the umask."""
+    """``safetensors.torch.save_file`` with the permissions of the umask, not the owner's alone."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -135,7 +135,8 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors, by name; safetensors' ``load_file`` takes no path that is not UTF-8."""
+    """The tensors of a file, by name. ``safetensors.torch.load_file`` fails on paths that are not
+    UTF-8."""
     return dict(sorted(load(path.read_bytes()).items()))
 
 
@@ -145,12 +146,13 @@ def _file_checksum(path: Path) -> str:
 
 
 def _document_checksum(document: dict[str, Any]) -> str:
-    """Of ``model.json`` without its checksums, as JSON gives it back."""
+    """Checksum of ``model.json`` without its ``checksums``."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def find_checkpoint(path: Path | str, prefer: str = "best") -> Path:
-    """The checkpoint folder that ``path`` means: itself, or the best (else last) of a run folder.
+    """The checkpoint folder of ``path``: itself, or the ``prefer``red one of a run folder, or the
+    other one if there is none.
 
     Raises:
         UserError: there is none.
@@ -168,13 +170,13 @@ def find_checkpoint(path: Path | str, prefer: str = "best") -> Path:
 
 
 def checkpoint_in(path: Path, prefer: str = "best") -> Path | None:
-    """The same, also by its weights' file; None when there is none of ours."""
+    """The same, also for the path of the weights file; None if there is no checkpoint."""
     other = {"best": "last", "last": "best"}[prefer]
     folder = path.parent if path.name == WEIGHTS_FILE else path
     if (folder / META_FILE).is_file():
         return folder
     for candidate in (path / "checkpoints" / prefer, path / "checkpoints" / other):
-        if os.path.lexists(candidate):  # one that is damaged is not silently another
+        if os.path.lexists(candidate):  # if it is damaged, the other is no silent substitute
             return candidate
     return None
 
@@ -188,9 +190,8 @@ def load_meta(checkpoint: Path) -> ModelMeta:
     path = checkpoint / META_FILE
     try:
         document = json.loads(path.read_text())
-        sums = document.pop("checksums", None)
-        if sums is not None and sums[META_FILE] != _document_checksum(document):
-            raise Failure(f'{path} is damaged (or edited, and kept its "checksums")')
+        if document.pop("checksums")[META_FILE] != _document_checksum(document):
+            raise Failure(f"{path} is damaged, or was edited: its content is not what was written")
         if (document.pop("format"), document.pop("version")) != (FORMAT, VERSION):
             raise Failure(f"{path} is not a {FORMAT} of version {VERSION}")
         check_keys(path, document, ModelMeta)
@@ -216,30 +217,20 @@ def load_meta(checkpoint: Path) -> ModelMeta:
 
 
 def check_file(path: Path) -> None:
-    """Raises Failure when ``path`` is not the file whose checksum the checkpoint has.
-
-    Checkpoints of before there were checksums pass.
-    """
-    try:
-        document = json.loads((path.parent / META_FILE).read_text())
-        expected = document.get("checksums", {}).get(path.name)
-        if expected is not None and _file_checksum(path) != expected:
-            raise Failure(f"{path} is damaged: its content is not what was written")
-    except (OSError, ValueError, AttributeError) as error:
-        raise Failure(f"{path} cannot be checked: {error}") from error
-
-
-def put_weights(model: nn.Module, state: dict[str, Tensor], checkpoint: Path) -> None:
-    """Puts what ``read_weights`` gave into ``model``.
+    """Checks a file of a checkpoint against its checksum in ``model.json``.
 
     Raises:
-        Failure: it is of another shape.
+        Failure: it is missing or damaged.
     """
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        path = checkpoint / WEIGHTS_FILE
-        raise Failure(f"{path} does not fit its model.json: {error}") from error
+        expected = json.loads((path.parent / META_FILE).read_text())["checksums"][path.name]
+        found = _file_checksum(path)
+    except OSError as error:
+        raise Failure(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Failure(f"{path.parent / META_FILE} has no checksum of {path.name}") from error
+    if found != expected:
+        raise Failure(f"{path} is damaged: its content is not what was written")
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -249,56 +240,44 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         Failure: the file is missing or damaged.
     """
     path = checkpoint / WEIGHTS_FILE
-    if path.is_file() and not os.access(path, os.R_OK):  # safetensors would call it missing
-        raise Failure(f"{path} cannot be read: Permission denied")
+    check_file(path)
     try:
-        state = load_tensors(path)
+        return load_tensors(path)
     except (OSError, SafetensorError) as error:
         raise Failure(f"{path} is damaged: {error}") from error
-    check_file(path)
-    return state
+
+
+def put_weights(model: nn.Module, state: dict[str, Tensor], checkpoint: Path) -> None:
+    """Loads what ``read_weights`` returned into ``model``.
+
+    Raises:
+        Failure: names or shapes do not fit.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        path = checkpoint / WEIGHTS_FILE
+        raise Failure(f"{path} does not fit its model.json: {error}") from error
 
 
 def load_model(
     path: Path | str, device: str | torch.device = "cpu"
 ) -> tuple[TaggingModel, ModelMeta]:
-    """A run folder or checkpoint -> (model in evaluation mode, what goes with it).
+    """Loads a model, in evaluation mode, and its metadata from a run folder or a checkpoint.
 
     Raises:
-        UserError: no checkpoint there, or one that carries code.
-        Failure: a damaged one.
+        UserError: there is no checkpoint, or it carries code.
+        Failure: it is damaged.
     """
     checkpoint = find_checkpoint(path)
     meta = load_meta(checkpoint)
-    state = _fitting_weights(meta, checkpoint)
-    model = meta.create()
+    state = read_weights(checkpoint)
+    try:
+        model = meta.create()
+    except UserError as error:  # a model, an option or a value that this version does not have
+        what = f"is damaged, or was written by {ANOTHER_VERSION}"
+        raise Failure(f"{checkpoint / META_FILE} {what}: {error}") from error
+    except (RuntimeError, TypeError, ArithmeticError) as error:
+        raise Failure(f"{checkpoint / META_FILE} is damaged: {error}") from error
     put_weights(model, state, checkpoint)
     return model.to(device).eval(), meta
-
-
-def _fitting_weights(meta: ModelMeta, checkpoint: Path) -> dict[str, Tensor]:
-    """The weights. Raises Failure unless they are of the model that model.json describes.
-
-    Nothing is allocated for the model: a digit too many in model.json would take all memory.
-    """
-    path = checkpoint / META_FILE
-    try:
-        with torch.device("meta"):
-            expected = {name: x.shape for name, x in meta.create().state_dict().items()}
-    except UserError as error:  # a model, an option or a value that this version does not have
-        raise Failure(f"{path} is damaged, or was written by {ANOTHER_VERSION}: {error}") from error
-    except (RuntimeError, TypeError, ArithmeticError) as error:
-        raise Failure(f"{path} is damaged: {error}") from error
-    state = read_weights(checkpoint)
-    found = {name: x.shape for name, x in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise Failure(
-                f"{checkpoint / WEIGHTS_FILE} does not fit its model.json: expected {name} "
-                f"of shape {_shape(expected.get(name))}, found {_shape(found.get(name))}"
-            )
-    return state
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(list(shape))

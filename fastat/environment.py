@@ -1,4 +1,4 @@
-"""What a run depends on beside its configuration: versions, numerics, memory."""
+"""What a run's results depend on beside its configuration; peak memory."""
 
 import platform
 import resource
@@ -28,40 +28,40 @@ RECORDED = (
 
 
 def numerics(device: torch.device) -> str:
-    """What bit-identical resuming depends on, beside the configuration."""
+    """Device, instruction set, torch version and kernels: resuming is bit-identical if they are."""
     capability = torch.backends.cpu.get_cpu_capability()
     kernels = f", kernels {'+'.join(chosen_kernels())}" if device.type == "cuda" else ""
     return f"{device_name(device)}, {capability}, torch {torch.__version__}{kernels}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory: the allocator's on a GPU, the process's resident set otherwise."""
+    """Peak memory: of torch's allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def random_state(device: torch.device) -> dict[str, Tensor | None]:
-    """The state of the generators that this rank draws from."""
+    """The states of torch's random number generators on this rank."""
     cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
     return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts ``random_state`` back; a GPU's only on a GPU."""
+    """Restores ``random_state``; a GPU's only on a GPU."""
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_rng"])
 
 
 def memory_is_full(error: BaseException) -> bool:
-    """Whether an allocator raised ``error``, a GPU's or the host's, which has no class of its
-    own."""
+    """Whether ``error`` says that a GPU's or the host's memory is full; the latter's error has no
+    class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """``env.json``: versions, device, and the commit when run from a source tree."""
+    """The content of ``env.json``: versions, device, and the commit if run from a source tree."""
     versions: dict[str, str | None] = {}
     for name in RECORDED:
         try:
@@ -79,7 +79,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit(root: Path) -> str | None:
-    """HEAD of the source tree; None for an installed package, or where there is no git."""
+    """HEAD of the source tree; None for an installed package, or without git."""
     if not (root / ".git").exists():
         return None
     try:

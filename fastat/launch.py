@@ -193,7 +193,7 @@ def configure(
 
         check_auto_batch()
     if out is not None:
-        from fastat.run_folder import check_writable
+        from fastat.outputs import check_writable
 
         check_writable(out)
     initial: dict[str, Any] = {}

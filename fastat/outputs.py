@@ -1,6 +1,6 @@
-"""What commands write: files that their options name, and JSON.
+"""What commands write: files and folders that their options name, and JSON.
 
-Imports no torch, so that a mistake on the command line is answered at once.
+Imports no torch, so that a mistake on the command line is reported at once.
 """
 
 import math
@@ -15,7 +15,7 @@ from fastat.errors import Failure, UserError
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """Raises UserError where the file ``path`` cannot be written, before any work is done."""
+    """Raises UserError if the file ``path`` cannot be written, before any work is done."""
     if path is None:
         return
     folder = path.absolute().parent
@@ -27,9 +27,23 @@ def check_output(option: str, path: Path | None) -> None:
         raise UserError(f"{option} {path}: {folder} is read-only")
 
 
+def check_writable(run: Path) -> None:
+    """Checks that the folder ``run`` can be written or made, before anything else costs time.
+
+    Raises:
+        UserError: it, or a folder it is to be made in, is a file.
+        Failure: it is read-only.
+    """
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out takes a folder for the run, and {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Failure(f"cannot write the run folder {run}: {there} is read-only")
+
+
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """``atomic_path`` of a command's output. Raises Failure where it cannot be written."""
+    """``atomic_path`` for a command's output. Raises Failure if it cannot be written."""
     try:
         with atomic_path(path) as temporary:
             yield temporary
@@ -38,8 +52,8 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def finite(value: Any) -> Any:
-    """``value``, None for the numbers in it that JSON does not have: an AUC of nothing, d' of an
-    AUC of 1."""
+    """``value`` with None for NaN and infinities, which JSON does not have: the AUC without any
+    class, d' of an AUC of 1."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,213 +1,282 @@
-"""What a training run leaves in its folder beside the checkpoints, and where it goes on from."""
+"""The folder of a training run: lock, configuration, environment, metrics, curves, predictions.
+
+The checkpoints in it are ``fastat.checkpoints``'s.
+"""
 
 import csv
-import errno
-import fcntl
 import io
 import json
+import logging
 import math
-import os
-import tempfile
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from fastat.adam_state import load_state, saved_state
-from fastat.atomic import append, atomic_write_text, drop_temporaries
+from fastat.atomic import append, atomic_write_text, lock, remove_temporaries
 from fastat.config import TrainConfig
-from fastat.data.shards import PackedSet
-from fastat.distributed import Ranks, seed_rank
-from fastat.environment import environment, numerics, restore_random_state
+from fastat.data.shards import ClassInfo, PackedSet
+from fastat.environment import environment
 from fastat.errors import Failure, UserError
-from fastat.loss_scale import FIRST_SCALE, LossScale
+from fastat.evaluate import Evaluation
 from fastat.outputs import finite
+from fastat.predictions import PREDICTIONS_FILE, save_predictions
+from fastat.readback import Reading
 
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
 BAD_CLIPS_FILE = "bad_clips.csv"
 
 
 @dataclass
 class Progress:
-    """Where a run is; saved with every checkpoint."""
+    """How far a run has come; saved with every checkpoint."""
 
     step: int = 0
     """Optimizer steps done."""
     best_map: float = -math.inf
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    """Over the steps done of the current epoch."""
+    """Sum of the losses of the current epoch's steps."""
     train_seconds: float = 0.0
-    """Of the current epoch: training alone."""
+    """Time spent training in the current epoch, without evaluation."""
     wait_seconds: float = 0.0
-    """Of the current epoch: waiting for data."""
+    """Time spent waiting for data in the current epoch."""
     best_step: int | None = None
-    """Of the checkpoint that is the best; None: there is none, or an older fastat did not say."""
+    """Step of the best checkpoint; None before the first scored epoch."""
     unscored: bool = False
-    """A signal cut the evaluation off: the steps of the epoch are done, its score is not."""
+    """A signal interrupted the evaluation: the epoch's steps are done, but it is not scored."""
     left_out: list[int] = field(default_factory=list)
-    """Steps, from 0, that were not or will not be taken, because they are not finite."""
+    """Steps, from 0, that were skipped because their loss or a gradient was not finite."""
     overflows: int = 0
-    """Steps of the current epoch that were not taken because fp16 overflowed; none is in
+    """Steps of the current epoch that were skipped because fp16 overflowed; none of them is in
     ``left_out``."""
 
     def taken(self, first: int, end: int | None = None) -> int:
-        """How many steps were taken from step ``first`` on, before ``end`` (None: so far), and how
-        many of fp16 overflowed."""
+        """Number of steps in [first, end) that are not in ``left_out``; ``end`` is by default the
+        current step."""
         end = self.step if end is None else end
         return end - first - sum(first <= s < end for s in self.left_out)
 
     def mean_loss(self, first: int) -> float:
-        """Of the steps taken from step ``first`` on; NaN without any."""
+        """Mean loss of the steps taken since step ``first``; NaN if there is none."""
         summed = self.taken(first) - self.overflows
         return self.loss_sum.item() / summed if summed else math.nan
 
 
-NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-"""What flock says on a file system without locks, as Lustre mounted without them."""
+class RunFolder:
+    """What a run writes beside its checkpoints. Rank 0 alone has use for it.
 
-
-def lock(file: IO[Any]) -> bool:
-    """Locks ``file`` for this process alone; False where its file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return False
-        raise
-    return True
-
-
-def locks_work(folder: Path) -> bool:
-    """Whether the file system of ``folder``, which can be written, has locks.
-
-    Raises:
-        OSError: no file can be made in it.
-    """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return lock(file)
-
-
-class RunLock:
-    """Held by the one training that may write to a run folder. Any death releases it.
-
-    Args:
-        note: called with a message where the file system has no locks; training goes on.
+    When the disk is full, training goes on. What could not be written is tried again with the next
+    write, but for points of TensorBoard's curves, which are lost until the next epoch. As a context
+    manager the folder holds the lock, and closes the curves in the end.
     """
 
-    def __init__(self, run: Path, note: Callable[[str], None]) -> None:
-        self.run, self.note = run, note
-        self._file: IO[str] | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+        self._curves: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self._unwritten: dict[str, Callable[[], None]] = {}
 
-    def acquire(self) -> None:
-        """Makes the folder where there is none, and takes the lock, unless it is held already.
+    # -------------------------------------------------------------------------- start and end
+    def lock(self) -> None:
+        """Makes the folder if needed and locks it, unless this object holds the lock already.
+
+        Closing the file releases the lock, as does any death of the process.
 
         Raises:
             UserError: another training holds it.
             Failure: the folder cannot be written.
         """
-        if self._file is not None:
+        if self._lock is not None:
             return
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            file = (self.run / ".lock").open("a")
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a")
             locked = lock(file)
         except BlockingIOError as error:
             raise UserError(
-                f"another training is running in {self.run}: wait for it, or take another --out"
+                f"another training is running in {self.path}: wait for it, or choose another --out"
             ) from error
         except OSError as error:
-            raise Failure(f"cannot write the run folder {self.run}: {error.strerror}") from error
-        self._file = file
+            raise self._failure(error) from error
+        self._lock = file
         if not locked:
-            self.note(
-                f"the file system of {self.run} has no locks: nothing keeps a second training out "
-                "of this folder"
+            log.warning(
+                f"the file system of {self.path} has no locks: nothing prevents a second training "
+                "in this folder"
             )
 
     def __enter__(self) -> Self:
-        self.acquire()
+        self.lock()
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets the next one in."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def check_writable(run: Path) -> None:
-    """Before anything else costs time: ``run`` can be written or made.
-
-    Raises:
-        UserError: a file has that name, or that of a folder it is to be in.
-        Failure: the folder is read-only.
-    """
-    there = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--out takes a folder for the run, and {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Failure(f"cannot write the run folder {run}: {there} is read-only")
-
-
-def open_run_folder(
-    run: Path, config: TrainConfig, device: torch.device, keep_epochs: int | None
-) -> None:
-    """Writes ``config.json`` and ``env.json``; drops the metrics of epochs to be trained again.
-
-    Also drops what a killed run left half-written. The caller holds the lock.
-
-    Args:
-        keep_epochs: epochs whose metrics stay; None: all.
-
-    Raises:
-        Failure: the folder cannot be written.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        for folder in (run, run / "checkpoints", run / "nonfinite"):
-            drop_temporaries(folder)
-        config.save(run / "config.json")
-        atomic_write_text(run / "env.json", json.dumps(environment(device), indent=1) + "\n")
-        if keep_epochs is not None:
-            drop_metrics(run, keep_epochs)
-    except OSError as error:
-        raise Failure(f"cannot write the run folder {run}: {error.strerror}") from error
-
-
-def drop_metrics(run: Path, keep_epochs: int) -> None:
-    """Drops the lines of epochs that will be trained again from ``metrics.jsonl``."""
-    metrics = run / "metrics.jsonl"
-    if metrics.exists():
-        # A power cut may have left part of a line.
         try:
-            lines = [x for x in metrics.read_text().splitlines() if x.endswith("}")]
-            kept = [x for x in lines if json.loads(x)["epoch"] <= keep_epochs]
+            if self._curves is not None:
+                self._curves.close()
+        except OSError as error:
+            self._curves_failed(error)
+        threading.excepthook = self._excepthook
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def prepare(self, config: TrainConfig, device: torch.device, keep_epochs: int | None) -> None:
+        """Writes ``config.json`` and ``env.json``, and removes what a killed run left half-written
+        and the metrics of epochs that will be trained again.
+
+        Args:
+            keep_epochs: number of epochs whose metrics stay; None: all.
+
+        Raises:
+            Failure: the folder cannot be written, or ``metrics.jsonl`` is damaged.
+        """
+        try:
+            for folder in (self.path, self.path / "checkpoints"):
+                remove_temporaries(folder)
+            config.save(self.path / "config.json")
+            atomic_write_text(
+                self.path / "env.json", json.dumps(environment(device), indent=1) + "\n"
+            )
+            if keep_epochs is not None:
+                self._remove_metrics_after(keep_epochs)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _remove_metrics_after(self, epoch: int) -> None:
+        path = self.path / METRICS_FILE
+        if not path.exists():
+            return
+        try:
+            # A power cut may have left part of a line.
+            lines = [x for x in path.read_text().splitlines() if x.endswith("}")]
+            kept = [x for x in lines if json.loads(x)["epoch"] <= epoch]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Failure(f"{metrics} is damaged: {error!r}; remove that line") from error
-        atomic_write_text(metrics, "".join(x + "\n" for x in kept))
+            raise Failure(f"{path} is damaged: {error!r}; remove that line") from error
+        atomic_write_text(path, "".join(x + "\n" for x in kept))
+
+    def _failure(self, error: OSError) -> Failure:
+        return Failure(f"cannot write the run folder {self.path}: {error.strerror}")
+
+    # ------------------------------------------------------------------------ while it trains
+    def open_curves(self, step: int) -> None:
+        """Starts a file of TensorBoard's curves.
+
+        Args:
+            step: number of steps done; points that an earlier start made after it are hidden.
+        """
+        self._purge_step = step + 1
+        self._add_points({}, step)
+
+    def add_step(self, reading: Reading) -> None:
+        """Adds a training step to the curves."""
+        values = {"loss": reading.loss, "grad_norm": reading.norm, "lr": reading.lr}
+        if self._curves is not None:
+            self._add_points({f"train/{k}": v for k, v in values.items()}, reading.step + 1)
+
+    def add_epoch(self, line: dict[str, Any]) -> None:
+        """Adds an epoch to ``metrics.jsonl`` and to the curves."""
+        values = {f"epoch/{k}": v for k, v in line.items() if k not in ("epoch", "step")}
+        self._add_points(values, line["epoch"])
+        text = json.dumps(finite(line)) + "\n"
+        self._write(
+            f"metrics of epoch {line['epoch']}",
+            partial(append, self.path / METRICS_FILE, text.encode()),
+        )
+
+    def save_predictions(
+        self, evaluation: Evaluation, packed: PackedSet, classes: list[ClassInfo]
+    ) -> None:
+        """Replaces ``predictions.h5`` by the scores of the best epoch so far."""
+        path, names = self.path / PREDICTIONS_FILE, packed.names(evaluation.rows)
+        scores = evaluation.logits, evaluation.targets
+        self._write(path.name, partial(save_predictions, path, *scores, names, classes))
+
+    def add_bad_clips(self, packed: PackedSet, bad: dict[int, str]) -> None:
+        """Lists the damaged rows of ``packed`` in ``bad_clips.csv``, and logs how many are new.
+
+        Args:
+            bad: all rows found so far, and what is wrong with them.
+        """
+        path = self.path / BAD_CLIPS_FILE
+
+        def write() -> None:
+            if new := append_bad_clips(path, packed, bad):
+                log.warning(
+                    f"{new:,} damaged clips were replaced by others, {len(bad):,} in all; "
+                    f"{path} lists them"
+                )
+
+        self._write(path.name, write)
+
+    def finish(self) -> None:
+        """Tries a last time to write what could not be written.
+
+        Raises:
+            Failure: something stays unwritten.
+        """
+        if errors := self._write_all():
+            raise Failure(f"cannot write {'; '.join(errors)}")
+
+    def _write(self, name: str, write: Callable[[], None]) -> None:
+        """Calls ``write`` after those that failed before; it replaces one of the same name."""
+        self._unwritten[name] = write
+        if errors := self._write_all():
+            log.warning(f"cannot write {'; '.join(errors)}; training goes on, and tries again")
+
+    def _write_all(self) -> list[str]:
+        errors = []
+        for name, write in list(self._unwritten.items()):
+            try:
+                write()
+                del self._unwritten[name]
+            except OSError as error:
+                errors.append(f"{name}: {error.strerror}")
+        return errors
+
+    def _add_points(self, values: dict[str, float], step: int) -> None:
+        """Adds a point to each curve; opens a new file first if an error ended the last one."""
+        try:
+            if self._curves is None:
+                # A long queue, so that a slow disk does not make training wait.
+                self._curves = SummaryWriter(
+                    str(self.path / "tb"), purge_step=self._purge_step, max_queue=10_000
+                )
+                self._purge_step = None
+            for name, value in values.items():
+                self._curves.add_scalar(name, value, step)
+        except (OSError, UnicodeEncodeError) as error:  # it takes no path that is not UTF-8
+            self._curves = None
+            self._curves_failed(error)
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """Keeps an error of SummaryWriter's thread, which its next call raises again, from being
+        printed with a traceback."""
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._excepthook(args)
+
+    def _curves_failed(self, error: Exception) -> None:
+        log.warning(
+            f"cannot write TensorBoard's curves in {self.path}: {error}; training goes on, and "
+            "the next epoch tries again"
+        )
 
 
-def append_metrics(run: Path, line: dict[str, Any]) -> None:
-    """Adds an epoch to ``metrics.jsonl``, whole or not at all.
+def append_bad_clips(path: Path, packed: PackedSet, bad: dict[int, str]) -> int:
+    """Adds the rows in ``bad`` that the table ``path`` does not list yet; their number.
 
-    Raises:
-        OSError: it cannot be written.
+    Columns: shard, row (of the shard), clip, reason.
     """
-    with (run / "metrics.jsonl").open("ab", buffering=0) as file:
-        append(file, (json.dumps(finite(line)) + "\n").encode())
-
-
-def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
-    """Adds those of ``bad``, rows of ``packed`` with reasons, to ``bad_clips.csv`` that it does not
-    list yet; their number. Columns: shard, row (of the shard), clip, reason."""
-    path = run / BAD_CLIPS_FILE
     listed = set()
     if path.exists():
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -223,68 +292,62 @@ def append_bad_clips(run: Path, packed: PackedSet, bad: dict[int, str]) -> int:
         if not listed:
             writer.writerow(("shard", "row", "clip", "reason"))
         writer.writerows(lines)
-        with path.open("ab", buffering=0) as file:
-            append(file, text.getvalue().encode("utf-8", "surrogateescape"))
+        append(path, text.getvalue().encode("utf-8", "surrogateescape"))
     return len(lines)
 
 
-def trainer_state(
-    optimizer: torch.optim.Optimizer,
+def epoch_line(
     progress: Progress,
-    data: str,
-    device: torch.device,
-    random_states: list[dict[str, Tensor | None]],
-    loss_scale: LossScale | None,
+    first: int,
+    epoch: int,
+    evaluation: Evaluation | None,
+    *,
+    lr: float,
+    batch: int,
+    peak_memory_gib: float,
+    **more: float,
 ) -> dict[str, Any]:
-    """``trainer.pt``: what a run needs to go on, bit for bit.
+    """A line of ``metrics.jsonl``.
 
     Args:
-        data: fingerprint of the training set.
-        random_states: of every rank.
+        first: the epoch's first step.
+        epoch: from 1.
+        evaluation: None if the run is not scored.
+        more: further fields, which not every run has.
     """
-    return {
-        "optimizer": saved_state(optimizer),
-        "progress": asdict(progress),
-        "random": random_states,
-        "loss_scale": None if loss_scale is None else loss_scale.state(),
-        "data": data,
-        "numerics": numerics(device),
+    taken, seconds = progress.taken(first), progress.train_seconds
+    line: dict[str, Any] = {
+        "epoch": epoch,
+        "step": progress.step,
+        "lr": lr,
+        "train_loss": progress.mean_loss(first),
+        "clips_per_s": taken * batch / seconds if taken else 0.0,
+        "data_wait_fraction": progress.wait_seconds / seconds if taken else 0.0,
+        "epoch_s": seconds,
+        "peak_memory_gib": peak_memory_gib,
+        **more,
     }
+    if evaluation is not None:
+        m = evaluation.metrics
+        line |= {
+            "eval_loss": evaluation.loss,
+            "mAP": m.mAP,
+            "AUC": m.AUC,
+            "d_prime": m.d_prime,
+            "classes_scored": m.classes_scored,
+        }
+    return line
 
 
-def restore_trainer_state(
-    state: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    ranks: Ranks,
-    loss_scale: LossScale | None,
-) -> tuple[Progress, list[str]]:
-    """Puts ``trainer_state`` back; returns where the run stands, and what there is to say.
-
-    A rank that the run did not have before draws from a seed of its own.
-    """
-    load_state(optimizer, state["optimizer"])
-    progress = Progress(**state["progress"])
-    progress.loss_sum = progress.loss_sum.to(device)
-    random_states = state.get("random") or [state]  # older checkpoints have one rank's
-    if ranks.rank < len(random_states):
-        restore_random_state(random_states[ranks.rank], device)
-    else:
-        seed_rank(progress.step, ranks)
-    notes = []
-    if loss_scale is not None:
-        if state.get("loss_scale"):
-            loss_scale.restore(state["loss_scale"])
-        else:
-            notes.append(f"the checkpoint has no loss scale: it starts at {FIRST_SCALE:,.0f}")
-    if len(random_states) != ranks.size:
-        notes.append(
-            f"the run had {len(random_states)} ranks and has {ranks.size} now: the same clips a "
-            "step, but dropout and the order of sums differ"
-        )
-    if (now := numerics(device)) != state["numerics"]:
-        notes.append(
-            f"numerics changed from {state['numerics']} to {now}: "
-            "the run goes on, not bit for bit as it would have"
-        )
-    return progress, notes
+def epoch_text(line: dict[str, Any], epochs: int, num_classes: int) -> str:
+    """A line of ``metrics.jsonl`` as it is logged."""
+    text = f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f}"
+    if "mAP" in line:
+        text += f"  eval loss {line['eval_loss']:.4f}  mAP {line['mAP']:.4f}"
+        text += f"  AUC {line['AUC']:.4f}  d' {line['d_prime']:.3f}"
+        if line["classes_scored"] < num_classes:
+            text += f"  ({line['classes_scored']} of {num_classes} classes scored)"
+    if line.get("overflows"):
+        text += f"  {line['overflows']} overflows"
+    text += f"  {line['clips_per_s']:.1f} clips/s"
+    return f"{text}  data wait {line['data_wait_fraction']:.1%}"

@@ -1,4 +1,4 @@
-"""Stopping a run with a signal: finish the step, save, leave with the exit code it stands for."""
+"""A signal stops a run: it finishes the step, saves, and exits with the signal's exit code."""
 
 import os
 import signal
@@ -8,29 +8,29 @@ from contextlib import contextmanager
 from types import FrameType
 
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send ahead of the end; SLURM and torchrun both may, one after the other."""
+"""What schedulers send before they end a job; SLURM and torchrun may both send one."""
 
 GRACE_SECONDS = 10.0
-"""How long an evaluation may go on after a signal; what it has not scored by then, a resume does.
-Schedulers give half a minute, and a checkpoint must be written in it too."""
+"""How long an evaluation may go on after a signal; if it is not done by then, the resumed run
+evaluates again. Schedulers wait half a minute, in which a checkpoint must be written too."""
 
 
 class Interrupted(BaseException):
-    """A signal ended the run. As with KeyboardInterrupt, no ``except Exception`` holds it up."""
+    """A signal ended the run. Like KeyboardInterrupt it is no subclass of Exception."""
 
     def __init__(self, signum: int, *, saved: bool = True) -> None:
         super().__init__(signum)
         self.exit_code = 130 if signum == signal.SIGINT else 143
         self.saved = saved
-        """Whether a checkpoint of where the run stood was written."""
+        """Whether a checkpoint of the last step was written."""
 
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Outside training there is nothing to save: SIGTERM and SIGUSR1 raise Interrupted.
+    """SIGTERM and SIGUSR1 raise Interrupted at once, where there is nothing to save.
 
-    For a command, in the main thread: after an Interrupted both stay ignored, so that a repeated
-    one leaves the exit code alone.
+    For a command, in the main thread. After an Interrupted both signals stay ignored, so that a
+    second one does not change the exit code.
     """
 
     def leave(signum: int, _frame: FrameType | None) -> None:
@@ -56,10 +56,9 @@ def _ignore() -> None:
 class StopSignals:
     """Remembers the first SIGINT, SIGTERM or SIGUSR1; main thread only.
 
-    Python hears of a signal between two operations of its own: a compilation, or a kernel that
-    runs on the processor, ends first. More of SIGTERM and SIGUSR1 change nothing: they come twice
-    from a scheduler and must not kill a process that is saving. Ctrl-C while the run is stopping
-    ends it at once.
+    Python handles a signal between two of its instructions: a compilation or a kernel on the CPU
+    ends first. Further SIGTERM and SIGUSR1 change nothing: schedulers send them twice, and they
+    must not kill a process that is saving. Ctrl-C while the run is stopping ends it at once.
     """
 
     def __init__(self) -> None:
@@ -77,14 +76,14 @@ class StopSignals:
 
     @property
     def overdue(self) -> bool:
-        """Whether a signal came longer ago than an evaluation may go on."""
+        """Whether ``GRACE_SECONDS`` have passed since a signal came."""
         return self.signum is not None and time.monotonic() - self.since > GRACE_SECONDS
 
     def _remember(self, signum: int, _frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum, self.since = signum, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":  # of torchrun
-                # Not print(): the signal may have come amid one, and they cannot be nested.
+            if os.environ.get("RANK", "0") == "0":  # set by torchrun
+                # Not print(): the signal may have interrupted one, which cannot be nested.
                 os.write(2, b"\nstopping after this step; Ctrl-C (once more) to stop at once\n")
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt

@@ -4,12 +4,14 @@ import logging
 import shlex
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from fastat.checkpoint import build_frontend
+from fastat.checkpoints import CheckpointManager, holds_checkpoints
 from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
 from fastat.data.loader import with_features
@@ -23,11 +25,9 @@ from fastat.introduction import log_device_choices, log_introduction
 from fastat.metrics import TaggingMetrics
 from fastat.network import build_network, training_step
 from fastat.nonfinite import reason_to_stop
+from fastat.outputs import check_writable, finite
 from fastat.readback import DelayedReadback, Reading
-from fastat.run_checkpoints import holds_checkpoints
-from fastat.run_folder import Progress, RunLock, check_writable, open_run_folder
-from fastat.run_records import RunRecords, epoch_line, epoch_text
-from fastat.saving import Saving
+from fastat.run_folder import Progress, RunFolder, epoch_line, epoch_text
 from fastat.schedule import lr_factor
 from fastat.signals import Interrupted, StopSignals
 from fastat.system.device import choose_kernels, default_device
@@ -84,7 +84,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.display = config, run, display
         ranks = self.ranks = ranks.with_timeout(config.rank_timeout)
-        self.lock = RunLock(run, log.info)
+        self.folder = RunFolder(run)
         ranks.from_first(self._look_first)
         torch.manual_seed(config.seed)
         self.device = default_device()
@@ -110,8 +110,15 @@ class Trainer:
         self.compiling = CompileClock() if config.compile else None
         self.vote = Vote(self.ranks)
         self.stop = StopSignals()
-        self.saving = Saving(
-            config, run, self.data, self.network, self.device, self.ranks, log.info
+        self.checkpoints = CheckpointManager(
+            run,
+            self.raw_model,
+            self.optimizer,
+            self.device,
+            self.ranks,
+            train_set=self.data.train_set,
+            every_steps=config.checkpoint_every_steps,
+            every_minutes=config.checkpoint_every_minutes,
         )
         ranks.from_first(lambda: self._claim_run_folder(resume))
         if resuming:
@@ -124,7 +131,7 @@ class Trainer:
         ):
             self.progress.unscored = False  # at an end that --steps set, and does not any more
         keep = self._whole_epochs()
-        ranks.from_first(lambda: open_run_folder(run, config, self.device, keep))
+        ranks.from_first(lambda: self.folder.prepare(config, self.device, keep))
         log_introduction(config, run, self.data, self.network, self.device, self.ranks)
 
     def _look_first(self) -> None:
@@ -137,11 +144,11 @@ class Trainer:
             )
         check_writable(self.run)
         if self.run.exists():
-            self.lock.acquire()
+            self.folder.lock()
 
     def _claim_run_folder(self, resume: bool) -> None:
         """Once everything fits together."""
-        self.lock.acquire()
+        self.folder.lock()
         if not resume and (self.run / "config.json").exists():
             # made since the command line was read
             raise UserError(f"{self.run} already holds a run: --resume goes on with it")
@@ -151,8 +158,6 @@ class Trainer:
         """Trains from where the run stands to its end."""
         metrics = None
         with ExitStack() as stack:
-            if self.ranks.first:
-                stack.enter_context(self.lock)
             stack.enter_context(self.stop)
             if self.compiling is not None:
                 stack.enter_context(self.compiling)
@@ -166,11 +171,11 @@ class Trainer:
                         self._train_epoch(epoch)
                     except Failure:
                         if self.ranks.first:
-                            self.records.bad_clips(self.data.train_set, self.data.bad_clips())
+                            self.folder.add_bad_clips(self.data.train_set, self.data.bad_clips())
                         raise
                 bad = self.data.share_bad_clips(self.ranks)
                 if self.ranks.first:
-                    self.records.bad_clips(self.data.train_set, bad)
+                    self.folder.add_bad_clips(self.data.train_set, bad)
                 self.progress.unscored = True
                 evaluation = self._evaluate()
                 self._note_compiling()
@@ -179,9 +184,9 @@ class Trainer:
                 signum = self._signalled()
                 if signum and self._unfinished():
                     self._leave(signum)
-            self.saving.finish()
+            self.checkpoints.finish()
             if self.ranks.first:
-                self.records.waiting.close()
+                self.folder.finish()
         command = f"fastat predict {shlex.quote(str(self.run))} FILE"
         log.info(f"saved in {self.run}; tag a sound with: {command}")
         self.data.close()
@@ -220,10 +225,9 @@ class Trainer:
         p.train_seconds += self._clock() - clock
 
     def _open_records(self, stack: ExitStack) -> None:
-        """What rank 0 writes with."""
-        step = self.progress.step
-        self.records = stack.enter_context(RunRecords(self.run, purge_step=step, note=log.info))
-        self.saving.begin(self.records.checkpoints)
+        """What rank 0 writes with; the last checkpoint is written before the lock is released."""
+        stack.enter_context(self.folder).open_curves(self.progress.step)
+        stack.enter_context(self.checkpoints)
 
     def _unfinished(self) -> bool:
         """Whether there is something left to train, or to score."""
@@ -307,7 +311,7 @@ class Trainer:
         done = p.taken(first) or 1
         summed = p.taken(first, seen.step + 1) - p.overflows
         rate = done * c.batch / p.train_seconds
-        self.records.step(seen)
+        self.folder.add_step(seen)
         self.display.update(
             Status(
                 epoch=epoch + 1,
@@ -354,7 +358,7 @@ class Trainer:
         p, c = self.progress, self.config
         steps = self.sampler.steps_per_epoch
         first = epoch * steps
-        self.saving.heed(p, wait=True)  # it may say that the best so far was not written
+        self.checkpoints.check_last_write(p, wait=True)  # corrects best_map if the best failed
         more: dict[str, float] = {}
         if self.compiling is not None:
             more["compile_s"] = self.compiling.of_epoch()
@@ -378,11 +382,11 @@ class Trainer:
             p.loss_sum, p.train_seconds, p.wait_seconds = p.loss_sum.new_zeros(()), 0.0, 0.0
             p.overflows = 0
         if self.ranks.first:
-            self.records.epoch(line)
+            self.folder.add_epoch(line)
             if best and evaluation is not None:
                 assert self.data.eval_set is not None and self.data.match is not None
                 classes = [self.meta.classes[k] for k in self.data.match.model_columns]
-                self.records.predictions(evaluation, self.data.eval_set, classes)
+                self.folder.save_predictions(evaluation, self.data.eval_set, classes)
         self._save(best=best)
         text = epoch_text(line, c.epochs, len(self.meta.classes))
         log.info(text + ("  *" if best else ""))
@@ -390,7 +394,7 @@ class Trainer:
     # -------------------------------------------------------------- checkpoints
     def _save_in_mid_epoch(self) -> None:
         """After a signal, and when a checkpoint is due; several ranks agree on it a step later."""
-        due = self.saving.due(self.progress)
+        due = self.checkpoints.is_due(self.progress)
         signum, due_on_first = self.vote(self.stop.signum or 0, int(due))
         if signum or due_on_first:
             self._look_for_nonfinite(wait=True)
@@ -404,14 +408,22 @@ class Trainer:
 
     def _leave(self, signum: int) -> NoReturn:
         """Once the last checkpoint is written."""
-        self.saving.finish()
+        self.checkpoints.finish()
         raise Interrupted(signum)
 
     def _save(self, *, best: bool) -> None:
-        self.saving.save(self.progress, self.meta, self.step.loss_scale, best=best)
+        p = self.progress
+        self.checkpoints.check_last_write(p, wait=True)
+        trained = {
+            "procedure": self.config.proc,
+            "step": p.step,
+            "epoch": p.step / self.sampler.steps_per_epoch,
+            "best_mAP": p.best_map,
+        }
+        meta = replace(self.meta, trained=finite(trained))
+        self.checkpoints.save(p, meta, self.step.loss_scale, best=best)
 
     def _restore(self) -> None:
-        """Goes back to the newest whole checkpoint."""
-        self.progress, notes = self.saving.restore(self.step)
-        for note in notes:
-            log.info(note)
+        """Goes on from the newest whole checkpoint."""
+        self.progress = self.checkpoints.restore(self.step.loss_scale)
+        self.step.forget()  # the optimizer has other tensors now

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from fastat.checkpoint import ModelMeta, load_model
+from fastat.checkpoints import write_checkpoint
 from fastat.cli import COMMANDS, main
 from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
@@ -26,7 +27,6 @@ from fastat.display import show_messages
 from fastat.predictions import read_predictions
 from fastat.procedures import PROCEDURES
 from fastat.report.curves import class_curves
-from fastat.run_checkpoints import write_checkpoint
 from tests.conftest import QUIET, TinySets, fastat, one_line, write_tiny_audio
 
 

@@ -9,10 +9,10 @@ import soundfile as sf
 import torch
 
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
+from fastat.checkpoints import write_checkpoint
 from fastat.data.shards import ClassInfo
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
-from fastat.run_checkpoints import write_checkpoint
 from tests.conftest import SMALL_MODELS, fastat, one_line
 
 RATE = 16_000

@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastat import checkpoint_writer, evaluate, signals
+from fastat import checkpoints, evaluate, signals
 from fastat import step as stepping
 from fastat.checkpoint import load_model
+from fastat.checkpoints import linked_step, write_checkpoint
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
-from fastat.event_file import EventFile
 from fastat.optim import train_step
-from fastat.run_checkpoints import linked_step, write_checkpoint
-from fastat.run_folder import RunLock, append_metrics
+from fastat.readback import Reading
+from fastat.run_folder import RunFolder
 from fastat.signals import Interrupted
 from tests.conftest import TinySets, fastat, one_line
-from tests.test_checkpoint import damage
+from tests.test_checkpoint import damage, sign
 from tests.test_train import (
     SLOW_WRITES,
     arguments,
@@ -63,7 +63,12 @@ def at_step(monkeypatch: pytest.MonkeyPatch, **actions: Callable[[], object]) ->
 
 def skip_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that comes due waits for the write before it, instead of for a later step."""
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "busy", property(lambda self: False))
+    check = checkpoints.CheckpointManager.check_last_write
+
+    def waiting(self: checkpoints.CheckpointManager, progress: Any, *, wait: bool = True) -> None:
+        check(self, progress, wait=True)
+
+    monkeypatch.setattr(checkpoints.CheckpointManager, "check_last_write", waiting)
 
 
 def kill_myself(signum: int) -> Callable[[], object]:
@@ -106,23 +111,27 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+no_traceback_of_a_thread = pytest.mark.filterwarnings(
+    "error::pytest.PytestUnhandledThreadExceptionWarning"
+)
+
+
+@no_traceback_of_a_thread
 def test_training_waits_out_a_full_disk(
     whole: Path,
     tiny_sets: TinySets,
     disk: Disk,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Full from the third step to the sixth, the end of an epoch between: the same run, in full."""
     out = disk.folder / "run"
     run = trainer(tiny_sets, out, checkpoint_every_steps=2)
     at_step(monkeypatch, step_3=disk.fill, step_6=disk.empty)
     run.run_epochs()
-    said = capsys.readouterr().err.splitlines()
+    said = [record.getMessage() for record in caplog.records]
     for what in ("checkpoint .*step-00000004", "metrics of epoch 1", "predictions.h5"):
-        matching = [line for line in said if re.search(f"cannot write .*{what}.*No space", line)]
-        assert matching, what
-        assert "training goes on, and tries again" in matching[0]
+        assert any(re.search(f"cannot write .*{what}.*No space", line) for line in said), what
     assert_same_run(out, whole)
     assert (out / "predictions.h5").stat().st_size == (whole / "predictions.h5").stat().st_size
 
@@ -135,7 +144,7 @@ def test_a_disk_that_stays_full_fails_the_run(
     skip_no_checkpoint(monkeypatch)
 
     def fill_after_the_sixth() -> None:
-        run.records.checkpoints.finish()
+        run.checkpoints.finish()
         disk.fill()
 
     at_step(monkeypatch, step_7=fill_after_the_sixth)
@@ -184,7 +193,7 @@ def test_a_best_that_was_not_written_is_not_the_best(
         write_checkpoint(folder, step, *args, **options)
 
     monkeypatch.setattr("fastat.train.evaluate", scored)
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", full_at_8)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full_at_8)
     run = trainer(tiny_sets, tmp_path / "run", epochs=4)
     run.run_epochs()
     assert linked_step(tmp_path / "run" / "checkpoints", "best") == 12
@@ -192,35 +201,68 @@ def test_a_best_that_was_not_written_is_not_the_best(
 
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all(disk: Disk) -> None:
-    append_metrics(disk.folder, {"epoch": 1})
-    disk.fill()
-    with pytest.raises(OSError, match="No space left"):
-        append_metrics(disk.folder, {"epoch": 2, "much": "x" * 10_000})
-    disk.empty()
-    append_metrics(disk.folder, {"epoch": 3})
-    assert metrics(disk.folder) == [{"epoch": 1}, {"epoch": 3}]
-
-
-def test_curves_are_readable_after_a_full_disk(disk: Disk) -> None:
-    """By TensorBoard's own reader; the points of the time between are gone."""
-    notes: list[str] = []
-    with EventFile(disk.folder / "tb", purge_step=3, note=notes.append) as curves:
-        curves.add_scalar("loss", 0.5, 1)
+    """And it is written once there is space again."""
+    with RunFolder(disk.folder) as folder:
+        folder.add_epoch({"epoch": 1})
         disk.fill()
-        for step in range(2, 200):  # some fit into the file's last page
-            curves.add_scalar("loss", 0.25, step)
+        folder.add_epoch({"epoch": 2} | {f"value_{i}": float(i) for i in range(1000)})
+        assert metrics(disk.folder) == [{"epoch": 1}]
+        with pytest.raises(Failure, match=r"metrics of epoch 2: No space left"):
+            folder.finish()
         disk.empty()
-        curves.add_scalar("loss", 0.125, 1000)
-    assert len(notes) == 1 and "No space left" in notes[0]
-    (path,) = (disk.folder / "tb").iterdir()
-    events = list(EventFileLoader(str(path)).Load())
-    assert events[0].file_version == "brain.Event:2"
-    assert events[1].step == 3 and events[1].session_log.status == events[1].session_log.START
-    steps = [event.step for event in events[2:]]
-    assert steps[0] == 1 and steps[-1] == 1000
-    assert steps == sorted(steps) and len(steps) < 200
-    (value,) = events[-1].summary.value
-    assert (value.tag, value.tensor.float_val[0]) == ("loss", 0.125)
+        folder.add_epoch({"epoch": 3})
+        folder.finish()
+    assert [line["epoch"] for line in metrics(disk.folder)] == [1, 2, 3]
+
+
+def step_of(step: int, loss: float) -> Reading:
+    return Reading(
+        step, lr=0.1, loss=loss, norm=1.0, found_inf=False, overflow=False, loss_sum=loss
+    )
+
+
+@no_traceback_of_a_thread
+def test_curves_are_readable_after_a_full_disk(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By TensorBoard's own reader; the points of the time between are gone."""
+    with RunFolder(disk.folder) as folder:
+        folder.open_curves(step=0)
+        for step in range(10):
+            folder.add_step(step_of(step, loss=0.5))
+        time.sleep(1.1)  # points are written in the background, and files sorted by second
+        disk.fill()
+        for step in range(10, 500):  # some fit into the file's last page
+            folder.add_step(step_of(step, loss=0.25))
+        folder.add_epoch({"epoch": 1, "mAP": 0.5})
+        disk.empty()
+        folder.add_step(step_of(500, loss=0.25))
+        folder.add_epoch({"epoch": 2, "mAP": 0.75})
+        folder.add_step(step_of(501, loss=0.125))
+    warnings = [x.getMessage() for x in caplog.records if "curves" in x.getMessage()]
+    assert warnings and all("No space left" in warning for warning in warnings)
+    losses = curve(disk.folder, "train/loss")
+    assert [loss for step, loss in losses if step <= 10] == [0.5] * 10
+    assert losses[-1] == (502, 0.125) and len(losses) < 500
+    assert curve(disk.folder, "epoch/mAP") == [(2, 0.75)]
+
+
+def curve(run: Path, tag: str) -> list[tuple[int, float]]:
+    """Steps and values that TensorBoard shows."""
+    reader = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(point.step, point.value) for point in reader.Scalars(tag)]
+
+
+def test_resuming_hides_the_points_that_are_made_again(tmp_path: Path) -> None:
+    for first, loss in ((0, 0.5), (3, 0.25)):
+        with RunFolder(tmp_path) as folder:
+            folder.open_curves(step=first)
+            for step in range(first, 5):
+                folder.add_step(step_of(step, loss))
+        time.sleep(1.1)  # the files are sorted by the second that is in their names
+    assert curve(tmp_path, "train/loss")[-2:] == [(4, 0.25), (5, 0.25)]
+    assert len({step for step, _ in curve(tmp_path, "train/loss")}) == 5
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["new", "resumed"])
@@ -247,9 +289,7 @@ def test_a_trainer_state_of_another_version_is_not_resumed(
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)
     state["progress"]["warp"] = 9
     torch.save(state, checkpoint / "trainer.pt")
-    meta = json.loads((checkpoint / "model.json").read_text())
-    del meta["checksums"]
-    (checkpoint / "model.json").write_text(json.dumps(meta))
+    sign(checkpoint / "model.json", json.loads((checkpoint / "model.json").read_text()))
     (tmp_path / "run" / "env.json").write_text('{"versions": {"fastat": "7.8.9"}}')
     done = fastat("train", "--resume", "--out", tmp_path / "run", code=1)
     line = done.stderr.strip().splitlines()[-1]
@@ -270,7 +310,7 @@ def test_the_second_run_is_one_line_and_no_mark_on_the_first(
     whole: Path, tiny_sets: TinySets
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with RunLock(whole, print):
+    with RunFolder(whole):
         done = fastat("train", "--resume", "--out", whole, code=2)
     assert f"another training is running in {whole}" in one_line(done)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
@@ -355,7 +395,7 @@ def test_signals_while_a_checkpoint_is_written(
             signal.pthread_kill(threading.main_thread().ident or 0, signum)
         write_checkpoint(folder, step, *args, **options)
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", signalled)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", signalled)
     run = trainer(tiny_sets, out, checkpoint_every_steps=1)
     with pytest.raises(Interrupted) as stop:
         run.run_epochs()
@@ -404,7 +444,7 @@ def test_minutes_between_checkpoints(
     def noted(folder: Path, step: int, *args: Any, **options: Any) -> None:
         saved.append(step)
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", noted)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", noted)
     now = [0.0]
     at_step(monkeypatch, **{f"step_{k}": lambda: now.append(now[-1] + 60) for k in range(1, 9)})
     monkeypatch.setattr(time, "monotonic", lambda: now[-1])
@@ -425,7 +465,7 @@ def test_a_slow_disk_delays_checkpoints_not_training(
         assert go_on.wait(60), "training stands still"
         write_checkpoint(folder, step, *args, **options)
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", slow)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
     at_step(monkeypatch, step_3=go_on.set)
     trainer(tiny_sets, out, checkpoint_every_steps=1).run_epochs()
     assert saved[0] == 1 and 2 not in saved
@@ -440,7 +480,7 @@ def test_resuming_from_the_one_before_a_damaged_checkpoint(
     tiny_sets: TinySets,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     name: str,
 ) -> None:
     """The damaged one is also the best: it is the best again once it is made again."""
@@ -450,8 +490,7 @@ def test_resuming_from_the_one_before_a_damaged_checkpoint(
     damage(out / "checkpoints" / "last" / name)
     again = trainer(tiny_sets, out, resume=True)
     assert again.progress.step == 6
-    said = capsys.readouterr().err
-    assert f"step-00000008/{name}" in said and "an older one serves" in said
+    assert f"step-00000008/{name}" in caplog.text and "step 6 is used instead" in caplog.text
     again.run_epochs()
     assert_same_run(out, whole)
 

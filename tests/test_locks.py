@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastat.atomic import locks_work
 from fastat.data.hdf5_source import Hdf5Rows, read_rows
 from fastat.data.shard_writer import HEAD_BYTES, ShardPart
 from fastat.data.shards import ClassInfo, PackedSet, ShardRows
 from fastat.errors import Failure, UserError
 from fastat.predictions import read_predictions, save_predictions
-from fastat.run_folder import RunLock, locks_work
+from fastat.run_folder import RunFolder
 from tests.conftest import TinySets
 from tests.data.test_hdf5_source import NUM_CLASSES, write_panns
 from tests.test_train import trainer
@@ -84,39 +85,39 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_without_locks_the_run_folder_is_taken_and_it_is_said_once(tmp_path: Path) -> None:
-    notes: list[str] = []
-    lock = RunLock(tmp_path / "run", notes.append)
-    lock.acquire()
-    with lock:
+def test_without_locks_the_run_folder_is_taken_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    with folder:
         assert (tmp_path / "run").is_dir()
-    (note,) = notes
-    assert str(tmp_path / "run") in note and "second training" in note
+    (record,) = caplog.records
+    assert str(tmp_path / "run") in record.getMessage() and "locks" in record.getMessage()
 
 
 @pytest.mark.parametrize("no_locks", [errno.EOPNOTSUPP], indirect=True)
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_training_goes_on(
-    tiny_sets: TinySets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_sets: TinySets, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(tiny_sets, tmp_path / "run", steps=1).run_epochs()
-    (line,) = (x for x in capsys.readouterr().err.splitlines() if "no locks" in x)
-    assert "second training" in line
+    assert sum("no locks" in record.getMessage() for record in caplog.records) == 1
     assert (tmp_path / "run" / "checkpoints" / "last").exists()
 
 
 def test_another_error_of_the_lock_is_not_the_lack_of_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RunLock(tmp_path, print), pytest.raises(UserError, match="another training"):
-        RunLock(tmp_path, print).acquire()
+    with RunFolder(tmp_path), pytest.raises(UserError, match="another training"):
+        RunFolder(tmp_path).lock()
 
     def flock(file: object, operation: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(Failure, match="Input/output error"):
-        RunLock(tmp_path, print).acquire()
+        RunFolder(tmp_path).lock()
 
 
 def test_locks_of_a_folder(tmp_path: Path) -> None:

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from fastat import loss_scale
 from fastat import step as stepping
 from fastat.distributed import ALONE
-from fastat.environment import random_state
 from fastat.errors import Failure
 from fastat.evaluate import evaluate_checkpoint
 from fastat.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LARGEST, LossScale
 from fastat.optim import create_adam, train_step
-from fastat.run_folder import Progress, restore_trainer_state, trainer_state
 from fastat.step import StepResult
 from fastat.train import Trainer
 from tests.conftest import TinySets, fastat
@@ -215,20 +213,6 @@ def test_a_step_with_a_loss_that_is_not_finite_stops_at_once(
     overflows = metrics(tmp_path / "run")[0]["overflows"] + run.progress.overflows
     assert run.step.loss_scale is not None and overflows < 5
     assert run.step.loss_scale.scale.item() == FIRST_SCALE / 2**overflows
-
-
-def test_checkpoints_without_a_scale_load() -> None:
-    """Of a fastat that had none, or of another precision: said only where one is needed."""
-    params = [nn.Parameter(torch.zeros(2))]
-    adam, _ = create_adam(params, lr=1e-3, betas=(0.9, 0.9), weight_decay=0.0, device=CPU)
-    state = trainer_state(adam, Progress(step=3), "", CPU, [random_state(CPU)], None)
-    del state["progress"]["overflows"], state["loss_scale"]
-    scale = LossScale(CPU)
-    progress, notes = restore_trainer_state(state, adam, CPU, ALONE, None)
-    assert (progress.step, progress.overflows, notes) == (3, 0, [])
-    _, (note,) = restore_trainer_state(state, adam, CPU, ALONE, scale)
-    assert note == "the checkpoint has no loss scale: it starts at 65,536"
-    assert scale.scale.item() == FIRST_SCALE
 
 
 def test_the_command_line_trains_and_scores_in_half_precision(

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from fastat import cli
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
+from fastat.checkpoints import write_checkpoint
 from fastat.data.shards import ClassInfo
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
 from fastat.plot import COLUMNS, _bin_of, draw, mel_image, timeline
 from fastat.predict import Prediction, Tagger, clock, sparkline, window_starts
-from fastat.run_checkpoints import write_checkpoint
 
 CLASSES = tuple(
     ClassInfo(f"/m/{i}", name)

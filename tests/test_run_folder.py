@@ -1,4 +1,4 @@
-"""A run folder that --resume goes on in."""
+"""A run folder: what is in it on resume, and on a full disk (see also test_faults)."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from fastat.config import resolve
 from fastat.errors import Failure
-from fastat.run_folder import open_run_folder
+from fastat.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("line", [b"\xff{}", b"{nothing}", b'{"step": 3}', b'{"epoch": "x"}'])
@@ -17,5 +17,5 @@ def test_damaged_metrics_are_not_dropped_in_silence(tmp_path: Path, line: bytes)
     path.write_bytes(b'{"epoch": 1}\n' + line + b'\n{"epoch": 3}\n')
     before = path.read_bytes()
     with pytest.raises(Failure, match=r"metrics\.jsonl is damaged"):
-        open_run_folder(tmp_path, config, torch.device("cpu"), keep_epochs=2)
+        RunFolder(tmp_path).prepare(config, torch.device("cpu"), keep_epochs=2)
     assert path.read_bytes() == before

@@ -85,8 +85,8 @@ def _compiler(variable: str, *names: str) -> str | None:
 def _cache() -> dict[str, Any]:
     """The cache folder: its space, and whether files in it can be locked. ``problem`` says why it
     cannot be used."""
+    from fastat.atomic import locks_work
     from fastat.launch import cache_folder
-    from fastat.run_folder import locks_work
 
     unusable = {"folder": None, "locks": None, "free_gib": None}
     try:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from fastat.checkpoint import ModelMeta
+from fastat.checkpoints import write_checkpoint
 from fastat.data.bad_audio import BadAudio, Reason
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
 from fastat.predict import Tagger, as_document
-from fastat.run_checkpoints import write_checkpoint
 from tests.fuzz.audio import Base, Case, base_files, cases
 from tests.fuzz.child import SPARE_BYTES, Outcome, run_cases
 from tests.fuzz.mutations import SHARE, keep

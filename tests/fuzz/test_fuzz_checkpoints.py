@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
+from fastat.checkpoints import load_trainer_state, write_checkpoint
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
-from fastat.run_checkpoints import load_trainer_state, write_checkpoint
 from tests.fuzz.child import SPARE_BYTES, error_of, run_cases
 from tests.fuzz.documents import JSON
 from tests.fuzz.mutations import SHARE, Mutant, Mutation, keep, mutate, rng_of

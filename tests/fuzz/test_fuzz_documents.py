@@ -21,7 +21,7 @@ from fastat.data.classes import ClassList
 from fastat.data.manifest import read_manifest
 from fastat.data.pack import pack
 from fastat.data.shards import INDEX_FILE, PackedSet
-from fastat.run_folder import open_run_folder
+from fastat.run_folder import RunFolder
 from tests.data.audio import write_table
 from tests.fuzz.child import SPARE_BYTES, error_of, run_cases
 from tests.fuzz.documents import JSON, TABLE
@@ -262,7 +262,7 @@ def test_metrics_jsonl(tmp_path: Path, numbers: range) -> None:
 
     def use(path: Path) -> str | None:
         def resume() -> None:
-            open_run_folder(tmp_path, config, torch.device("cpu"), keep_epochs=3)
+            RunFolder(tmp_path).prepare(config, torch.device("cpu"), keep_epochs=3)
 
         before = path.read_text("utf-8", "replace").splitlines(keepends=True)
         if (complaint := error_of(resume, names=str(path))) is not None:

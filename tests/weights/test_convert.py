@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_weights
+from fastat.checkpoints import write_checkpoint
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.models.base import FrameModel
-from fastat.run_checkpoints import write_checkpoint
 from fastat.weights.convert import Summary, convert
 from fastat.weights.layouts import _not_sinusoidal
 from tests.conftest import fastat, one_line
