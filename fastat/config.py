@@ -91,8 +91,6 @@ class TrainConfig:
     """Operators that run Triton kernels on CUDA: "auto" (the measured winners), "all", "none", or
     names with commas between."""
     source: str = "packed"
-    window: int = 0
-    """Reads an epoch's clips in windows of so many rows, in random order; 0: all at random."""
     cache: str = "none"
     """Keep un-augmented log-mels in the memory of the "host" or the "device"."""
     cache_dtype: str = "float16"
@@ -129,7 +127,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_steps", "time_mask", "freq_mask", "seed", "window"):
+        for name in ("warmup_steps", "time_mask", "freq_mask", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         try:
@@ -152,11 +150,6 @@ class TrainConfig:
                 raise UserError(f"{name} must be a positive number, got {value}")
         if self.cache != "none" and self.source != "packed":
             raise UserError(f"cache {self.cache} takes source packed, got {self.source}")
-        if self.cache != "none" and self.window:
-            raise UserError(
-                f"cache {self.cache} reads no clips while it trains: expected window 0, "
-                f"got {self.window}"
-            )
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.layer_decay < 1 and self.model not in ATTENTION_MODELS:

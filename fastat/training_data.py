@@ -128,7 +128,6 @@ def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Traini
             mixup_alpha=config.mixup_alpha,
             time_mask=config.time_mask,
             freq_mask=config.freq_mask,
-            window=config.window,
         )
     eval_source, eval_rows = None, None
     if eval_set is not None:

@@ -59,7 +59,6 @@ def configured(
         ("A4", "ast", {"preset": "author"}, "preset must be one of"),
         ("A4", "ast", {"accumulate": 0}, "accumulate must be at least 1"),
         ("A4", "ast", {"accumulate": 3, "batch": 8}, "batch must be a multiple of accumulate"),
-        ("A4", "ast", {"cache": "host", "window": 16}, "expected window 0, got 16"),
         ("A4", "crnn", {"layer_decay": 0.5}, "layer_decay is for models of Transformer layers"),
         ("A4", "ast", {"pretrained": True, "init": "x"}, "exclude each other"),
         ("A1", "cnn_trans", {}, "A1 starts from ImageNet weights, and none exist for cnn_trans"),

@@ -137,21 +137,16 @@ class PackedSource:
         self.packed.close()
 
     def _announced(self, plans: Iterable[StepPlan]) -> Iterator[StepPlan]:
-        """``plans``, after the kernel was asked for the rows that later ones need.
+        """Yields ``plans``, after asking the kernel for the rows that later ones need.
 
-        It hears of as many plans at a time as ADVISED_ROWS or a window lasts: their rows in file
-        order over all of them, a part with every plan before. The page cache holds two windows. The
-        first stretches are shorter, each twice the one before: a whole window, asked for at once,
-        would hold up the first step by gigabytes.
+        It is asked for the rows of several plans at a time, ADVISED_ROWS or more of them, in file
+        order: a part of them with each plan of the stretch before.
         """
         plans = iter(plans)
         current = list(islice(plans, 1))
         self.packed.reader.advise(_rows(current))
-        s = self.sampler
-        plans_a_window = 0 if s is None else -(-s.window // s.batch)  # a rank has a part of each
         while current:
-            at_least = -(-ADVISED_ROWS // len(current[0].rows))
-            num_plans = max(at_least, min(plans_a_window, 2 * len(current)))
+            num_plans = -(-ADVISED_ROWS // len(current[0].rows))
             following = list(islice(plans, num_plans))
             parts = np.array_split(np.unique(_rows(following)), len(current))
             for plan, part in zip(current, parts, strict=True):

@@ -3,12 +3,6 @@
 Nothing here has state: prefetching, resuming and ranks see the same steps, and a step's plan costs
 the same wherever it is and however many clips there are (an epoch's order is drawn once). numpy
 only.
-
-Windows trade randomness for reading in sequence. What is kept: the clips of an epoch, which are the
-same with any window or none, each as often as without; what is drawn is a matter of the weights
-alone. What is lost: clips of one batch come from one or two windows, neighbours in the set; a
-mixup partner comes from its clip's own window instead of the whole set. A set whose neighbours are
-alike (all of a class packed together) wants a large window, or none.
 """
 
 from dataclasses import dataclass, replace
@@ -96,9 +90,6 @@ class Sampler:
         mixup, mixup_alpha: probability of mixing, and both parameters of Beta.
         time_mask, freq_mask: largest mask widths, 0 for none.
         num_frames, num_mels: the feature map that masks are placed on.
-        window: 0: an epoch's clips come in random order. Else the set is cut into windows of so
-            many neighbouring rows; an epoch visits them in random order, the clips inside one in
-            random order.
 
     Raises:
         UserError: fewer clips than one batch, or weights that are all zero.
@@ -118,16 +109,13 @@ class Sampler:
         mixup_alpha: float = 10.0,
         time_mask: int = 0,
         freq_mask: int = 0,
-        window: int = 0,
     ) -> None:
         self.candidates = np.arange(num_clips) if usable is None else np.flatnonzero(usable)
         if batch < 1 or len(self.candidates) < batch:
             raise UserError(
                 f"a batch needs 1 to {len(self.candidates)} clips (the training set's), got {batch}"
             )
-        self.num_clips = num_clips
         self.batch = batch
-        self.window = window
         self.seed = seed
         self.steps_per_epoch = len(self.candidates) // batch
         self.cumulative = None if weights is None else np.cumsum(weights[self.candidates])
@@ -151,12 +139,6 @@ class Sampler:
             drawn = np.sort(rng.random(size)) * self.cumulative[-1]
             rows = self.candidates[np.searchsorted(self.cumulative, drawn, side="right")]
         rng.shuffle(rows)
-        if self.window:
-            num_windows = -(-self.num_clips // self.window)
-            visited = rng.permutation(num_windows)
-            # Up to 2^16 windows are sorted by digits, in a quarter of the time.
-            key = visited.astype(np.min_scalar_type(num_windows))[rows // self.window]
-            rows = rows[np.argsort(key, kind="stable")]
         return rows
 
     def plan(self, epoch: int, step: int) -> StepPlan:
@@ -166,7 +148,7 @@ class Sampler:
         rng = np.random.default_rng((self.seed, epoch, STEP_STREAM, step))
         # Every draw is made whatever the switches say, so that one switch changes one thing.
         mixed = rng.random(B)
-        partners = self._partners(rows, rng.random(B))
+        partners = self.candidates[(rng.random(B) * len(self.candidates)).astype(int)]
         lam = rng.beta(self.mixup_alpha, self.mixup_alpha, size=B).astype(np.float32)
         mix_into = np.flatnonzero(mixed < self.mixup)
         return StepPlan(
@@ -194,16 +176,6 @@ class Sampler:
             return int(self.candidates[rng.integers(len(self.candidates))])
         drawn = rng.random() * self.cumulative[-1]
         return int(self.candidates[np.searchsorted(self.cumulative, drawn, side="right")])
-
-    def _partners(self, rows: NDArray[np.int64], where: NDArray[np.float64]) -> NDArray[np.int64]:
-        """For each of ``rows`` [B] a clip drawn uniformly from all, or from its window, by
-        ``where`` in [0, 1)."""
-        first, end = np.int64(0), np.int64(len(self.candidates))
-        if self.window:
-            start = rows // self.window * self.window
-            first, end = np.searchsorted(self.candidates, (start, start + self.window))
-        partners: NDArray[np.int64] = self.candidates[first + (where * (end - first)).astype(int)]
-        return partners
 
 
 def _masks(rng: np.random.Generator, batch: int, max_width: int, size: int) -> NDArray[np.int64]:
