@@ -43,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
+from fastat.atomic import atomic_write_text
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError, first_line
@@ -54,6 +55,10 @@ VERSION = 2
 INDEX_FILE = "dataset.json"
 STATE_FOLDER = ".pack"
 """What an unfinished ``fastat pack`` keeps inside the set's folder."""
+
+
+class Damaged(Failure):
+    """A file of a packed set is missing, or is not as it was packed."""
 
 
 class ClassInfo(NamedTuple):
@@ -118,13 +123,6 @@ SMALL_DTYPES = {
 }  # fmt: skip
 """As numpy spells them; the width of a name is the longest one's."""
 
-INDEX_ERRORS = (
-    KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError,
-    MemoryError,
-)  # fmt: skip
-"""What a dataset.json raises that is JSON, but not as pack writes it; the last: of impossibly many
-clips."""
-
 H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
 """What h5py raises on damage; the last two where a group stands in a dataset's place."""
 
@@ -173,11 +171,7 @@ class PackedSet:
         }
         self.fingerprint = index["fingerprint"]
         self._shards = [ShardInfo(**entry) for entry in index["shards"]]
-        num_rows = sum(info.rows for info in self._shards)
-        if num_rows != self.num_clips or not self._shards:
-            raise Failure(
-                f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {num_rows}"
-            )
+        num_rows = self.num_clips
         self._first_rows = np.cumsum([0] + [info.rows for info in self._shards[:-1]])
         self._names: list[NDArray[np.bytes_]] = []
         self._sources: dict[int, tuple[NDArray[np.bytes_], NDArray[np.float64]]] = {}
@@ -211,17 +205,12 @@ class PackedSet:
 
         Raises:
             UserError: ``directory`` is not a finished packed set.
-            Failure: a shard is missing, of another size or layout, or damaged.
+            Damaged: dataset.json is damaged, or a shard is missing, of another size or layout, or
+                damaged.
+            Failure: another version of fastat packed the set, or a shard cannot be read.
         """
         directory = Path(directory)
-        index = read_index(directory)
-        path = directory / INDEX_FILE
-        try:
-            packed = cls(directory, index)
-        except INDEX_ERRORS as error:
-            raise Failure(f"{path}: damaged: {error!r}") from error
-        _check_index(index, path)
-        return packed
+        return cls(directory, read_index(directory))
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Labels of ``rows`` [R] as zeros and ones, [R, K]."""
@@ -321,10 +310,11 @@ class PackedSet:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """dataset.json of a finished set.
+    """Reads dataset.json of a finished set.
 
     Raises:
         UserError: there is none, or it is not of this format and version.
+        Damaged: its checksum differs.
         Failure: another version of fastat wrote it.
     """
     path = directory / INDEX_FILE
@@ -346,37 +336,37 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected the index of a packed set")
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
-    # One whose checksum is wrong is damaged; who uses it says so.
-    shards = index.get("shards")
-    if isinstance(shards, list) and index.get("checksum") in (None, checksum(index)):
-        for entry in shards:
-            check_keys(path, entry, ShardInfo)
+    if index.get("checksum") != checksum(index):
+        raise Damaged(f"{path}: damaged: its checksum differs; pack the set again")
+    for entry in index["shards"]:
+        check_keys(path, entry, ShardInfo)
     return index
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    """Writes dataset.json, with the fingerprint and the checksum of ``index``: the set is whole."""
+    index = index | {"fingerprint": fingerprint(index)}
+    index = index | {"checksum": checksum(index)}
+    atomic_write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
 def sizes_of(directory: Path) -> tuple[int, int]:
     """Clips of a finished set and samples of a clip, without opening its shards.
 
-    Raises:
-        UserError: as ``read_index``.
-        Failure: dataset.json is damaged.
+    Raises as ``read_index``.
     """
-    index, path = read_index(directory), directory / INDEX_FILE
-    _check_index(index, path)
-    sizes: tuple[Any, Any] = (index.get("clips"), index.get("clip_samples"))
-    if not all(type(size) is int and size > 0 for size in sizes):
-        raise Failure(f"{path}: damaged: {sizes[0]!r} clips of {sizes[1]!r} samples")
-    return sizes
+    index = read_index(directory)
+    return index["clips"], index["clip_samples"]
 
 
-def _check_index(index: dict[str, Any], path: Path) -> None:
-    # Sets packed before there was this checksum have none.
-    if "checksum" in index and index["checksum"] != checksum(index):
-        raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
+def fingerprint(index: dict[str, Any]) -> str:
+    """A checksum of the content: the classes and, through the shards' checksums, every row."""
+    content = {name: index[name] for name in ("classes", "clip_samples", "shards")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(index: dict[str, Any]) -> str:
-    """Of everything in the index but the checksum itself."""
+    """A checksum of everything in the index but the checksum itself."""
     rest = {name: value for name, value in index.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -387,14 +377,15 @@ def read_shard(
     """The waveform's offset in the file and everything else of a shard, checked against ``info``.
 
     Raises:
-        Failure: missing, of another size or layout, or damaged outside the waveform.
+        Damaged: it is missing, of another size or layout, or damaged outside the waveform.
+        Failure: it cannot be read.
     """
     path = directory / info.file
     if not path.is_file():
-        raise Failure(f"{path}: this shard of the set is missing")
+        raise Damaged(f"{path}: this shard of the set is missing")
     size = path.stat().st_size
     if size != info.bytes:
-        raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
+        raise Damaged(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
         with h5py.File(path, locking=False) as file:
             waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
@@ -405,14 +396,14 @@ def read_shard(
     except PermissionError as error:
         raise Failure(f"{path}: cannot be read: Permission denied") from error
     except H5PY_ERRORS as error:
-        raise Failure(f"{path}: damaged: {first_line(error)}") from error
+        raise Damaged(f"{path}: damaged: {first_line(error)}") from error
     expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
     if rows.flac_offsets is not None:
         expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
     if layout != expected or offset is None:
-        raise Failure(f"{path}: damaged: expected waveform {expected}, found {layout}")
+        raise Damaged(f"{path}: damaged: expected waveform {expected}, found {layout}")
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
-        raise Failure(f"{path}: damaged: the checksum of its labels and names differs")
+        raise Damaged(f"{path}: damaged: the checksum of its labels and names differs")
     return offset, rows
 
 

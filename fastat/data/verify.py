@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from fastat.data.pack_index import fingerprint
 from fastat.data.shards import (
     INDEX_FILE,
+    Damaged,
     ShardInfo,
     ShardRows,
-    checksum,
+    fingerprint,
     read_index,
     read_shard,
 )
@@ -76,14 +76,12 @@ def verify(directory: Path) -> VerifySummary:
     try:
         index = read_index(directory)
         damaged = _check_index(index)
-    except UserError as error:
+    except (UserError, Damaged) as error:
         if not (directory / INDEX_FILE).is_file():
             raise
         damaged = [_damage(str(error).removeprefix(f"{directory / INDEX_FILE}: "))]
     if damaged:  # whatever else it says may be wrong
         return VerifySummary(directory=directory, clips=0, bytes=0, damaged=tuple(damaged))
-    if "checksum" not in index:  # its fingerprint vouches for what the rows are found by
-        damaged.append(_damage("no checksum in it: packed by an early fastat, or damaged"))
     infos = [ShardInfo(**entry) for entry in index["shards"]]
     shards: dict[int, tuple[NDArray[np.int64], ShardRows]] = {}
     counts = np.zeros(len(index["classes"]), np.int64)
@@ -114,17 +112,12 @@ def verify(directory: Path) -> VerifySummary:
 
 
 def _check_index(index: dict[str, Any]) -> list[Damage]:
-    """dataset.json against itself."""
-    try:
-        if "checksum" in index and index["checksum"] != checksum(index):
-            return [_damage("its checksum differs")]
-        if index["fingerprint"] != fingerprint(index):
-            return [_damage("its fingerprint differs from that of its classes and shards")]
-        rows = sum(ShardInfo(**entry).rows for entry in index["shards"])
-        if index["clips"] != rows:
-            return [_damage(f"it counts {index['clips']} clips, its shards {rows}")]
-    except (KeyError, TypeError, AttributeError) as error:  # JSON, but not as pack writes it
-        return [_damage(f"damaged: {error!r}")]
+    """What of dataset.json contradicts the rest of it."""
+    if index["fingerprint"] != fingerprint(index):
+        return [_damage("its fingerprint differs from that of its classes and shards")]
+    rows = sum(entry["rows"] for entry in index["shards"])
+    if index["clips"] != rows:
+        return [_damage(f"it counts {index['clips']} clips, its shards {rows}")]
     return []
 
 

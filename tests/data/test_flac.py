@@ -26,7 +26,7 @@ from fastat.data import flac
 from fastat.data.loader import PackedSource
 from fastat.data.pack import pack
 from fastat.data.sampler import Sampler
-from fastat.data.shards import PackedSet, ShardInfo, ShardRows, checksum, codec_of
+from fastat.data.shards import PackedSet, ShardInfo, ShardRows, codec_of, write_index
 from fastat.errors import Failure, UserError
 from fastat.host import cores_of_rank
 from tests.conftest import TinySets
@@ -49,11 +49,6 @@ def hard_cases() -> dict[str, NDArray[np.int16]]:
         "square": np.where(np.arange(SAMPLES) % 100 < 50, 32767, -32768).astype(np.int16),
         "constant": np.full(SAMPLES, 1234, np.int16),
     }
-
-
-def write_index(directory: Path, index: dict[str, Any]) -> None:
-    """A dataset.json that is not damaged, whatever it says."""
-    (directory / "dataset.json").write_text(json.dumps(index | {"checksum": checksum(index)}))
 
 
 @pytest.fixture(scope="module")
@@ -469,8 +464,8 @@ def test_training_is_the_same_bit_for_bit(tiny_sets: TinySets, tmp_path: Path) -
             "steps": 2,
             "model_options": {"embedding": 64, "num_heads": 4},
         }
-        config, notes = resolve("A4", "cnn_trans", given, num_clips=36, clip_seconds=1.0)
-        training.train(config, tmp_path / name, notes, resume=False)
+        config, _ = resolve("A4", "cnn_trans", given, num_clips=36, clip_seconds=1.0)
+        training.train(config, tmp_path / name, resume=False)
         lines.append(json.loads((tmp_path / name / "metrics.jsonl").read_text()))
     for key in ("step", "train_loss", "eval_loss", "mAP"):
         assert lines[0][key] == lines[1][key]
