@@ -54,12 +54,12 @@ def test_a_whole_set(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["clips"] == 40
 
 
-@pytest.mark.parametrize("read_bytes", [1, 50_000, 8 << 20])
+@pytest.mark.parametrize("block_bytes", [1, 50_000, 8 << 20])
 def test_flipped_bits_of_waveforms(
-    damaged: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     """First and last byte of a row, first and last row, several shards."""
-    monkeypatch.setattr(verify_module, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(verify_module, "BLOCK_BYTES", block_bytes)
     last = len(h5py.File(damaged / "shard-00003.h5")["row_crc"]) - 1
     wanted = [(0, 0, 0), (0, 7, 15_999), (1, 3, 8_000), (3, last, 15_999)]
     for shard, row, byte in wanted:
@@ -167,9 +167,10 @@ def test_no_set(tmp_path: Path) -> None:
     assert damage.file == "dataset.json" and str(tmp_path) not in damage.reason
 
 
-def test_pieces_cover_rows_of_any_length() -> None:
-    """As a codec with rows of different lengths has them."""
+def test_rows_of_different_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLAC rows have lengths of their own; a block may hold one or several."""
+    monkeypatch.setattr(verify_module, "BLOCK_BYTES", 60)
     lengths = np.array([3, 0, 50, 7, 7, 1, 400, 2])
-    ends: NDArray[np.int64] = np.concatenate([[100], 100 + np.cumsum(lengths)])
-    pieces = list(verify_module._pieces(0, ends))
-    assert [row for p in pieces for row in range(p.first, p.last)] == list(range(8))
+    starts: NDArray[np.int64] = np.concatenate([[100], 100 + np.cumsum(lengths)])
+    blocks = list(verify_module._blocks(starts))
+    assert np.concatenate(blocks).tolist() == list(range(8)) and len(blocks) > 2
