@@ -61,10 +61,6 @@ class _Batch(NamedTuple):
     encoded: list[NDArray[np.uint8]]
 
 
-class _CannotDecode(Exception):
-    """DALI gave up a batch; says what it said."""
-
-
 class FlacReader:
     """Reads and decodes FLAC rows; one DALI pipeline serves all batches and threads, and ends with
     this.
@@ -107,29 +103,19 @@ class FlacReader:
         """Decodes ``rows[places]`` into ``out[places]``, [S] each, padded with zeros.
 
         Returns:
-            What is wrong with rows that could not be read, differ from their CRC, cannot be decoded
-            or have another length, by place; ``out`` is undefined there.
+            What is wrong with rows that could not be read, differ from their CRC or have another
+            length, by place; ``out`` is undefined there.
 
         Raises:
-            Failure: DALI cannot decode what soundfile can.
+            Failure: DALI cannot decode a row whose CRC is right.
         """
         places = places[np.argsort(rows[places], kind="stable")]
-        bad: dict[int, str] = {}
         with self._lock:
-            while True:
-                try:
-                    return bad | self._decode(rows, places, out)
-                except _CannotDecode as error:  # one of many, and DALI does not say which
-                    found = self._undecodable(rows, places)
-                    if not found:
-                        raise Failure(f"DALI cannot decode FLAC rows: {error}") from error
-                    bad |= found
-                    places = places[~np.isin(places, list(found))]
+            return self._read_in_order(rows, places, out)
 
-    def _decode(
+    def _read_in_order(
         self, rows: NDArray[np.int64], places: NDArray[np.int64], out: NDArray[np.int16]
     ) -> dict[int, str]:
-        """``read`` of rows[places] in file order. Raises _CannotDecode."""
         bad: dict[int, str] = {}
         under_way: deque[_Batch] = deque()
         pipe, self._idle = self._idle or self._start(), None
@@ -145,23 +131,6 @@ class FlacReader:
             bad |= _take(pipe, under_way.popleft(), out)
         # Only a pipeline that came to this end has nothing under way; the others are dropped.
         self._idle = pipe
-        return bad
-
-    def _undecodable(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> dict[int, str]:
-        """Those of rows[places] that soundfile decodes no better than DALI, by place."""
-        bad: dict[int, str] = {}
-        for start in range(0, len(places), self._batch):
-            batch = self._load(rows, places[start : start + self._batch], bad)
-            for place, count, encoded in zip(*batch, strict=True):
-                try:
-                    samples, _ = sf.read(
-                        io.BytesIO(encoded.tobytes()), dtype="int16", always_2d=True
-                    )
-                except sf.LibsndfileError as error:
-                    bad[place] = f"cannot decode it: {error.error_string}"
-                    continue
-                if samples.shape != (count, 1):
-                    bad[place] = _another_length(samples, count)
         return bad
 
     def _start(self) -> Any:
@@ -196,29 +165,22 @@ class FlacReader:
 
 
 def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
-    """Copies DALI's next batch to its places; what is wrong with the length of some, by place.
-
-    Raises:
-        _CannotDecode: the pipeline is of no more use.
-    """
+    """Copies DALI's next batch to its places; returns what is wrong with the length of some, by
+    place."""
     try:
         decoded, _ = pipe.share_outputs()
     except RuntimeError as error:
         from fastat.data.dali_graph import reason_of
 
-        raise _CannotDecode(reason_of(error)) from error
+        raise Failure(f"DALI cannot decode FLAC rows: {reason_of(error)}") from error
     bad: dict[int, str] = {}
     for i, (place, count) in enumerate(zip(batch.places, batch.num_samples, strict=True)):
         samples = decoded.at(i)
         if samples.shape != (count, 1):
-            bad[place] = _another_length(samples, count)
+            found = " x ".join(map(str, samples.shape))
+            bad[place] = f"it decodes to {found} samples, not {count} x 1"
             continue
         out[place, :count] = samples[:, 0]
         out[place, count:] = 0
     pipe.release_outputs()
     return bad
-
-
-def _another_length(samples: NDArray[np.int16], count: int) -> str:
-    found = " x ".join(map(str, samples.shape))
-    return f"it decodes to {found} samples, not {count} x 1"
