@@ -1,9 +1,8 @@
-"""Rows as FLAC streams: about 58 % of the bytes, encoded while packing, decoded by DALI while
-training.
+"""FLAC rows, about 58 % of the bytes of PCM: encoded while packing, decoded by DALI while training.
 
-A row is one complete FLAC stream of the clip's real samples, 16 bit mono; the zero padding is not
-in it. Decoding gives back exactly these samples. Encoding is libFLAC's (soundfile) and runs in the
-packing workers; decoding is a DALI pipeline on the CPU with a thread for every core of this rank.
+A row is one complete FLAC stream of the clip's real samples, 16 bit mono, without the zero padding.
+Decoding gives back exactly these samples. soundfile (libFLAC) encodes in the packing workers; a
+DALI pipeline on the CPU decodes, with one thread for each core of this rank.
 """
 
 import io
@@ -25,9 +24,9 @@ COMPRESSION_LEVEL = 5 / 8
 and 1.7 ms for ten seconds, 3 58.1 % and 1.8, 5 57.9 % and 1.8, 6 57.8 % and 2.1, 8 57.6 % and
 3.2."""
 ROWS_PER_THREAD = 16
-"""Of a DALI batch: enough that its threads end together."""
+"""Rows of a DALI batch for each thread: enough that the threads end at about the same time."""
 BATCHES_AHEAD = 2
-"""One is decoded while the next is read and the one before is copied out."""
+"""Batches that DALI holds: one is decoded while the next is read and the last is copied out."""
 
 
 def encode(samples: NDArray[np.int16], sample_rate: int) -> bytes:
@@ -45,16 +44,16 @@ def encode(samples: NDArray[np.int16], sample_rate: int) -> bytes:
 
 
 def max_row_bytes(codec: str, clip_samples: int) -> int:
-    """No row takes more in a shard.
+    """Upper bound of the bytes that a row takes in a shard.
 
-    What FLAC cannot compress it stores as it is; a frame of thousands of samples has a head of tens
-    of bytes, the stream one of some hundred.
+    FLAC stores what it cannot compress as it is. The header of a frame of thousands of samples
+    takes tens of bytes, that of the stream some hundred.
     """
     return 2 * clip_samples + (clip_samples // 64 + 4096 if codec == "flac" else 0)
 
 
 class _Batch(NamedTuple):
-    """Rows that DALI decodes together; it reads ``encoded`` where it lies."""
+    """Rows that DALI decodes together; it reads ``encoded`` in place."""
 
     places: list[int]
     num_samples: list[int]
@@ -62,12 +61,11 @@ class _Batch(NamedTuple):
 
 
 class FlacReader:
-    """Reads and decodes FLAC rows; one DALI pipeline serves all batches and threads, and ends with
-    this.
+    """Reads and decodes FLAC rows with one DALI pipeline for all batches and threads.
 
     Args:
-        reader: of the set.
-        num_samples: [N] real samples of each row of the set.
+        reader: the set's reader.
+        num_samples: [N] number of real samples of each row of the set.
 
     Raises:
         UserError: DALI is not installed.
@@ -103,8 +101,8 @@ class FlacReader:
         """Decodes ``rows[places]`` into ``out[places]``, [S] each, padded with zeros.
 
         Returns:
-            What is wrong with rows that could not be read, differ from their CRC or have another
-            length, by place; ``out`` is undefined there.
+            Reasons why rows could not be read, differ from their CRC or have another length, by
+            place; ``out`` is undefined there.
 
         Raises:
             Failure: DALI cannot decode a row whose CRC is right.
@@ -129,13 +127,13 @@ class FlacReader:
                 under_way.append(batch)
         while under_way:
             bad |= _take(pipe, under_way.popleft(), out)
-        # Only a pipeline that came to this end has nothing under way; the others are dropped.
+        # After an exception the pipeline still holds batches, and a new one is made.
         self._idle = pipe
         return bad
 
     def _start(self) -> Any:
         pipe = self._build()
-        # The first run takes as many inputs as the pipeline works ahead; every later one takes one.
+        # The first run takes as many inputs as the pipeline holds; each later one takes one.
         silence = np.frombuffer(encode(np.zeros(1, np.int16), 16_000), np.uint8)
         for _ in range(BATCHES_AHEAD):
             pipe.feed_input("encoded", [silence])
@@ -148,7 +146,7 @@ class FlacReader:
     def _load(
         self, rows: NDArray[np.int64], places: NDArray[np.int64], bad: dict[int, str]
     ) -> _Batch:
-        """The bytes of rows[places]; those that are not whole go to ``bad`` instead."""
+        """Reads the streams of rows[places]; reasons for damaged ones go to ``bad`` instead."""
         wanted = rows[places]
         assert self.reader.spans is not None
         ends = np.cumsum(self.reader.spans.size[wanted], dtype=np.int64)
@@ -165,7 +163,7 @@ class FlacReader:
 
 
 def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
-    """Copies DALI's next batch to its places; returns what is wrong with the length of some, by
+    """Copies DALI's next batch to its places; returns the reasons for rows of a wrong length, by
     place."""
     try:
         decoded, _ = pipe.share_outputs()
