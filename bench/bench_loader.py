@@ -7,8 +7,8 @@ Warm (every row in the page cache): batches of ``PackedSource`` on the CPU, besi
 same rows from memory by the same number of threads (the ceiling), h5py row by row, and a torch
 DataLoader over WAV files with two workers.
 
-Cold (the page cache emptied before every round): the same, every row a new one, with and without
-windows, beside threads that preadv ranges of a row's size at random places, their best number (what
+Cold (the page cache emptied before every round): the same, every row a new one,
+beside threads that preadv ranges of a row's size at random places, their best number (what
 the disk gives through the page cache), and beside the same past the page cache.
 """
 
@@ -47,7 +47,6 @@ BATCH, STEPS, ROUNDS = 256, 8, sized(9, 3)
 COLD_BATCH, COLD_STEPS, COLD_ROUNDS = 128, 9, sized(5, 2)
 AHEAD = PREFETCH + 2
 """Batches taken before the clock starts: the loader is then as far ahead as when it stops."""
-WINDOW = 320
 DISK_THREADS, DIRECT_THREADS = sized((2, 4, 8, 16, 32), (4, 16)), (4, 16)
 PAGE = 4096
 
@@ -72,10 +71,10 @@ def packed(
     shutil.rmtree(folder)
 
 
-def sampler(batch: int, *, mixup: float, window: int = 0) -> Sampler:
+def sampler(batch: int, *, mixup: float) -> Sampler:
     return Sampler(
-        NUM_CLIPS, batch, seed=0, num_frames=400, num_mels=64, mixup=mixup, window=window,
-        time_mask=75, freq_mask=12,
+        NUM_CLIPS, batch, seed=0, num_frames=400, num_mels=64, mixup=mixup, time_mask=75,
+        freq_mask=12,
     )  # fmt: skip
 
 
@@ -226,9 +225,8 @@ def read_ranges(path: Path, num_threads: int, *, direct: bool) -> None:
 
 
 @pytest.mark.benchmark(group="data: loader, cold, rows of 320 kB")
-@pytest.mark.parametrize("window", [0, WINDOW])
-def test_cold(benchmark: BenchmarkFixture, packed: PackedSet, window: int) -> None:
-    s = sampler(COLD_BATCH, mixup=0.0, window=window)  # without partners every row is a new one
+def test_cold(benchmark: BenchmarkFixture, packed: PackedSet) -> None:
+    s = sampler(COLD_BATCH, mixup=0.0)  # without partners every row is a new one
     shard = packed.reader.paths[0]
     disk: dict[int, list[float]] = {n: [] for n in DISK_THREADS}
     direct: dict[int, list[float]] = {n: [] for n in DIRECT_THREADS}
@@ -260,8 +258,8 @@ def test_cold(benchmark: BenchmarkFixture, packed: PackedSet, window: int) -> No
     for impl, times_s in (("ours", ours_s), ("preadv", disk_s), ("preadv, O_DIRECT", direct_s)):
         row = write_row(
             area="data", op="loader", impl=impl, passes="row", ms=1e3 * times_s / num_rows,
-            shape=f"cold, 320 kB, {f'windows of {window}' if window else 'no windows'}",
-            rows_per_s=num_rows / times_s, gb_per_s=num_rows * ROW_BYTES / times_s / 1e9,
+            shape="cold, 320 kB", rows_per_s=num_rows / times_s,
+            gb_per_s=num_rows * ROW_BYTES / times_s / 1e9,
         )  # fmt: skip
         benchmark.extra_info[impl] = row["gb_per_s"]
     benchmark.extra_info["disk_threads"] = disk_threads

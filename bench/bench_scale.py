@@ -79,12 +79,11 @@ def folders(
         shutil.rmtree(folder)
 
 
-def sampler(folder: Path, window: int = 0) -> Sampler:
+def sampler(folder: Path) -> Sampler:
     packed = PackedSet.open(folder)
     return Sampler(
         packed.num_clips, BATCH, seed=0, num_frames=400, num_mels=64, mixup=0.3, time_mask=75,
-        freq_mask=12, window=window,
-        weights=balanced_weights(packed.target_bits, packed.label_counts),
+        freq_mask=12, weights=balanced_weights(packed.target_bits, packed.label_counts),
     )  # fmt: skip
 
 
@@ -118,12 +117,9 @@ def test_weights_follow_the_formula(folders: dict[str, Path]) -> None:
     np.testing.assert_allclose(weights, by_hand, rtol=1e-12)
 
 
-@pytest.mark.parametrize("window", [0, 2048])
-def test_order_of_an_epoch(
-    benchmark: BenchmarkFixture, folders: dict[str, Path], window: int
-) -> None:
+def test_order_of_an_epoch(benchmark: BenchmarkFixture, folders: dict[str, Path]) -> None:
     benchmark.group = "data: order of an epoch"
-    s = sampler(folders["large"], window)
+    s = sampler(folders["large"])
     epochs = iter(range(100))
     order = benchmark.pedantic(lambda: s.order(next(epochs)), rounds=3)
     assert len(order) == NUM_CLIPS // BATCH * BATCH
@@ -133,21 +129,18 @@ def test_order_of_an_epoch(
     rare = weights > np.quantile(weights, 0.99)
     expected = weights[rare].sum() / weights.sum() * len(order)
     assert abs(rare[order].sum() - expected) < 5 * expected**0.5
-    kept(benchmark, "order of an epoch", f"{NUM_CLIPS:,} clips, window {window}", "epoch")
+    kept(benchmark, "order of an epoch", f"{NUM_CLIPS:,} clips", "epoch")
 
 
 @pytest.mark.benchmark(group="data: plan of a step")
-@pytest.mark.parametrize("window", [0, 2048])
 @pytest.mark.parametrize("where", ["first", "last"])
 @pytest.mark.parametrize("size", SIZES)
-def test_plan(
-    benchmark: BenchmarkFixture, folders: dict[str, Path], size: str, where: str, window: int
-) -> None:
-    s = sampler(folders[size], window)
+def test_plan(benchmark: BenchmarkFixture, folders: dict[str, Path], size: str, where: str) -> None:
+    s = sampler(folders[size])
     s.order(0)
     step = {"first": 0, "last": s.steps_per_epoch - 1}[where]
     benchmark.pedantic(s.plan, args=(0, step), rounds=200, warmup_rounds=10)
-    kept(benchmark, "plan of a step", f"{SIZES[size]:,} clips, {where}, window {window}", "step")
+    kept(benchmark, "plan of a step", f"{SIZES[size]:,} clips, {where}", "step")
 
 
 def kept(benchmark: BenchmarkFixture, op: str, shape: str, passes: str) -> None:

@@ -9,8 +9,8 @@
 #        targets    training end to end, seven steps that have a target, beside plain loops and the
 #                   libraries' models: targets_conv targets_attention targets_ast
 #        tests      the kernels' tests on the device, at the models' shapes too, and the front end's
-#        kernels    all six kernels beside their peers, or one by its name:
-#                   attention attention_pool bn_relu_pool depthwise_conv log_mel patch_embed
+#        kernels    all five kernels beside their peers, or one by its name:
+#                   attention bn_relu_pool depthwise_conv log_mel patch_embed
 #        a4 a2      training steps of the six models in memory, compiled, kernels on and off
 #        eager      the same steps, not compiled
 #        tune       times the other configurations of every kernel; tune=attention those of one
@@ -37,7 +37,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-KERNELS="attention attention_pool bn_relu_pool depthwise_conv log_mel patch_embed"
+KERNELS="attention bn_relu_pool depthwise_conv log_mel patch_embed"
 LIMIT_S=470
 WARM_LIMIT_S=200
 SUMMARY_S=25 # kept of a part's time, to say what came of it
@@ -141,7 +141,6 @@ part() {
         a2) bench_ 4 bench/bench_models.py -k "A2 and not eager" ;;
         eager) bench_ 0 bench/bench_models.py -k eager ;;
         tune=*) "$PYTHON" -m bench.tune "${1#tune=}" ;;
-        attention_pool) bench_ 0 bench/bench_attention_pool.py ;;
         *) bench_ 6 "bench/bench_$1.py" ;;
     esac
 }

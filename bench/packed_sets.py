@@ -1,6 +1,5 @@
 """Packed sets for the benchmarks of reading, written without any audio to pack."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from fastat.data.shard_writer import ShardPart
-from fastat.data.shards import FORMAT, INDEX_FILE, VERSION, ShardInfo, ShardRows
+from fastat.data.shards import FORMAT, VERSION, ShardInfo, ShardRows, write_index
 from fastat.features import FEATURES
 
 SHARD_BYTES = 1 << 30
@@ -68,7 +67,6 @@ def write_set(
     index = {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": directory.name,
         "clips": num_clips,
         "clip_samples": clip_samples,
         "codec": "pcm16",
@@ -77,4 +75,4 @@ def write_set(
         "label_counts": counts.tolist(),
         "classes": [{"id": c, "name": c} for c in class_ids],
     }
-    (directory / INDEX_FILE).write_text(json.dumps(index))
+    write_index(directory, index)

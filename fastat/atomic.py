@@ -1,11 +1,12 @@
 """Files and folders that are written whole or not at all, also after a power cut; locks."""
 
+import csv
 import errno
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -80,6 +81,17 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text``."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8", "surrogateescape")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Replaces ``path`` by a CSV table in UTF-8; bytes of file names that are no UTF-8 are kept."""
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def append(path: Path, data: bytes) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from fastat.errors import Failure, RankZeroFailed, UserError
+from fastat.errors import Failure, RankZeroFailed, UserError, first_line
 
 T = TypeVar("T")
 
@@ -235,7 +235,7 @@ def started() -> Iterator[Ranks]:
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
     except dist.DistError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the ranks cannot meet at {place}: {first_line(error)}") from error
+        raise UserError(f"the ranks cannot meet at {place}: {_reason(error)}") from error
     store = _fresh_part(store, rank, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     group = cast(dist.ProcessGroup, dist.group.WORLD)
@@ -299,7 +299,7 @@ def peers_may_fail(ranks: Ranks) -> Iterator[None]:
         from_backend = isinstance(error, dist.DistError) or "gloo" in str(error)
         if ranks.size == 1 or isinstance(error, Failure) or not from_backend:
             raise
-        reason = first_line(error)
+        reason = _reason(error)
         if "imed out" in reason:
             raise Failure(
                 f"another rank did not answer in time (rank_timeout): {reason}"
@@ -307,9 +307,9 @@ def peers_may_fail(ranks: Ranks) -> Iterator[None]:
         raise Failure(f"another rank is gone: {reason}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """What a back end says first, without gloo's place in its source."""
-    return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+def _reason(error: BaseException) -> str:
+    """The first sentence of a back end's error, without the place in gloo's source."""
+    return re.sub(r"^\[[^]]*\] *", "", first_line(error)).split(". ")[0]
 
 
 def seed_rank(seed: int, ranks: Ranks) -> None:

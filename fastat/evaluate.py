@@ -1,6 +1,5 @@
 """Scores of a model on a packed set, matched to its classes by id; ``fastat eval``."""
 
-import csv
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from fastat.atomic import atomic_path
+from fastat.atomic import write_csv
 from fastat.checkpoint import build_frontend, load_model
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import ClassInfo, PackedSet
@@ -87,7 +86,7 @@ def evaluate(
     rows: NDArray[np.int64] | None = None,
     ranks: Ranks = ALONE,
     on_batch: Callable[[int], object] = lambda clips: None,
-    given_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Every clip (or those in ``rows``) once, in order, un-augmented.
 
@@ -95,8 +94,8 @@ def evaluate(
     in evaluation mode.
 
     Args:
-        on_batch: hears the clips of each batch done.
-        given_up: asked after each batch; once it is true on one rank, all return None.
+        on_batch: called after each batch with its number of clips.
+        should_stop: called after each batch; once it is true on one rank, all ranks return None.
     """
     model.eval()
     rows = np.arange(packed.num_clips) if rows is None else rows
@@ -109,10 +108,10 @@ def evaluate(
             out = model(features)
         logits.append(out.float()[:, columns.to(device)])
         on_batch(len(data.rows))
-        if given_up():
+        if should_stop():
             break
-    parts = ranks.gather((given_up(), torch.cat([x.cpu() for x in logits])))
-    if any(left for left, _ in parts):
+    parts = ranks.gather((should_stop(), torch.cat([x.cpu() for x in logits])))
+    if any(stopped for stopped, _ in parts):
         return None
     scores = torch.cat([part for _, part in parts])
     if not torch.isfinite(scores).all():
@@ -179,7 +178,7 @@ def evaluate_checkpoint(
             batch=batch,
             on_batch=advance,
         )
-        assert result is not None, "nobody gives up"
+        assert result is not None, "should_stop is never true"
     if predictions is not None:
         names = packed.names(result.rows)
         save_predictions(predictions, result.logits, result.targets, names, classes)
@@ -218,13 +217,10 @@ def _by_quality(
 
 def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:
     """CSV: id, name, positives, AP and AUC; empty where a class has no positive."""
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["id", "name", "positives", "average_precision", "auc"])
-        positives = result.targets.sum(0)
-        ap, auc = result.metrics.average_precision, result.metrics.auc
-        for c, n, *scores in zip(classes, positives, ap, auc, strict=True):
-            writer.writerow([c.id, c.name, n, *("" if np.isnan(x) else f"{x:.6f}" for x in scores)])
+    positives = result.targets.sum(0)
+    ap, auc = result.metrics.average_precision, result.metrics.auc
+    rows = [
+        (c.id, c.name, n, *("" if np.isnan(x) else f"{x:.6f}" for x in scores))
+        for c, n, *scores in zip(classes, positives, ap, auc, strict=True)
+    ]
+    write_csv(path, ("id", "name", "positives", "average_precision", "auc"), rows)

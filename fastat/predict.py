@@ -1,4 +1,5 @@
-"""Tags of audio files of any length, rate and format: ``fastat predict``.
+"""Tags and embeddings of audio files of any length, rate and format: ``fastat predict`` and
+``fastat extract --embedding``.
 
 A file is rounded to int16 as in packing and cut into windows of the length the model was trained
 on. A window is scored as an evaluation clip is. The file's score of a class is the largest of its
@@ -30,7 +31,7 @@ from fastat import display
 from fastat.checkpoint import ModelMeta, build_frontend, load_model
 from fastat.data.bad_audio import BadAudio
 from fastat.errors import UserError, one_line
-from fastat.extract import BadFiles, output_names, read_waveform
+from fastat.extract import BadFiles, output_names, read_waveform, write_arrays
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.models.base import TaggingModel
@@ -247,6 +248,28 @@ def predict_files(
     if as_json:
         print(json.dumps(documents))
     bad.finish()
+
+
+def embed_files(
+    files: list[Path], run: Path, out: Path, hop_seconds: float | None, precision: str = "auto"
+) -> None:
+    """Writes each file's embeddings to ``out``/<stem>.npy, [W, E] float32, a row for each window.
+
+    A window has the length of the clips the model was trained on; the last one ends with the file.
+
+    Raises:
+        UserError: no checkpoint, two files of one stem, or the only file does not exist.
+        Failure: some files could not be read (the others are written), or a write failed.
+    """
+    check_hop(hop_seconds)
+    tagger = Tagger(run, precision)
+    write_arrays(
+        files,
+        out,
+        lambda path, waveform: tagger.embed(
+            path, waveform, hop_seconds=hop_seconds, show_progress=len(files) == 1
+        ),
+    )
 
 
 def _pictures(files: list[Path], plot: Path) -> list[Path]:

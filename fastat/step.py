@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastat.distributed import ALONE, Ranks
-from fastat.errors import Failure
+from fastat.errors import Failure, first_line
 from fastat.loss_scale import LossScale
 from fastat.nonfinite import BufferGuard
 from fastat.optim import set_lr, train_step
@@ -167,6 +167,6 @@ class TrainingStep:
                     raise e from None
             raise Failure(
                 "the training step cannot be captured in a CUDA graph: "
-                f"{str(error).splitlines()[0]}; --set cuda_graphs=false trains without"
+                f"{first_line(error)}; --set cuda_graphs=false trains without"
             ) from error
         self._captured = graph

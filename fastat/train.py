@@ -346,7 +346,7 @@ class Trainer:
             batch=self.config.eval_batch,
             rows=d.eval_rows,
             ranks=self.ranks,
-            given_up=lambda: self.stop.overdue,
+            should_stop=lambda: self.stop.overdue,
         )
         if evaluation is None:
             self._save(best=False)

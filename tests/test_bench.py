@@ -49,7 +49,7 @@ def write(folder: Path, rows: list[dict[str, object]]) -> None:
 def test_help_lists_the_parts() -> None:
     done = gpu_sh("--help")
     assert done.returncode == 0
-    parts = ("ceilings", "cuda_more", "targets_ast", "attention_pool", "a4", "tune")
+    parts = ("ceilings", "cuda_more", "targets_ast", "patch_embed", "a4", "tune")
     assert all(part in done.stdout for part in parts)
 
 
@@ -80,16 +80,16 @@ def test_parts_that_have_no_time_left_are_named(tmp_path: Path) -> None:
 
 
 def test_a_part_leaves_results_and_the_table(tmp_path: Path) -> None:
-    done = gpu_sh("--out", tmp_path, "attention_pool")
+    done = gpu_sh("--out", tmp_path, "patch_embed")
     assert done.returncode == 0, done.stdout + done.stderr
     (kept,) = set(tmp_path.glob("*.json")) - {tmp_path / "ceilings.json"}
     document = json.loads(kept.read_text())
     assert document["ceilings"]["flop_per_s"] > 0
     results = document["results"]
-    assert {r["impl"] for r in results} == {"ours", "eager", "compiled"}
+    assert {r["impl"] for r in results} == {"ours", "compiled", "unfold"}
     assert len({r["run"] for r in results}) == 1
     assert "0 of 4 cases were measured before" in done.stdout
-    assert done.stdout.count("attention_pool  8x") == 4
+    assert done.stdout.count("patch_embed  4x") == 4
 
 
 def test_training_is_measured_beside_its_peers(tmp_path: Path) -> None:

@@ -174,14 +174,11 @@ def test_accumulation_must_divide_the_batch_that_the_set_gets(
 
 
 def test_a_damaged_set_is_one_line(tiny_sets: TinySets, tmp_path: Path) -> None:
-    """Found by its index alone, also by one of an early fastat, without a checksum."""
+    """Its index alone says so: the shards are not opened."""
     index = json.loads((tiny_sets.train / "dataset.json").read_text())
-    signed = index | {"clips": index["clips"] + 1}
-    unsigned = {k: v for k, v in index.items() if k not in ("checksum", "clips")}
-    for damaged, reason in ((signed, "its checksum differs"), (unsigned, "None clips of 16000")):
-        (tmp_path / "dataset.json").write_text(json.dumps(damaged))
-        with pytest.raises(Failure, match=f"dataset.json: damaged: {reason}"):
-            configure("A4", "cnn_trans", {"data": tmp_path}, Path("run"), resume=False)
+    (tmp_path / "dataset.json").write_text(json.dumps(index | {"clips": index["clips"] + 1}))
+    with pytest.raises(Failure, match="dataset.json: damaged: its checksum differs"):
+        configure("A4", "cnn_trans", {"data": tmp_path}, Path("run"), resume=False)
 
 
 def test_what_was_chosen_is_logged_once_for_the_set_at_hand(

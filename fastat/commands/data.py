@@ -220,6 +220,6 @@ def extract(
 
         extract_files(files, feature, out)
     elif embedding is not None:
-        from fastat.embed import embed_files
+        from fastat.predict import embed_files
 
         embed_files(files, embedding, out, hop_seconds, precision)

@@ -1,13 +1,13 @@
 """The cached source: log-mels of a whole set, computed once and kept in memory.
 
-The same batches as the packed source from the same plans, without reading or transforming anything
-while training: un-augmented log-mels, after mean removal and before masks and normalisation, lie in
-the memory of the device or of the host, in 16 or 8 bits (``codes``). Only mixup differs: it adds
-mel powers, an approximation of mixing waveforms.
+It gives the same batches as the packed source for the same plans, but reads and transforms nothing
+while training: the log-mels, after mean removal and before masks and normalisation, are kept in the
+memory of the device or of the host, in 16 or 8 bits (``codes``). Only mixup differs: it adds mel
+powers, an approximation of mixing waveforms.
 
-With several ranks each computes and keeps the rows of its remainder, row % ranks. Every rank sees
-the whole plan of a step, so each knows which rows every other needs, and one all-to-all of known
-sizes moves them, still in their codes.
+With several ranks, each computes and keeps the rows whose number modulo the number of ranks is its
+own. Every rank has the whole plan of a step, so it knows which rows each of the others needs: one
+all-to-all of known sizes exchanges them, in 16 or 8 bits.
 """
 
 from collections import deque
@@ -44,22 +44,23 @@ from fastat.host import free_memory, ranks_here
 from fastat.progress import Advance, progress
 
 FILL_CLIPS = 64
-"""Clips that log-mels are computed of at a time."""
+"""Number of clips whose log-mels are computed at a time."""
 SPARE_BYTES = 1 << 30
-"""Left free beside the cache: computing it takes as much, and training will need some."""
+"""Memory that is left free beside the cache: computing the log-mels takes as much, and training
+needs some."""
 
 
 class TooLittleMemory(UserError):
-    """The cache does not fit; says what it needs, what there is, and what would fit."""
+    """The cache does not fit. The message says what it needs, what is free, and what would fit."""
 
 
 class _Gathered(NamedTuple):
-    """What a rank takes from its own memory for one step."""
+    """What a rank contributes to one step from its own memory."""
 
     batch: Batch  # of this rank's clips, without their log-mels
     rows: NDArray[np.int64]  # [B + M] this rank's clips and partners
-    codes: Tensor  # [R, T, F] rows of this rank that rank 0 needs, then rank 1, ...
-    counts: list[int]  # how many each rank needs
+    codes: Tensor  # [R, T, F] rows kept by this rank that rank 0 needs, then rank 1, ...
+    counts: list[int]  # number of rows that each rank needs
 
 
 class CachedSource:
@@ -67,26 +68,26 @@ class CachedSource:
 
     Args:
         feature: the name of the log-mel.
-        device: where batches land.
-        place: "device" or "host", whose memory holds them. The host's needs no pinning: a batch is
-            gathered into pinned memory, and pinning so much takes long and rounds its size up.
+        device: the device of the batches.
+        place: "device" or "host", whose memory keeps the log-mels. The host's is not pinned, which
+            would take long and round its size up: a batch is gathered into pinned memory.
         dtype: "float16" or "uint8".
         remove_mean: as ``Frontend``'s.
-        max_bad: share of the set's clips that may be damaged; 0: the first is a Failure.
-        rows: [R] the only rows that plans will hold, kept by this rank for itself, as for
-            evaluation. None: all rows, shared with the other ranks; ``batches`` then takes the
-            plans of whole steps on every rank, and gives this rank's part of them.
+        max_bad: share of the set's clips that may be damaged; with 0 the first is a Failure.
+        rows: [R] the only rows of the plans, kept by this rank for itself, as for evaluation. None:
+            all rows, shared with the other ranks; ``batches`` then takes the plans of whole steps
+            on every rank, and gives this rank's part of them.
         ranks: which of the run's processes this is.
 
     Raises:
-        TooLittleMemory: it does not fit, on any of the ranks.
+        TooLittleMemory: it does not fit on one of the ranks.
         Failure: more than ``max_bad`` of the clips are damaged; names the last.
     """
 
     bad: dict[int, str]
-    """Damaged rows, and why."""
+    """Reasons why rows are damaged, by row."""
     usable: NDArray[np.bool_]
-    """[N] the only rows a plan may hold: not damaged, and kept here or by another rank."""
+    """[N] whether a plan may hold the row: it is not damaged, and this or another rank keeps it."""
 
     def __init__(
         self,
@@ -104,14 +105,14 @@ class CachedSource:
         self.packed, self.device, self.max_bad = packed, device, max_bad
         self.feature, self.dtype = get_feature(feature), DTYPES[dtype]
         self.on_host = place == "host"
-        # Rows kept for itself are no business of the other ranks.
+        # Rows that a rank keeps for itself are not exchanged.
         self.ranks = ranks if rows is None else ALONE
         self.rank, self.num_ranks = self.ranks.rank, self.ranks.size
         N = packed.num_clips
         self.usable = np.full(N, rows is None)
         self.rows = np.arange(self.rank, N, self.num_ranks) if rows is None else rows
         self.usable[self.rows] = True
-        self._place = np.full(N, -1, np.int64)  # [N] of a row in ``codes``
+        self._place = np.full(N, -1, np.int64)  # [N] place of a row in ``codes``
         self._place[self.rows] = np.arange(len(self.rows))
         problems = self.ranks.gather(self._too_little(place, dtype), patient=True)
         self.ranks.from_first(lambda: _refuse(problems))
@@ -132,7 +133,7 @@ class CachedSource:
         packed.close()  # nothing is read from here on
 
     def summary(self) -> str:
-        """What is kept, and what is left out, in one line."""
+        """What is kept and what is left out, in one line."""
         size = self.codes.nbytes + self.scales.nbytes
         of = f"{len(self.codes):,} of {self.packed.num_clips:,}"
         what = f"log-mels of {of} clips as {str(self.dtype).removeprefix('torch.')}"
@@ -186,7 +187,7 @@ class CachedSource:
         return _Gathered(batch, wanted[self.rank], codes, [len(rows) for rows in mine])
 
     def _ahead(self, plans: Iterable[StepPlan]) -> Iterator[_Gathered]:
-        """What ``_gather`` makes of each plan, by a thread ahead of the model."""
+        """Yields ``_gather`` of each plan, which a thread computes ahead of the model."""
         coming: deque[Future[_Gathered]] = deque()
         with ThreadPoolExecutor(1, "fastat-cache") as thread:
             for plan in plans:
@@ -197,9 +198,10 @@ class CachedSource:
                 yield coming.popleft().result()
 
     def _exchange(self, step: _Gathered) -> Tensor:
-        """[B + M, T, F] codes of this rank's clips and partners, wherever they were kept.
+        """[B + M, T, F] codes of this rank's clips and partners, from the ranks that keep them.
 
-        In the caller's thread: collectives need one order on all ranks, the model's among them.
+        Runs in the caller's thread, since all ranks must start collectives, the model's included,
+        in the same order.
         """
         codes = step.codes.to(self.device, non_blocking=True)
         if self.num_ranks == 1:
@@ -227,7 +229,7 @@ class CachedSource:
             batch = to_device(batch, self.device)
             log_mel = batch.features(frontend)
             real = self.feature.real_frames(batch.num_samples, self.packed.clip_samples)
-            # Beyond a clip's end there is no sound, which is what it is mixed with there.
+            # A clip's padding is silence, also when it is mixed with another.
             log_mel.masked_fill_((frame >= real[:, None])[:, :, None], floor)
             codes, scales = encode(log_mel, self.dtype, floor)
             self.codes[filled : filled + len(codes)] = codes
@@ -236,7 +238,7 @@ class CachedSource:
             advance(len(codes))
 
     def _share(self) -> None:
-        """Every rank learns the scales and the damaged rows of all."""
+        """Gives every rank the scales and the damaged rows of all ranks."""
         own = self.scales[self.rank :: self.num_ranks]
         for rank, (scales, bad) in enumerate(self.ranks.gather((own, self.bad), patient=True)):
             self.scales[rank :: self.num_ranks] = scales
@@ -246,7 +248,7 @@ class CachedSource:
         self.usable[list(self.bad)] = False
 
     def _read(self, rows: NDArray[np.int64]) -> Batch:
-        """The waveforms of ``rows``; damaged ones are silent and go into ``bad``."""
+        """Reads the waveforms of ``rows``; damaged ones become silence and go into ``bad``."""
         waveform = torch.empty(
             (len(rows), self.packed.clip_samples),
             dtype=torch.int16,
@@ -270,7 +272,7 @@ class CachedSource:
         raise too_many_bad(self.packed, self.bad, self.max_bad)
 
     def _too_little(self, place: str, dtype: str) -> str:
-        """What does not fit, and what would; empty where it fits."""
+        """Why the cache does not fit, and what would; empty if it fits."""
         clips = len(self.rows)
         needed, smaller = (
             clips * row_bytes(self.feature, self.packed.clip_samples, name)
@@ -295,7 +297,7 @@ class CachedSource:
 
 
 def _index(places: NDArray[np.int64], device: torch.device) -> Tensor:
-    """On ``device``, without waiting for it: a copy out of memory that is not pinned would."""
+    """Copies ``places`` to ``device`` through pinned memory, which does not block the host."""
     index = torch.from_numpy(places)
     return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
 
@@ -307,10 +309,8 @@ def _refuse(problems: list[str]) -> None:
 
 
 def free_bytes(place: str, device: torch.device) -> int:
-    """Bytes that a rank may take for a cache in ``place``: its part of what is free, less a spare.
-
-    The ranks of one machine share the host's memory.
-    """
+    """Bytes that a rank may take for a cache in ``place``: its part of the free memory, without
+    SPARE_BYTES. The ranks of one machine share the host's memory."""
     if place == "device" and device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - SPARE_BYTES)
     return max(0, (free_memory() - SPARE_BYTES) // ranks_here())

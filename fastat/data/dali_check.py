@@ -8,10 +8,9 @@ run only looks at files that changed since; the bad ones are listed in ``dali_ba
 does in ``bad.csv``.
 """
 
-import csv
+import logging
 import os
 import stat
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +23,12 @@ import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
 
-from fastat.atomic import atomic_path
+from fastat.atomic import atomic_path, write_csv
 from fastat.data.hdf5_source import is_row
 from fastat.data.shards import SAMPLE_RATE, PackedSet
-from fastat.errors import one_line
 from fastat.progress import progress
+
+log = logging.getLogger(__name__)
 
 CHECKED_FILE = "dali_checked.npz"
 BAD_FILE = "dali_bad.csv"
@@ -129,7 +129,7 @@ def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
             _save(packed, fingerprint, kept)
         _list_bad(packed, clips.bad)
     except OSError as error:
-        _note(f"cannot write to {packed.directory} ({error.strerror}): the check is not kept")
+        log.info(f"cannot write to {packed.directory} ({error.strerror}): the check is not kept")
     return clips
 
 
@@ -303,7 +303,7 @@ def _load(packed: PackedSet, fingerprint: str) -> Checked:
             stamps = zip(file["refused"].tolist(), file["reasons"].tolist(), strict=True)
             refusals = {row: Refusal(why, size, time) for (row, size, time), why in stamps}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        _note(f"{path} is not readable ({error}): checking every file again")
+        log.info(f"{path} is not readable ({error}): checking every file again")
         return nothing
     if checked != fingerprint or headers.shape != nothing.headers.shape:
         return nothing
@@ -328,16 +328,8 @@ def _list_bad(packed: PackedSet, bad: list[BadClip]) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(("path", "reason", "detail", "row"))
-        for clip in bad:
-            reason, _, detail = clip.reason.partition(": ")
-            writer.writerow((clip.path, reason, detail, clip.row))
-
-
-def _note(text: str) -> None:
-    print(one_line(text), file=sys.stderr, flush=True)
+    rows = []
+    for clip in bad:
+        reason, _, detail = clip.reason.partition(": ")
+        rows.append((clip.path, reason, detail, clip.row))
+    write_csv(path, ("path", "reason", "detail", "row"), rows)

@@ -1,9 +1,8 @@
-"""Rows as FLAC streams: about 58 % of the bytes, encoded while packing, decoded by DALI while
-training.
+"""FLAC rows, about 58 % of the bytes of PCM: encoded while packing, decoded by DALI while training.
 
-A row is one complete FLAC stream of the clip's real samples, 16 bit mono; the zero padding is not
-in it. Decoding gives back exactly these samples. Encoding is libFLAC's (soundfile) and runs in the
-packing workers; decoding is a DALI pipeline on the CPU with a thread for every core of this rank.
+A row is one complete FLAC stream of the clip's real samples, 16 bit mono, without the zero padding.
+Decoding gives back exactly these samples. soundfile (libFLAC) encodes in the packing workers; a
+DALI pipeline on the CPU decodes, with one thread for each core of this rank.
 """
 
 import io
@@ -25,9 +24,9 @@ COMPRESSION_LEVEL = 5 / 8
 and 1.7 ms for ten seconds, 3 58.1 % and 1.8, 5 57.9 % and 1.8, 6 57.8 % and 2.1, 8 57.6 % and
 3.2."""
 ROWS_PER_THREAD = 16
-"""Of a DALI batch: enough that its threads end together."""
+"""Rows of a DALI batch for each thread: enough that the threads end at about the same time."""
 BATCHES_AHEAD = 2
-"""One is decoded while the next is read and the one before is copied out."""
+"""Batches that DALI holds: one is decoded while the next is read and the last is copied out."""
 
 
 def encode(samples: NDArray[np.int16], sample_rate: int) -> bytes:
@@ -45,33 +44,28 @@ def encode(samples: NDArray[np.int16], sample_rate: int) -> bytes:
 
 
 def max_row_bytes(codec: str, clip_samples: int) -> int:
-    """No row takes more in a shard.
+    """Upper bound of the bytes that a row takes in a shard.
 
-    What FLAC cannot compress it stores as it is; a frame of thousands of samples has a head of tens
-    of bytes, the stream one of some hundred.
+    FLAC stores what it cannot compress as it is. The header of a frame of thousands of samples
+    takes tens of bytes, that of the stream some hundred.
     """
     return 2 * clip_samples + (clip_samples // 64 + 4096 if codec == "flac" else 0)
 
 
 class _Batch(NamedTuple):
-    """Rows that DALI decodes together; it reads ``encoded`` where it lies."""
+    """Rows that DALI decodes together; it reads ``encoded`` in place."""
 
     places: list[int]
     num_samples: list[int]
     encoded: list[NDArray[np.uint8]]
 
 
-class _CannotDecode(Exception):
-    """DALI gave up a batch; says what it said."""
-
-
 class FlacReader:
-    """Reads and decodes FLAC rows; one DALI pipeline serves all batches and threads, and ends with
-    this.
+    """Reads and decodes FLAC rows with one DALI pipeline for all batches and threads.
 
     Args:
-        reader: of the set.
-        num_samples: [N] real samples of each row of the set.
+        reader: the set's reader.
+        num_samples: [N] number of real samples of each row of the set.
 
     Raises:
         UserError: DALI is not installed.
@@ -107,29 +101,19 @@ class FlacReader:
         """Decodes ``rows[places]`` into ``out[places]``, [S] each, padded with zeros.
 
         Returns:
-            What is wrong with rows that could not be read, differ from their CRC, cannot be decoded
-            or have another length, by place; ``out`` is undefined there.
+            Reasons why rows could not be read, differ from their CRC or have another length, by
+            place; ``out`` is undefined there.
 
         Raises:
-            Failure: DALI cannot decode what soundfile can.
+            Failure: DALI cannot decode a row whose CRC is right.
         """
         places = places[np.argsort(rows[places], kind="stable")]
-        bad: dict[int, str] = {}
         with self._lock:
-            while True:
-                try:
-                    return bad | self._decode(rows, places, out)
-                except _CannotDecode as error:  # one of many, and DALI does not say which
-                    found = self._undecodable(rows, places)
-                    if not found:
-                        raise Failure(f"DALI cannot decode FLAC rows: {error}") from error
-                    bad |= found
-                    places = places[~np.isin(places, list(found))]
+            return self._read_in_order(rows, places, out)
 
-    def _decode(
+    def _read_in_order(
         self, rows: NDArray[np.int64], places: NDArray[np.int64], out: NDArray[np.int16]
     ) -> dict[int, str]:
-        """``read`` of rows[places] in file order. Raises _CannotDecode."""
         bad: dict[int, str] = {}
         under_way: deque[_Batch] = deque()
         pipe, self._idle = self._idle or self._start(), None
@@ -143,30 +127,13 @@ class FlacReader:
                 under_way.append(batch)
         while under_way:
             bad |= _take(pipe, under_way.popleft(), out)
-        # Only a pipeline that came to this end has nothing under way; the others are dropped.
+        # After an exception the pipeline still holds batches, and a new one is made.
         self._idle = pipe
-        return bad
-
-    def _undecodable(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> dict[int, str]:
-        """Those of rows[places] that soundfile decodes no better than DALI, by place."""
-        bad: dict[int, str] = {}
-        for start in range(0, len(places), self._batch):
-            batch = self._load(rows, places[start : start + self._batch], bad)
-            for place, count, encoded in zip(*batch, strict=True):
-                try:
-                    samples, _ = sf.read(
-                        io.BytesIO(encoded.tobytes()), dtype="int16", always_2d=True
-                    )
-                except sf.LibsndfileError as error:
-                    bad[place] = f"cannot decode it: {error.error_string}"
-                    continue
-                if samples.shape != (count, 1):
-                    bad[place] = _another_length(samples, count)
         return bad
 
     def _start(self) -> Any:
         pipe = self._build()
-        # The first run takes as many inputs as the pipeline works ahead; every later one takes one.
+        # The first run takes as many inputs as the pipeline holds; each later one takes one.
         silence = np.frombuffer(encode(np.zeros(1, np.int16), 16_000), np.uint8)
         for _ in range(BATCHES_AHEAD):
             pipe.feed_input("encoded", [silence])
@@ -179,7 +146,7 @@ class FlacReader:
     def _load(
         self, rows: NDArray[np.int64], places: NDArray[np.int64], bad: dict[int, str]
     ) -> _Batch:
-        """The bytes of rows[places]; those that are not whole go to ``bad`` instead."""
+        """Reads the streams of rows[places]; reasons for damaged ones go to ``bad`` instead."""
         wanted = rows[places]
         assert self.reader.spans is not None
         ends = np.cumsum(self.reader.spans.size[wanted], dtype=np.int64)
@@ -196,29 +163,22 @@ class FlacReader:
 
 
 def _take(pipe: Any, batch: _Batch, out: NDArray[np.int16]) -> dict[int, str]:
-    """Copies DALI's next batch to its places; what is wrong with the length of some, by place.
-
-    Raises:
-        _CannotDecode: the pipeline is of no more use.
-    """
+    """Copies DALI's next batch to its places; returns the reasons for rows of a wrong length, by
+    place."""
     try:
         decoded, _ = pipe.share_outputs()
     except RuntimeError as error:
         from fastat.data.dali_graph import reason_of
 
-        raise _CannotDecode(reason_of(error)) from error
+        raise Failure(f"DALI cannot decode FLAC rows: {reason_of(error)}") from error
     bad: dict[int, str] = {}
     for i, (place, count) in enumerate(zip(batch.places, batch.num_samples, strict=True)):
         samples = decoded.at(i)
         if samples.shape != (count, 1):
-            bad[place] = _another_length(samples, count)
+            found = " x ".join(map(str, samples.shape))
+            bad[place] = f"it decodes to {found} samples, not {count} x 1"
             continue
         out[place, :count] = samples[:, 0]
         out[place, count:] = 0
     pipe.release_outputs()
     return bad
-
-
-def _another_length(samples: NDArray[np.int16], count: int) -> str:
-    found = " x ".join(map(str, samples.shape))
-    return f"it decodes to {found} samples, not {count} x 1"

@@ -1,9 +1,9 @@
-"""Plans into batches: rows of a packed set, read a step ahead of the model.
+"""Turns plans into batches: reads rows of a packed set a step ahead of the model.
 
-One background thread has a batch read (by threads of its own, see ``row_reader``) while the model
-works on the one before, and asks the kernel for the rows of the batch after. On CUDA a batch lands
-in pinned memory and is copied on a stream of its own. Order and content depend on the plans, and on
-which rows of the set can be read.
+While the model works on one batch, a background thread reads the next one (with the threads of
+``row_reader``) and asks the kernel for the rows of the one after. On CUDA a batch is read into
+pinned memory and copied on a stream of its own. The order and the content of batches depend only on
+the plans and on which rows of the set can be read.
 """
 
 import functools
@@ -26,21 +26,23 @@ from fastat.errors import Failure
 from fastat.frontend import Augment, Frontend
 
 PREFETCH = 1
+"""Number of batches that are ready before the model asks for them."""
 ADVISED_ROWS = 512
-"""Rows that a disk is asked for ahead, at least: measured, 512 gave more than one step's 128, and
-1024 no more than 512."""
+"""Least number of rows that the kernel is asked to read ahead. Measured: 512 gave more rows a
+second than 128, one step's, and 1024 gave no more than 512."""
 MAX_ATTEMPTS = 100
-"""Draws for the place of one bad row; with half of all rows bad, 100 fail once in 10^30 times."""
+"""Number of draws for the place of one bad row. With half of all rows bad, 100 draws fail once in
+10^30 times."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input. B clips; M mixup partners behind them in ``waveform``.
+    """Input of one step: B clips, followed in ``waveform`` by M mixup partners.
 
-    Valid until the next one is asked for: its memory is used again.
+    A batch is valid until the next one is asked for, which may reuse its memory.
     """
 
-    rows: NDArray[np.int64]  # [B] rows of the set, to name a clip by
+    rows: NDArray[np.int64]  # [B] rows of the set, by which clips are named
     target: Tensor  # [B, K] float32, mixed as the audio is
     num_samples: Tensor  # [B + M] (with log_mel: [B]) real samples of each row
     augment: Augment | None
@@ -49,7 +51,7 @@ class Batch:
     log_mel: Tensor | None = None  # [B, T, F] float32: mixed, not yet masked or normalised
 
     def features(self, frontend: Frontend) -> Tensor:
-        """[B, T, F] float32, what the model reads."""
+        """The model's input, [B, T, F] float32."""
         if self.log_mel is not None:
             return frontend.finish(self.log_mel, self.num_samples, self.augment)
         assert self.waveform is not None
@@ -58,7 +60,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where batches come from: the packed rows, or DALI."""
+    """Where batches come from: packed rows, DALI or the cache."""
 
     def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]: ...
 
@@ -84,7 +86,7 @@ def mixed_targets(packed: PackedSet, plan: StepPlan) -> Tensor:
 
 
 def augment_of(plan: StepPlan) -> Augment:
-    """The plan's decisions as tensors."""
+    """The plan's augmentation as tensors."""
     return Augment(
         *(torch.from_numpy(a) for a in (plan.mix_into, plan.lam, plan.time_mask, plan.freq_mask))
     )
@@ -99,12 +101,12 @@ class PackedSource:
     the same. Without one, as in evaluation, such a row is a Failure.
 
     Args:
-        sampler: what made the plans.
+        sampler: the sampler that made the plans.
         max_bad: share of the set's clips that may be bad.
     """
 
     bad: dict[int, str]
-    """The rows that could not be read so far, and why."""
+    """Reasons why rows could not be read so far, by row."""
 
     def __init__(
         self,
@@ -137,21 +139,16 @@ class PackedSource:
         self.packed.close()
 
     def _announced(self, plans: Iterable[StepPlan]) -> Iterator[StepPlan]:
-        """``plans``, after the kernel was asked for the rows that later ones need.
+        """Yields ``plans``, after asking the kernel for the rows that later ones need.
 
-        It hears of as many plans at a time as ADVISED_ROWS or a window lasts: their rows in file
-        order over all of them, a part with every plan before. The page cache holds two windows. The
-        first stretches are shorter, each twice the one before: a whole window, asked for at once,
-        would hold up the first step by gigabytes.
+        It is asked for the rows of several plans at a time, ADVISED_ROWS or more of them, in file
+        order: a part of them with each plan of the stretch before.
         """
         plans = iter(plans)
         current = list(islice(plans, 1))
         self.packed.reader.advise(_rows(current))
-        s = self.sampler
-        plans_a_window = 0 if s is None else -(-s.window // s.batch)  # a rank has a part of each
         while current:
-            at_least = -(-ADVISED_ROWS // len(current[0].rows))
-            num_plans = max(at_least, min(plans_a_window, 2 * len(current)))
+            num_plans = -(-ADVISED_ROWS // len(current[0].rows))
             following = list(islice(plans, num_plans))
             parts = np.array_split(np.unique(_rows(following)), len(current))
             for plan, part in zip(current, parts, strict=True):
@@ -205,20 +202,20 @@ class PackedSource:
         )
 
     def _note(self, row: int, reason: str) -> None:
-        """Counts a bad row. Raises Failure when it is one too many."""
+        """Records a bad row. Raises Failure if there are too many."""
         self.bad[row] = reason
         if self.sampler is None:
             raise Failure(f"{self.packed.describe(row, reason)}; pack the set again")
         self.check_bad()
 
     def check_bad(self) -> None:
-        """Raises Failure when more rows are bad than may be."""
+        """Raises Failure if more than ``max_bad`` of the clips are bad."""
         if len(self.bad) > self.max_bad * self.packed.num_clips:
             raise too_many_bad(self.packed, self.bad, self.max_bad)
 
 
 def too_many_bad(packed: PackedSet, bad: dict[int, str], max_bad: float) -> Failure:
-    """What to say when the rows ``bad``, with reasons, are more than ``max_bad`` of the clips."""
+    """The error for the rows ``bad`` (with reasons) being more than ``max_bad`` of the clips."""
     last = packed.describe(*list(bad.items())[-1])
     return Failure(
         f"{len(bad):,} of {packed.num_clips:,} clips are damaged, more than "
@@ -227,45 +224,45 @@ def too_many_bad(packed: PackedSet, bad: dict[int, str], max_bad: float) -> Fail
 
 
 def _rows(plans: list[StepPlan]) -> NDArray[np.int64]:
-    """Rows of the clips and of the partners of each plan."""
+    """The rows of each plan: those of its clips, then those of their partners."""
     parts = [rows for plan in plans for rows in (plan.rows, plan.partners)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 class _Memory:
-    """Where the batches under way lie.
+    """Memory for batches, reused.
 
-    Memory fresh from the system costs more than the rows that are read into it, a page fault for
-    every 4 KiB. torch keeps pinned memory, and knows when the copy out of it is over; for the CPU
-    there are as many pieces as batches can be alive, used in turns: one in the consumer's hands,
-    one being read, and those ready between.
+    Touching new memory takes longer than reading rows into it: one page fault for every 4 KiB.
+    torch reuses pinned memory by itself, once the copy out of it is over. For the CPU there are as
+    many buffers as batches can be alive at once, used in turn: one with the consumer, one being
+    read, and the prefetched ones.
     """
 
     def __init__(self, clip_samples: int, *, pinned: bool) -> None:
         self.clip_samples = clip_samples
         self.pinned = pinned
-        self._pieces = [torch.empty((0, clip_samples), dtype=torch.int16)] * (PREFETCH + 2)
+        self._buffers = [torch.empty((0, clip_samples), dtype=torch.int16)] * (PREFETCH + 2)
         self._turn = 0
 
     def take(self, num_rows: int) -> Tensor:
-        """[num_rows, S] int16, undefined."""
+        """A tensor for rows, [num_rows, S] int16, with undefined content."""
         if self.pinned:
             return torch.empty((num_rows, self.clip_samples), dtype=torch.int16, pin_memory=True)
-        self._turn = (self._turn + 1) % len(self._pieces)
-        if len(self._pieces[self._turn]) < num_rows:
-            # The number of partners varies: some more, and numpy's memory has large pages.
-            piece = np.empty((num_rows + num_rows // 8, self.clip_samples), np.int16)
-            self._pieces[self._turn] = torch.from_numpy(piece)
-        return self._pieces[self._turn][:num_rows]
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if len(self._buffers[self._turn]) < num_rows:
+            # Some rows more, as the number of partners varies. numpy's memory has large pages.
+            buffer = np.empty((num_rows + num_rows // 8, self.clip_samples), np.int16)
+            self._buffers[self._turn] = torch.from_numpy(buffer)
+        return self._buffers[self._turn][:num_rows]
 
 
 def to_device(
     batch: Batch, device: torch.device, stream: "torch.cuda.Stream | None" = None
 ) -> Batch:
-    """The batch's tensors on ``device``, copied without waiting.
+    """Copies the batch's tensors to ``device`` without blocking the host.
 
-    The copies run on ``stream``, beside what the current one still computes, which then waits for
-    them; None: on the current one.
+    The copies run on ``stream`` (by default the current one), and the current stream then waits
+    for them.
     """
     if device.type == "cpu":
         return batch
@@ -276,7 +273,7 @@ def to_device(
         if x.device.type == "cuda":
             return x
         with torch.cuda.stream(stream):
-            # A copy out of memory that is not pinned waits for the stream.
+            # A copy out of memory that is not pinned would block the host.
             moved = (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
         moved.record_stream(current)
         return moved
@@ -294,9 +291,10 @@ def to_device(
 
 
 def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """``batches``, made up to ``depth`` ahead by a thread that ends with the consumer.
+    """Yields ``batches``, which a thread produces up to ``depth`` ahead of the consumer.
 
-    An exception of the producer is raised where its batch would have come.
+    If the producer raises an exception, the consumer gets it in place of the batch. The thread ends
+    when the consumer stops.
     """
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -316,7 +314,7 @@ def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
                 if stopped.is_set():
                     return
             put(None)
-        except BaseException as error:  # handed over, raised in the consumer
+        except BaseException as error:  # raised again in the consumer
             put(error)
 
     thread = threading.Thread(target=produce, name="fastat-loader", daemon=True)
@@ -334,18 +332,17 @@ def prefetch(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
 def with_features(
     batches: Iterator[Batch], frontend: Frontend, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor, float]]:
-    """Each batch with its features [B, T, F], and the seconds that waiting for the batch took.
+    """Yields each batch with its features [B, T, F] and the seconds spent waiting for the batch.
 
-    On CUDA the copies and the front end run on a stream of their own. What the caller does with the
-    features waits for them; they wait for nothing, and are computed while the device is still at
-    the step before.
+    On CUDA the copies and the front end run on a stream of their own, so they overlap with the step
+    before. The caller's stream waits for the features.
     """
     stream = _frontend_stream(device) if device.type == "cuda" else None
     if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream(device))  # which made the tables they read
+        stream.wait_stream(torch.cuda.current_stream(device))  # it made the front end's tables
     while True:
         started = time.perf_counter()
-        with torch.cuda.stream(stream):  # None: nothing
+        with torch.cuda.stream(stream):  # does nothing if it is None
             try:
                 batch = next(batches)
             except StopIteration:
@@ -362,5 +359,5 @@ def with_features(
 
 @functools.cache
 def _frontend_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: what a stream frees, the allocator gives to that stream alone."""
+    """One stream for all epochs, because the allocator reuses memory only within a stream."""
     return torch.cuda.Stream(device)

@@ -7,11 +7,11 @@ seen to have changed, and ``fastat pack --append`` tries it again.
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastat.atomic import atomic_path
+from fastat.atomic import write_csv
 from fastat.data.bad_audio import Remark
 from fastat.data.hdf5_source import file_of
 from fastat.data.manifest import BadFile
@@ -32,14 +32,14 @@ class NotedFile(NamedTuple):
 def write_bad(path: Path, bad: Iterable[BadFile]) -> None:
     """Writes the list, in the order of the table."""
     in_order: list[BadFile] = sorted(bad, key=lambda b: (b.line, b.path))
-    _write(path, BadFile._fields, in_order)
+    write_csv(path, BadFile._fields, in_order)
 
 
 def write_notes(path: Path, noted: Iterable[NotedFile]) -> None:
     """Writes the list, each file once; without files there is none."""
     files = list(dict.fromkeys(noted))
     if files:
-        _write(path, NotedFile._fields, files)
+        write_csv(path, NotedFile._fields, files)
     else:
         path.unlink(missing_ok=True)
 
@@ -53,16 +53,6 @@ def read_notes(path: Path) -> list[NotedFile]:
             NotedFile(row["path"], row["note"], row["detail"], int(row["line"]))  # type: ignore[arg-type]
             for row in csv.DictReader(file)
         ]
-
-
-def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def read_bad(path: Path) -> list[BadFile]:

@@ -1,7 +1,5 @@
 """dataset.json: what a finished set says of itself."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +17,6 @@ from fastat.data.shards import (
     SAMPLE_RATE,
     VERSION,
     ShardInfo,
-    checksum,
     codec_of,
     read_index,
 )
@@ -34,7 +31,7 @@ def index_of(plan: Plan, shards: Sequence[FinishedShard], num_bad: int) -> dict[
         UserError: its sampled clips give no statistics.
     """
     infos = [shard.info for shard in shards]
-    index = {
+    return {
         "format": FORMAT,
         "version": VERSION,
         "inputs": plan.inputs,
@@ -51,7 +48,6 @@ def index_of(plan: Plan, shards: Sequence[FinishedShard], num_bad: int) -> dict[
         "label_counts": label_counts(shards, len(plan.classes)).tolist(),
         "classes": [c._asdict() for c in plan.classes.classes],
     }
-    return signed(index)
 
 
 def appended(base: dict[str, Any], shards: Sequence[FinishedShard], num_bad: int) -> dict[str, Any]:
@@ -63,19 +59,16 @@ def appended(base: dict[str, Any], shards: Sequence[FinishedShard], num_bad: int
     counts = np.array(base["label_counts"], np.int64)
     clips = sum(shard.rows for shard in shards)
     infos = [ShardInfo(**entry) for entry in base["shards"]] + [shard.info for shard in shards]
-    return signed(
-        base
-        | {
-            "clips": base["clips"] + clips,
-            "seconds": base["seconds"] + _seconds(shards),
-            "appends": base.get("appends", 0) + 1,
-            "appended_clips": base.get("appended_clips", 0) + clips,
-            "bad_files": num_bad,
-            "codec": codec_of(infos),
-            "shards": [info._asdict() for info in infos],
-            "label_counts": (counts + label_counts(shards, len(counts))).tolist(),
-        }
-    )
+    return base | {
+        "clips": base["clips"] + clips,
+        "seconds": base["seconds"] + _seconds(shards),
+        "appends": base.get("appends", 0) + 1,
+        "appended_clips": base.get("appended_clips", 0) + clips,
+        "bad_files": num_bad,
+        "codec": codec_of(infos),
+        "shards": [info._asdict() for info in infos],
+        "label_counts": (counts + label_counts(shards, len(counts))).tolist(),
+    }
 
 
 def set_result(
@@ -117,18 +110,6 @@ def label_counts(shards: Iterable[FinishedShard], num_classes: int) -> NDArray[n
     for shard in shards:
         counts += shard.label_counts
     return counts
-
-
-def signed(index: dict[str, Any]) -> dict[str, Any]:
-    """``index`` with its fingerprint and its checksum."""
-    index = index | {"fingerprint": fingerprint(index)}
-    return index | {"checksum": checksum(index)}
-
-
-def fingerprint(index: dict[str, Any]) -> str:
-    """Of the content: classes and, by the shards' checksums, every row."""
-    content = {name: index[name] for name in ("classes", "clip_samples", "shards")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stats(plan: Plan, shards: Sequence[FinishedShard], feature: str) -> dict[str, float]:

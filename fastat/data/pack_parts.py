@@ -41,7 +41,14 @@ from fastat.data.pack_state import (
     read_claim,
     standing,
 )
-from fastat.data.shards import INDEX_FILE, STATE_FOLDER, checksum, read_index, shard_file
+from fastat.data.shards import (
+    INDEX_FILE,
+    STATE_FOLDER,
+    checksum,
+    read_index,
+    shard_file,
+    write_index,
+)
 from fastat.errors import Failure, UserError
 
 MAX_PARTS = 10_000
@@ -352,7 +359,7 @@ def _merge_set(plan: Plan, note: _Note, base: dict[str, Any] | None) -> SetResul
             elif not (directory / shard.file).exists():
                 raise Failure(f"{path}: this shard is gone since it was packed")
         fsync(directory)
-        atomic_write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+        write_index(directory, index)
         _publish_lists(directory)
         _remove_state(directory)
     return finished_result(plan.directory)

@@ -15,7 +15,14 @@ from fastat.atomic import atomic_write_text
 from fastat.data.manifest import BadFile
 from fastat.data.pack_bad import BAD_FILE, NotedFile
 from fastat.data.shard_writer import PART_SUFFIX
-from fastat.data.shards import INDEX_FILE, STATE_FOLDER, ShardInfo, read_index, shard_file
+from fastat.data.shards import (
+    INDEX_FILE,
+    STATE_FOLDER,
+    ShardInfo,
+    read_index,
+    shard_file,
+    write_index,
+)
 from fastat.errors import UserError
 from fastat.fields import check_keys
 
@@ -206,7 +213,7 @@ class PackState:
 
     def finish(self, index: dict[str, Any]) -> None:
         """Writes dataset.json: the set is whole. Then removes the state."""
-        atomic_write_text(self.directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+        write_index(self.directory, index)
         shutil.rmtree(self.state)
 
     def _read_finished(self) -> Iterable[FinishedShard]:

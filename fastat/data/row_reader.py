@@ -26,40 +26,42 @@ from fastat.errors import Failure
 from fastat.host import cores_of_rank
 
 READ_THREADS = min(8, cores_of_rank())
-"""A core reads and checks 9 GB/s of cached rows (measured on two cores): eight are more than any
-model takes. More threads than cores read less, from the cache and from the disk."""
+"""A core reads and checks 9 GB/s of cached rows (measured on two cores), so eight cores read more
+than any model needs. With more threads than cores, throughput falls, from the page cache and from
+the disk."""
 ROWS_PER_JOB = 8
-"""At least; few enough that a thread that was held up does not hold up the batch."""
+"""Least number of rows in a job: jobs are short, so that a thread that is held up does not hold up
+the batch."""
 JOBS_PER_THREAD = 4
 
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-"""These say nothing about the row that was to be read."""
+"""Errors that are not about the row that was being read."""
 
 
 class RowFile(NamedTuple):
-    """A shard, as far as reading its waveform goes."""
+    """Where the rows of a shard lie."""
 
     path: Path
     first_row: int
-    """Of the set."""
+    """Number of its first row in the set."""
     offset: int
-    """Of the waveform in the file, bytes."""
+    """Byte of the file where the rows begin."""
 
 
 class RowSpans(NamedTuple):
-    """Where each row of a set lies whose rows have lengths of their own."""
+    """Where each row lies, for a set whose rows differ in length."""
 
     offset: NDArray[np.int64]  # [N] in its file, bytes
     size: NDArray[np.int32]  # [N] bytes
 
 
 class RowReader:
-    """Reads rows of ``files``, which are in order; may be used by several threads.
+    """Reads rows of ``files``, which are in the order of the set. Thread-safe.
 
     Args:
         row_crc: [N] CRC-32 of each row.
-        row_bytes: length of every row.
-        spans: where the rows lie, unless each has ``row_bytes`` and follows the one before.
+        row_bytes: length of each row; unused with ``spans``.
+        spans: where the rows lie; None if all have ``row_bytes`` and follow one another.
     """
 
     def __init__(
@@ -86,11 +88,11 @@ class RowReader:
     ) -> dict[int, str]:
         """Reads ``rows`` [R], in any order and with repeats, into ``out``, R x row_bytes bytes.
 
-        With ``starts`` [R], each into the bytes of ``out`` from there on.
+        With ``starts`` [R], each row goes to ``out`` from that byte on.
 
         Returns:
-            What is wrong with rows that could not be read, end early, or differ from their CRC, by
-            their place in ``rows``. What ``out`` holds there is undefined.
+            Reasons why rows could not be read, end early, or differ from their CRC, by their place
+            in ``rows``. The content of ``out`` is undefined there.
 
         Raises:
             Failure: the system is out of open files or memory.
@@ -116,10 +118,11 @@ class RowReader:
         return bad
 
     def advise(self, rows: NDArray[np.int64]) -> None:
-        """Has the kernel start to read ``rows``, in file order, where the disk is being read.
+        """Asks the kernel to start reading ``rows``, in file order.
 
-        Where the process has read nothing from a disk since the last call, by the system's count,
-        it does nothing: asking for a row that is in the page cache costs a fifth of reading it.
+        Does nothing if the process has read nothing from a disk since the last call, by the
+        system's count: asking for a row that is in the page cache takes a fifth of the time of
+        reading it.
 
         Raises:
             Failure: the system is out of open files or memory.
@@ -130,7 +133,7 @@ class RowReader:
             return
         rows = np.unique(rows)
         files, offsets, sizes = self._locate(rows)
-        self._open(files)  # what cannot be opened is reported when it is read
+        self._open(files)  # a file that cannot be opened is reported when its rows are read
         ends = np.flatnonzero((np.diff(rows) != 1) | (np.diff(files) != 0))
         starts = np.concatenate([[0], ends + 1])[: len(rows)]
         lasts = np.append(ends, len(rows) - 1)[: len(rows)]
@@ -175,14 +178,14 @@ class RowReader:
         offsets: NDArray[np.int64],
         crcs: NDArray[np.uint32],
     ) -> dict[int, str]:
-        """Reads one row after the other; what is wrong with some, by place."""
+        """Reads one row after the other; returns the reasons for bad ones, by place."""
         bad: dict[int, str] = {}
         columns = (column.tolist() for column in (places, starts, sizes, fds, offsets, crcs))
         for place, start, size, fd, offset, crc in zip(*columns, strict=True):
             row = out[start : start + size]
             try:
                 count = os.preadv(fd, (row,), offset)
-                # Less than was asked for is the file's end, or how a network file system reads.
+                # A network file system may return less than was asked for before the file's end.
                 while 0 < count < size and (more := os.preadv(fd, (row[count:],), offset + count)):
                     count += more
             except OSError as error:
@@ -195,7 +198,7 @@ class RowReader:
         return bad
 
     def _open(self, files: NDArray[np.int64]) -> dict[int, str]:
-        """Opens those that are not open; why some cannot be, by index."""
+        """Opens files that are not open yet; returns why some cannot be opened, by index."""
         if (self._fds[files] >= 0).all():
             return {}
         failed: dict[int, str] = {}
@@ -215,7 +218,7 @@ class RowReader:
 
 
 def _reason(error: OSError) -> str:
-    """What the system says of a row. Raises Failure when it is not about the row."""
+    """The system's reason why a row cannot be read. Raises Failure if it is not about the row."""
     reason = error.strerror or str(error)
     if error.errno in OUT_OF_RESOURCES:
         raise Failure(f"cannot read the set: {reason}") from error
@@ -223,7 +226,7 @@ def _reason(error: OSError) -> str:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises the soft limit on open files, 1024 on most systems, where ``count`` comes near it."""
+    """Raises the soft limit on open files (often 1024) if ``count`` comes near it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and count > soft // 4:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,14 +1,8 @@
 """Which clips, partners and masks make up a training step: pure functions of (seed, epoch, step).
 
-Nothing here has state: prefetching, resuming and ranks see the same steps, and a step's plan costs
-the same wherever it is and however many clips there are (an epoch's order is drawn once). numpy
-only.
-
-Windows trade randomness for reading in sequence. What is kept: the clips of an epoch, which are the
-same with any window or none, each as often as without; what is drawn is a matter of the weights
-alone. What is lost: clips of one batch come from one or two windows, neighbours in the set; a
-mixup partner comes from its clip's own window instead of the whole set. A set whose neighbours are
-alike (all of a class packed together) wants a large window, or none.
+Nothing here has state, so a prefetching loader, a resumed run and every rank see the same steps.
+Planning takes the same time for any step of a set of any size, because an epoch's order is drawn
+once. Imports no torch.
 """
 
 from dataclasses import dataclass, replace
@@ -20,19 +14,16 @@ from numpy.typing import NDArray
 
 from fastat.errors import UserError
 
-ORDER_STREAM, STEP_STREAM, REPLACEMENT_STREAM = 0, 1, 2  # which of an epoch's random streams
+ORDER_STREAM, STEP_STREAM, REPLACEMENT_STREAM = 0, 1, 2
+"""Parts of seeds: an epoch's order, its steps and replacements have independent draws."""
 
 WEIGHTS_BLOCK = 8192
-"""Clips whose labels stay in the core's cache while their weights are summed."""
+"""Number of clips whose weights are summed at a time, so that their labels stay in the cache."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step trains on. B clips, M of them mixed with a partner.
-
-    ``part`` gives the share of one rank; ``first`` is then the place of its first clip in the
-    step's batch.
-    """
+    """What one step trains on. B clips, M of them mixed with a partner."""
 
     rows: NDArray[np.int64]  # [B] rows of the training set
     partners: NDArray[np.int64]  # [M] rows of the training set
@@ -42,11 +33,12 @@ class StepPlan:
     freq_mask: NDArray[np.int64]  # [B, 2] start, width in mel bins
     epoch: int = 0
     step: int = 0
-    """Within the epoch."""
+    """Number of the step in its epoch, from 0."""
     first: int = 0
+    """Place of the first clip in the step's batch; not 0 in the plans of later ranks."""
 
     def part(self, rank: int, num_ranks: int) -> Self:
-        """The clips of ``rank``, in order, with their partners; the number of ranks divides B."""
+        """The plan of ``rank``: its clips with their partners. ``num_ranks`` divides B."""
         size = len(self.rows) // num_ranks
         mine = slice(rank * size, (rank + 1) * size)
         mixed = (self.mix_into >= mine.start) & (self.mix_into < mine.stop)
@@ -73,7 +65,7 @@ def balanced_weights(
     num_bytes = target_bits.shape[1]
     per_label = np.zeros(8 * num_bytes)
     per_label[: len(label_counts)] = 1000.0 / (label_counts + 0.01)
-    # What each value of each byte adds: a look-up instead of eight labels.
+    # The weight that each value of each byte adds: one look-up instead of eight labels.
     values = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # [256, 8]
     per_byte = per_label.reshape(num_bytes, 8) @ values.T  # [ceil(K / 8), 256]
     weights = np.zeros(len(target_bits))
@@ -89,19 +81,16 @@ class Sampler:
 
     Args:
         num_clips: clips in the training set.
-        batch: clips a step, over all ranks.
-        seed: everything drawn is a function of it, the epoch and the step.
+        batch: number of clips in a step, over all ranks.
+        seed: all draws are functions of it, the epoch and the step.
         weights: [N] sampling weights, drawn with replacement; None: each clip once, shuffled.
         usable: [N] clips that may be drawn; None: all.
         mixup, mixup_alpha: probability of mixing, and both parameters of Beta.
-        time_mask, freq_mask: largest mask widths, 0 for none.
-        num_frames, num_mels: the feature map that masks are placed on.
-        window: 0: an epoch's clips come in random order. Else the set is cut into windows of so
-            many neighbouring rows; an epoch visits them in random order, the clips inside one in
-            random order.
+        time_mask, freq_mask: largest widths of the masks; 0 for no mask.
+        num_frames, num_mels: size of the feature map that is masked.
 
     Raises:
-        UserError: fewer clips than one batch, or weights that are all zero.
+        UserError: there are fewer clips than one batch, or all weights are zero.
     """
 
     def __init__(
@@ -118,16 +107,13 @@ class Sampler:
         mixup_alpha: float = 10.0,
         time_mask: int = 0,
         freq_mask: int = 0,
-        window: int = 0,
     ) -> None:
         self.candidates = np.arange(num_clips) if usable is None else np.flatnonzero(usable)
         if batch < 1 or len(self.candidates) < batch:
             raise UserError(
                 f"a batch needs 1 to {len(self.candidates)} clips (the training set's), got {batch}"
             )
-        self.num_clips = num_clips
         self.batch = batch
-        self.window = window
         self.seed = seed
         self.steps_per_epoch = len(self.candidates) // batch
         self.cumulative = None if weights is None else np.cumsum(weights[self.candidates])
@@ -136,27 +122,21 @@ class Sampler:
         self.mixup, self.mixup_alpha = mixup, mixup_alpha
         self.time_mask, self.num_frames = min(time_mask, num_frames), num_frames
         self.freq_mask, self.num_mels = min(freq_mask, num_mels), num_mels
-        # An epoch's order costs a draw per clip; consecutive steps share it.
+        # Drawing an epoch's order takes a draw per clip; consecutive steps share it.
         self.order = lru_cache(maxsize=2)(self._order)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """The rows of an epoch, in order. [steps_per_epoch * batch]."""
+        """The rows of an epoch in the order in which they are trained on, [steps_per_epoch * B]."""
         rng = np.random.default_rng((self.seed, epoch, ORDER_STREAM))
         size, num = self.steps_per_epoch * self.batch, len(self.candidates)
         rows: NDArray[np.int64]
         if self.cumulative is None:
             rows = np.delete(self.candidates, rng.choice(num, num - size, replace=False))
         else:
-            # In order first: a look-up beside the last one costs a tenth of one anywhere.
+            # Sorted first: looking up neighbours takes a tenth of the time of random look-ups.
             drawn = np.sort(rng.random(size)) * self.cumulative[-1]
             rows = self.candidates[np.searchsorted(self.cumulative, drawn, side="right")]
         rng.shuffle(rows)
-        if self.window:
-            num_windows = -(-self.num_clips // self.window)
-            visited = rng.permutation(num_windows)
-            # Up to 2^16 windows are sorted by digits, in a quarter of the time.
-            key = visited.astype(np.min_scalar_type(num_windows))[rows // self.window]
-            rows = rows[np.argsort(key, kind="stable")]
         return rows
 
     def plan(self, epoch: int, step: int) -> StepPlan:
@@ -164,9 +144,9 @@ class Sampler:
         B = self.batch
         rows = self.order(epoch)[step * B : (step + 1) * B]
         rng = np.random.default_rng((self.seed, epoch, STEP_STREAM, step))
-        # Every draw is made whatever the switches say, so that one switch changes one thing.
+        # All draws are made whatever is switched off, so that a switch changes nothing else.
         mixed = rng.random(B)
-        partners = self._partners(rows, rng.random(B))
+        partners = self.candidates[(rng.random(B) * len(self.candidates)).astype(int)]
         lam = rng.beta(self.mixup_alpha, self.mixup_alpha, size=B).astype(np.float32)
         mix_into = np.flatnonzero(mixed < self.mixup)
         return StepPlan(
@@ -181,12 +161,12 @@ class Sampler:
         )
 
     def replacement(self, epoch: int, step: int, place: int, attempt: int, *, partner: bool) -> int:
-        """The row that takes the place of one that cannot be read, drawn from the whole set.
+        """Draws the row that replaces one that cannot be read, from the whole set.
 
         Args:
-            place: of the clip in the step's batch, over all ranks.
-            attempt: from 1; the next one when the replacement cannot be read either.
-            partner: replace the clip's mixup partner, not itself.
+            place: place of the clip in the step's batch, over all ranks.
+            attempt: 1 for the first draw, 2 when that row cannot be read either, and so on.
+            partner: replace the clip's mixup partner instead of the clip.
         """
         key = (self.seed, epoch, REPLACEMENT_STREAM, step, place, attempt, int(partner))
         rng = np.random.default_rng(key)
@@ -194,16 +174,6 @@ class Sampler:
             return int(self.candidates[rng.integers(len(self.candidates))])
         drawn = rng.random() * self.cumulative[-1]
         return int(self.candidates[np.searchsorted(self.cumulative, drawn, side="right")])
-
-    def _partners(self, rows: NDArray[np.int64], where: NDArray[np.float64]) -> NDArray[np.int64]:
-        """For each of ``rows`` [B] a clip drawn uniformly from all, or from its window, by
-        ``where`` in [0, 1)."""
-        first, end = np.int64(0), np.int64(len(self.candidates))
-        if self.window:
-            start = rows // self.window * self.window
-            first, end = np.searchsorted(self.candidates, (start, start + self.window))
-        partners: NDArray[np.int64] = self.candidates[first + (where * (end - first)).astype(int)]
-        return partners
 
 
 def _masks(rng: np.random.Generator, batch: int, max_width: int, size: int) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ import numpy as np
 from fastat.atomic import fsync
 from fastat.data.flac import max_row_bytes
 from fastat.data.shards import ShardInfo, ShardRows, shard_file
-from fastat.errors import Failure
+from fastat.errors import Failure, first_line
 
 PART_SUFFIX = ".part"
 HEAD_BYTES = 2048
@@ -121,5 +121,5 @@ def _hdf5_errors(path: Path) -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         words = re.search(r"error message = '([^']*)'", str(error))
-        reason = words.group(1) if words else str(error).splitlines()[0]
+        reason = words.group(1) if words else first_line(error)
         raise Failure(f"cannot write {path}: {reason}") from error

@@ -1,7 +1,8 @@
 """A packed set on disk, opened for reading.
 
-A folder with ``dataset.json`` (classes, counts, statistics and, for every shard, its rows, bytes
-and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at most 1 GiB. A shard is HDF5:
+A set is a folder with ``dataset.json`` (classes, counts, statistics and, for every shard, its rows,
+bytes and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at
+most 1 GiB. A shard is HDF5:
 
     waveform       int16 [N, S]            16 kHz mono, contiguous: a row is one range of the file
     num_samples    int32 [N]               real samples of the row, the rest is zero padding
@@ -18,16 +19,15 @@ A FLAC shard (``flac``) has instead of ``waveform``
 
 and ``row_crc`` is of the stream. A set may have shards of both kinds.
 
-What detects damage, and when: opening checks each shard's size, layout and the CRC-32 of
-everything but the waveform (``row_crc`` included), without reading the waveform. Reading checks
-every row against ``row_crc``. Rows are read with preadv: a shard cut short under a memory map would
-kill the process, under preadv it is an error.
+Opening a set checks the size and layout of each shard and the CRC-32 of everything but the waveform
+(``row_crc`` included), without reading the waveform. Reading checks every row against ``row_crc``.
+Rows are read with preadv: if a shard is cut short while it is memory-mapped, the process is killed;
+under preadv that is an error.
 
-Of what opening reads, labels, lengths, CRCs and names stay in memory: about a hundred bytes a clip
-with 527 classes, and twelve more where there are FLAC shards. A shard's ``audio_path`` and
-``start_seconds``, which only ``sources`` needs, are read again when it is asked for. The names stay
-because a shard that was cut short loses everything behind its waveform, and its damaged clips are
-to be named still.
+Labels, lengths, CRCs and names stay in memory: about a hundred bytes a clip with 527 classes, and
+twelve more if there are FLAC shards. ``audio_path`` and ``start_seconds`` are only read when
+``sources`` is called. The names stay in memory so that damaged clips can still be named after a
+shard was cut short, which loses everything behind its waveform.
 """
 
 import hashlib
@@ -43,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
+from fastat.atomic import atomic_write_text
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.errors import Failure, UserError, first_line
@@ -53,11 +54,15 @@ FORMAT = "fastat packed set"
 VERSION = 2
 INDEX_FILE = "dataset.json"
 STATE_FOLDER = ".pack"
-"""What an unfinished ``fastat pack`` keeps inside the set's folder."""
+"""Folder inside the set's, in which an unfinished ``fastat pack`` keeps its state."""
+
+
+class Damaged(Failure):
+    """A file of a packed set is missing, or is not as it was packed."""
 
 
 class ClassInfo(NamedTuple):
-    """A class: ``id`` is what labels and checkpoints are matched by."""
+    """A class. Labels and checkpoints are matched by ``id``."""
 
     id: str
     name: str
@@ -73,18 +78,18 @@ class Stats(NamedTuple):
 
 
 class ShardInfo(NamedTuple):
-    """What dataset.json knows of a shard."""
+    """A shard's entry in dataset.json."""
 
     file: str
     rows: int
     bytes: int
     crc32: int
-    """Of everything but the waveform, ``row_crc`` included."""
+    """Checksum of everything but the waveform, ``row_crc`` included."""
     codec: str = "pcm16"
 
 
 class ShardRows(NamedTuple):
-    """Everything of a shard's rows but the waveform; the datasets' names and dtypes."""
+    """Everything about a shard's rows but the waveform, by the datasets' names."""
 
     num_samples: NDArray[np.int32]  # [N]
     target: NDArray[np.uint8]  # [N, ceil(K / 8)]
@@ -92,20 +97,20 @@ class ShardRows(NamedTuple):
     audio_path: NDArray[np.bytes_]  # [N]
     start_seconds: NDArray[np.float64]  # [N]
     row_crc: NDArray[np.uint32]  # [N]
-    flac_offsets: NDArray[np.int64] | None = None  # [N + 1], of a FLAC shard
+    flac_offsets: NDArray[np.int64] | None = None  # [N + 1], only in a FLAC shard
 
     def datasets(self) -> dict[str, NDArray[Any]]:
-        """What of this the shard holds, by the datasets' names."""
+        """The arrays that the shard holds, by the datasets' names."""
         return {name: array for name, array in self._asdict().items() if array is not None}
 
     def offsets(self, clip_samples: int) -> NDArray[np.int64]:
-        """Where each row starts behind the first one's start, and the last one ends: [N + 1]."""
+        """Bytes from the first row to the start of each, and to the end of the last: [N + 1]."""
         if self.flac_offsets is not None:
             return self.flac_offsets
         return np.arange(len(self.row_crc) + 1, dtype=np.int64) * 2 * clip_samples
 
     def crc32(self) -> int:
-        """One checksum over all of it."""
+        """One checksum over all arrays."""
         crc = 0
         for array in self.datasets().values():
             crc = zlib_ng.crc32(array, crc)
@@ -116,21 +121,14 @@ SMALL_DTYPES = {
     "num_samples": "<i4", "target": "|u1", "audio_name": "|S", "audio_path": "|S",
     "start_seconds": "<f8", "row_crc": "<u4", "flac_offsets": "<i8",
 }  # fmt: skip
-"""As numpy spells them; the width of a name is the longest one's."""
-
-INDEX_ERRORS = (
-    KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError,
-    MemoryError,
-)  # fmt: skip
-"""What a dataset.json raises that is JSON, but not as pack writes it; the last: of impossibly many
-clips."""
+"""The datasets' dtypes, as numpy spells them. Names are as wide as the longest one."""
 
 H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
-"""What h5py raises on damage; the last two where a group stands in a dataset's place."""
+"""Errors that h5py raises on damage; the last two if a group stands in a dataset's place."""
 
 
 def codec_of(shards: Iterable[ShardInfo]) -> str:
-    """What the index of a set of these shards says: their codec, or ``mixed``."""
+    """The codec of a set of these shards: theirs, or ``mixed``."""
     codecs = {info.codec for info in shards}
     return codecs.pop() if len(codecs) == 1 else "mixed"
 
@@ -155,7 +153,7 @@ class PackedSet:
     label_counts: NDArray[np.int64]  # [K]
     stats: dict[str, Stats]
     fingerprint: str
-    """Of the content: classes and every row. Equal for equal sets, wherever they lie."""
+    """Checksum of the content: classes and every row. Equal for equal sets in any folder."""
     num_samples: NDArray[np.int32]  # [N]
     target_bits: NDArray[np.uint8]  # [N, ceil(K / 8)], np.packbits order
     reader: RowReader
@@ -173,11 +171,7 @@ class PackedSet:
         }
         self.fingerprint = index["fingerprint"]
         self._shards = [ShardInfo(**entry) for entry in index["shards"]]
-        num_rows = sum(info.rows for info in self._shards)
-        if num_rows != self.num_clips or not self._shards:
-            raise Failure(
-                f"{directory / INDEX_FILE}: {self.num_clips} clips, but its shards hold {num_rows}"
-            )
+        num_rows = self.num_clips
         self._first_rows = np.cumsum([0] + [info.rows for info in self._shards[:-1]])
         self._names: list[NDArray[np.bytes_]] = []
         self._sources: dict[int, tuple[NDArray[np.bytes_], NDArray[np.float64]]] = {}
@@ -207,21 +201,16 @@ class PackedSet:
 
     @classmethod
     def open(cls, directory: Path | str) -> Self:
-        """Opens the set and checks every shard but for its waveform.
+        """Opens the set and checks everything in its shards but the waveforms.
 
         Raises:
             UserError: ``directory`` is not a finished packed set.
-            Failure: a shard is missing, of another size or layout, or damaged.
+            Damaged: dataset.json is damaged, or a shard is missing, of another size or layout, or
+                damaged.
+            Failure: another version of fastat packed the set, or a shard cannot be read.
         """
         directory = Path(directory)
-        index = read_index(directory)
-        path = directory / INDEX_FILE
-        try:
-            packed = cls(directory, index)
-        except INDEX_ERRORS as error:
-            raise Failure(f"{path}: damaged: {error!r}") from error
-        _check_index(index, path)
-        return packed
+        return cls(directory, read_index(directory))
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Labels of ``rows`` [R] as zeros and ones, [R, K]."""
@@ -229,12 +218,12 @@ class PackedSet:
         return bits.astype(np.float32)
 
     def place(self, row: int) -> tuple[Path, int]:
-        """The shard that ``row`` is in, and which of its rows it is."""
+        """The shard that holds ``row``, and the number of the row in it."""
         index = self._shard_of(row)
         return self.reader.paths[index], row - int(self._first_rows[index])
 
     def names(self, rows: NDArray[np.int64]) -> list[str]:
-        """Each row's file, as a path inside the audio folder; clips of one file share it."""
+        """Path of each row's file inside the audio folder; clips of one file share it."""
         names = []
         for row in np.asarray(rows).tolist():
             index = self._shard_of(row)
@@ -242,7 +231,7 @@ class PackedSet:
         return names
 
     def sources(self, rows: NDArray[np.int64]) -> list[tuple[str, float]]:
-        """Each row's original file (absolute path) and where in it the clip starts, in seconds.
+        """Absolute path of each row's original file, and the clip's start in it in seconds.
 
         Raises:
             Failure: its shard was damaged since the set was opened.
@@ -261,8 +250,8 @@ class PackedSet:
         """Reads ``rows`` [R], in any order and with repeats, into ``out`` [R, S], in file order.
 
         Returns:
-            What is wrong with rows that could not be read or differ from their CRC, by their place
-            in ``rows``; ``out`` is undefined there.
+            Reasons why rows could not be read or differ from their CRC, by their place in ``rows``;
+            ``out`` is undefined there.
         """
         rows = np.asarray(rows)
         if out.shape != (len(rows), self.clip_samples) or out.dtype != np.int16:
@@ -290,7 +279,7 @@ class PackedSet:
         return bad | {int(pcm[place]): reason for place, reason in found.items()}
 
     def read_rows(self, rows: NDArray[np.int64], out: NDArray[np.int16]) -> None:
-        """``read``, for those who need every row.
+        """Reads ``rows`` like ``read``, but raises if one is damaged.
 
         Raises:
             Failure: a row could not be read or differs from its CRC; names shard, row and clip.
@@ -301,7 +290,7 @@ class PackedSet:
             raise Failure(f"{self.describe(int(rows[place]), bad[place])}; pack the set again")
 
     def describe(self, row: int, reason: str) -> str:
-        """What is wrong with a row, and with which."""
+        """A message that names a damaged row, its shard and its clip."""
         path, place = self.place(row)
         (clip,) = self.names(np.array([row]))
         return f"{path}: row {place} (clip {clip}) is damaged: {reason}"
@@ -321,10 +310,11 @@ class PackedSet:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """dataset.json of a finished set.
+    """Reads dataset.json of a finished set.
 
     Raises:
         UserError: there is none, or it is not of this format and version.
+        Damaged: its checksum differs.
         Failure: another version of fastat wrote it.
     """
     path = directory / INDEX_FILE
@@ -346,37 +336,37 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected the index of a packed set")
     if index.get("version") != VERSION:
         raise UserError(f"{path}: expected format version {VERSION}, got {index.get('version')}")
-    # One whose checksum is wrong is damaged; who uses it says so.
-    shards = index.get("shards")
-    if isinstance(shards, list) and index.get("checksum") in (None, checksum(index)):
-        for entry in shards:
-            check_keys(path, entry, ShardInfo)
+    if index.get("checksum") != checksum(index):
+        raise Damaged(f"{path}: damaged: its checksum differs; pack the set again")
+    for entry in index["shards"]:
+        check_keys(path, entry, ShardInfo)
     return index
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    """Writes dataset.json, with the fingerprint and the checksum of ``index``: the set is whole."""
+    index = index | {"fingerprint": fingerprint(index)}
+    index = index | {"checksum": checksum(index)}
+    atomic_write_text(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
 def sizes_of(directory: Path) -> tuple[int, int]:
     """Clips of a finished set and samples of a clip, without opening its shards.
 
-    Raises:
-        UserError: as ``read_index``.
-        Failure: dataset.json is damaged.
+    Raises as ``read_index``.
     """
-    index, path = read_index(directory), directory / INDEX_FILE
-    _check_index(index, path)
-    sizes: tuple[Any, Any] = (index.get("clips"), index.get("clip_samples"))
-    if not all(type(size) is int and size > 0 for size in sizes):
-        raise Failure(f"{path}: damaged: {sizes[0]!r} clips of {sizes[1]!r} samples")
-    return sizes
+    index = read_index(directory)
+    return index["clips"], index["clip_samples"]
 
 
-def _check_index(index: dict[str, Any], path: Path) -> None:
-    # Sets packed before there was this checksum have none.
-    if "checksum" in index and index["checksum"] != checksum(index):
-        raise Failure(f"{path}: damaged: its checksum differs; pack the set again")
+def fingerprint(index: dict[str, Any]) -> str:
+    """A checksum of the content: the classes and, through the shards' checksums, every row."""
+    content = {name: index[name] for name in ("classes", "clip_samples", "shards")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(index: dict[str, Any]) -> str:
-    """Of everything in the index but the checksum itself."""
+    """A checksum of everything in the index but the checksum itself."""
     rest = {name: value for name, value in index.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -387,14 +377,15 @@ def read_shard(
     """The waveform's offset in the file and everything else of a shard, checked against ``info``.
 
     Raises:
-        Failure: missing, of another size or layout, or damaged outside the waveform.
+        Damaged: it is missing, of another size or layout, or damaged outside the waveform.
+        Failure: it cannot be read.
     """
     path = directory / info.file
     if not path.is_file():
-        raise Failure(f"{path}: this shard of the set is missing")
+        raise Damaged(f"{path}: this shard of the set is missing")
     size = path.stat().st_size
     if size != info.bytes:
-        raise Failure(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
+        raise Damaged(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
     try:
         with h5py.File(path, locking=False) as file:
             waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
@@ -405,22 +396,22 @@ def read_shard(
     except PermissionError as error:
         raise Failure(f"{path}: cannot be read: Permission denied") from error
     except H5PY_ERRORS as error:
-        raise Failure(f"{path}: damaged: {first_line(error)}") from error
+        raise Damaged(f"{path}: damaged: {first_line(error)}") from error
     expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
     if rows.flac_offsets is not None:
         expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
     if layout != expected or offset is None:
-        raise Failure(f"{path}: damaged: expected waveform {expected}, found {layout}")
+        raise Damaged(f"{path}: damaged: expected waveform {expected}, found {layout}")
     if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
-        raise Failure(f"{path}: damaged: the checksum of its labels and names differs")
+        raise Damaged(f"{path}: damaged: the checksum of its labels and names differs")
     return offset, rows
 
 
 def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
-    """A dataset beside the waveform.
+    """Reads a dataset other than the waveform.
 
-    Its header is checked first: the checksum is of bytes, to which another dtype would give another
-    meaning, and no array is larger than its file, whatever the header says.
+    Its header is checked first: the checksum is one of bytes, which mean something else in another
+    dtype, and a damaged header may promise an array that is larger than its file.
     """
     kind = SMALL_DTYPES[dataset.name.removeprefix("/")]
     length = info.rows + 1 if dataset.name == "/flac_offsets" else info.rows

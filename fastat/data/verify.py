@@ -1,45 +1,36 @@
 """``fastat pack SET --verify``: reads a packed set again and checks every checksum in it."""
 
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from zlib_ng import zlib_ng
 
-from fastat.data.pack_index import fingerprint
+from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.data.shards import (
     INDEX_FILE,
+    Damaged,
     ShardInfo,
-    ShardRows,
-    checksum,
+    fingerprint,
     read_index,
     read_shard,
 )
 from fastat.errors import Failure, UserError
-from fastat.host import cores_of_rank
 from fastat.progress import progress
 
-THREADS = min(4, cores_of_rank())
-"""Reading waits for the disk, and CRC-32 takes tens of GB/s a thread, without the GIL."""
-READ_BYTES = 8 << 20
-"""Of one read: long enough for a disk, short enough that a few are in the cache."""
-
-
-BAD_ROW = "its checksum differs, or the disk does not give it back"
+BLOCK_BYTES = 32 << 20
+"""Size of the blocks of neighbouring rows that are read together."""
 
 
 class Damage(NamedTuple):
-    """Something of a set that is not as it was packed."""
+    """Something in a set that is not as it was packed."""
 
     file: str
     row: int | None
-    """In its shard; None for the index, or a whole shard."""
+    """The row in its shard; None for the index, or a whole shard."""
     clip: str | None
     reason: str
 
@@ -50,20 +41,11 @@ class VerifySummary:
 
     directory: Path
     clips: int
-    """Whose checksum was computed."""
+    """Number of clips whose checksum was computed."""
     bytes: int
-    """Of their audio."""
+    """Size of their audio."""
     damaged: tuple[Damage, ...]
     """In the order of the set."""
-
-
-class _Piece(NamedTuple):
-    """Neighbouring rows of a shard, read at once."""
-
-    shard: int
-    first: int
-    last: int
-    """Behind the last."""
 
 
 def verify(directory: Path) -> VerifySummary:
@@ -71,134 +53,89 @@ def verify(directory: Path) -> VerifySummary:
 
     Raises:
         UserError: ``directory`` is no finished packed set.
-        Failure: a shard that cannot be opened.
+        Failure: another version of fastat packed the set.
     """
     try:
         index = read_index(directory)
         damaged = _check_index(index)
-    except UserError as error:
+    except (UserError, Damaged) as error:
         if not (directory / INDEX_FILE).is_file():
             raise
-        damaged = [_damage(str(error).removeprefix(f"{directory / INDEX_FILE}: "))]
+        damaged = [_index_damage(str(error).removeprefix(f"{directory / INDEX_FILE}: "))]
     if damaged:  # whatever else it says may be wrong
         return VerifySummary(directory=directory, clips=0, bytes=0, damaged=tuple(damaged))
-    if "checksum" not in index:  # its fingerprint vouches for what the rows are found by
-        damaged.append(_damage("no checksum in it: packed by an early fastat, or damaged"))
     infos = [ShardInfo(**entry) for entry in index["shards"]]
-    shards: dict[int, tuple[NDArray[np.int64], ShardRows]] = {}
     counts = np.zeros(len(index["classes"]), np.int64)
-    for number, info in enumerate(infos):
-        try:
-            offset, rows = read_shard(directory, info, index["clip_samples"], len(counts))
-        except Failure as failure:
-            reason = str(failure).removeprefix(f"{directory / info.file}: ")
-            damaged.append(Damage(info.file, None, None, reason))
-            continue
-        shards[number] = offset + rows.offsets(index["clip_samples"]), rows
-        counts += np.unpackbits(rows.target, axis=1, count=len(counts)).sum(axis=0, dtype=np.int64)
-    if len(shards) == len(infos) and counts.tolist() != index.get("label_counts"):
-        damaged.append(_damage("its label counts are not those of the rows"))
-    clips = num_bytes = 0
-    with progress(f"verify {directory.name}", sum(info.rows for info in infos)) as advance:
-        for piece, bad in _checked(directory, infos, shards):
-            ends, rows = shards[piece.shard]
-            clips += piece.last - piece.first
-            num_bytes += int(ends[piece.last] - ends[piece.first])
-            for row in bad:
-                clip = os.fsdecode(rows.audio_name[row])
-                damaged.append(Damage(infos[piece.shard].file, row, clip, BAD_ROW))
-            advance(piece.last - piece.first)
-    order = {info.file: number for number, info in enumerate(infos)}
-    damaged.sort(key=lambda d: (order.get(d.file, -1), -1 if d.row is None else d.row))
+    clips = num_bytes = lost_shards = 0
+    with progress(f"verify {directory.name}", index["clips"]) as advance:
+        for info in infos:
+            path = directory / info.file
+            try:
+                offset, rows = read_shard(directory, info, index["clip_samples"], len(counts))
+            except Failure as failure:
+                reason = str(failure).removeprefix(f"{path}: ")
+                damaged.append(Damage(info.file, None, None, reason))
+                lost_shards += 1
+                advance(info.rows)
+                continue
+            bits = np.unpackbits(rows.target, axis=1, count=len(counts))
+            counts += bits.sum(axis=0, dtype=np.int64)
+            starts = offset + rows.offsets(index["clip_samples"])
+            for num_checked, bad in _check_rows(path, starts, rows.row_crc):
+                for row, reason in bad.items():
+                    clip = os.fsdecode(rows.audio_name[row])
+                    damaged.append(Damage(info.file, row, clip, reason))
+                advance(num_checked)
+            clips += info.rows
+            num_bytes += int(starts[-1] - starts[0])
+    if not lost_shards and counts.tolist() != index["label_counts"]:
+        damaged.insert(0, _index_damage("its label counts are not those of the rows"))
     return VerifySummary(directory=directory, clips=clips, bytes=num_bytes, damaged=tuple(damaged))
 
 
 def _check_index(index: dict[str, Any]) -> list[Damage]:
-    """dataset.json against itself."""
-    try:
-        if "checksum" in index and index["checksum"] != checksum(index):
-            return [_damage("its checksum differs")]
-        if index["fingerprint"] != fingerprint(index):
-            return [_damage("its fingerprint differs from that of its classes and shards")]
-        rows = sum(ShardInfo(**entry).rows for entry in index["shards"])
-        if index["clips"] != rows:
-            return [_damage(f"it counts {index['clips']} clips, its shards {rows}")]
-    except (KeyError, TypeError, AttributeError) as error:  # JSON, but not as pack writes it
-        return [_damage(f"damaged: {error!r}")]
+    """What of dataset.json contradicts the rest of it."""
+    if index["fingerprint"] != fingerprint(index):
+        return [_index_damage("its fingerprint differs from that of its classes and shards")]
+    rows = sum(entry["rows"] for entry in index["shards"])
+    if index["clips"] != rows:
+        return [_index_damage(f"it counts {index['clips']} clips, its shards {rows}")]
     return []
 
 
-def _damage(reason: str) -> Damage:
-    """Of the index."""
+def _index_damage(reason: str) -> Damage:
     return Damage(INDEX_FILE, None, None, reason)
 
 
-def _checked(
-    directory: Path,
-    infos: list[ShardInfo],
-    shards: dict[int, tuple[NDArray[np.int64], ShardRows]],
-) -> Iterator[tuple[_Piece, list[int]]]:
-    """Every piece of the set with its damaged rows, read by several threads, in order."""
-    waiting: deque[tuple[_Piece, Future[list[int]]]] = deque()
-    with ThreadPoolExecutor(THREADS, "fastat-verify") as pool:
-        for number, (ends, rows) in shards.items():
-            fd = _open(directory / infos[number].file)
-            try:
-                for piece in _pieces(number, ends):
-                    job = pool.submit(_check_rows, fd, ends, rows.row_crc, piece)
-                    waiting.append((piece, job))
-                    while len(waiting) > 2 * THREADS:
-                        done, job = waiting.popleft()
-                        yield done, job.result()
-                while waiting:
-                    done, job = waiting.popleft()
-                    yield done, job.result()
-            finally:
-                os.close(fd)
-
-
-def _open(path: Path) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise Failure(f"cannot open {path}: {error.strerror}") from error
-    # What the system has in memory says nothing of the disk.
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return fd
-
-
-def _pieces(shard: int, ends: NDArray[np.int64]) -> Iterator[_Piece]:
-    """Rows of a shard whose bytes are ends[row]..ends[row + 1], about READ_BYTES at a time."""
-    first, num_rows = 0, len(ends) - 1
-    while first < num_rows:
-        fitting = int(np.searchsorted(ends, ends[first] + READ_BYTES, side="right")) - 1
-        last = max(fitting, first + 1)
-        yield _Piece(shard, first, last)
-        first = last
-
-
 def _check_rows(
-    fd: int, ends: NDArray[np.int64], row_crc: NDArray[np.uint32], piece: _Piece
-) -> list[int]:
-    """The rows of ``piece`` whose bytes differ from their CRC-32, or cannot be read."""
-    start, end = int(ends[piece.first]), int(ends[piece.last])
-    buffer = memoryview(bytearray(end - start))
-    got = 0
-    try:
-        while got < len(buffer):
-            count = os.preadv(fd, [buffer[got:]], start + got)
-            if count == 0:
-                break
-            got += count
-    except OSError:  # a bad sector: one of the rows
-        if piece.last - piece.first == 1:
-            return [piece.first]
-        alone = [piece._replace(first=r, last=r + 1) for r in range(piece.first, piece.last)]
-        return [row for one in alone for row in _check_rows(fd, ends, row_crc, one)]
-    return [
-        row
-        for row in range(piece.first, piece.last)
-        if ends[row + 1] - start > got
-        or zlib_ng.crc32(buffer[ends[row] - start : ends[row + 1] - start]) != row_crc[row]
-    ]
+    path: Path,
+    starts: NDArray[np.int64],  # [N + 1] where each row starts in the file, and the last one ends
+    row_crc: NDArray[np.uint32],  # [N]
+) -> Iterator[tuple[int, dict[int, str]]]:
+    """Reads a shard's rows; yields for each block its number of rows and what is wrong with some,
+    by row."""
+    _drop_from_page_cache(path)
+    sizes = np.diff(starts).astype(np.int32)
+    reader = RowReader([RowFile(path, 0, 0)], row_crc, 0, RowSpans(starts[:-1], sizes))
+    blocks = list(_blocks(starts))
+    memory = np.empty(max(int(starts[b[-1] + 1] - starts[b[0]]) for b in blocks), np.uint8)
+    for block in blocks:
+        bad = reader.read(block, memory.data, starts[block] - starts[block[0]])
+        yield len(block), {int(block[place]): reason for place, reason in sorted(bad.items())}
+    reader.close()
+
+
+def _drop_from_page_cache(path: Path) -> None:
+    """Has the rows read from the disk: what the system holds in memory says nothing about it."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _blocks(starts: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The rows that ``starts`` [N + 1] delimits, in blocks of about BLOCK_BYTES."""
+    first, num_rows = 0, len(starts) - 1
+    while first < num_rows:
+        fitting = int(np.searchsorted(starts, starts[first] + BLOCK_BYTES, side="right")) - 1
+        last = max(fitting, first + 1)
+        yield np.arange(first, last)
+        first = last

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastat_kernels.attention import attention
-from fastat_kernels.attention_pool import PROB_EPS, attention_pool
 from fastat_kernels.bn_relu_pool import bn_relu_pool
 from fastat_kernels.dropout import dropout
 
 POOLINGS = ("att", "max", "ave", "lin", "exp", "sigatt")
+
+PROB_EPS = 1e-7
+"""Probabilities are kept in [PROB_EPS, 1 - PROB_EPS] before their logit is taken."""
 
 
 def one_channel_image(x: Tensor) -> Tensor:
@@ -139,24 +141,28 @@ class EncoderLayer(nn.Module):
 
 
 def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
-    """Clip probabilities from frame scores, as a logit, in float32.
+    """Logits of the clip probabilities, pooled over time from the scores of the frames.
+
+    All of it is computed in float32. torch.compile fuses it into one pass over the frames.
 
     Args:
         prob: [B, T, K] logits of the frame probabilities.
         att: [B, T, K] logits of the attention over time; only "att" and "sigatt" read it.
-        pooling: "att" weights frames by softmax over time of ``att``; "max", "ave"; "lin" weights
-            a frame by its own probability, "exp" by the exponential of it (Wang et al., 2019);
-            "sigatt" by the sigmoid of ``att`` (Gong et al., PSLA, 2021).
+        pooling: "att" weights frames by softmax over time of ``att`` (Wang et al., 2019,
+            https://arxiv.org/abs/1810.09050); "max", "ave"; "lin" weights a frame by its own
+            probability, "exp" by the exponential of it (the same paper); "sigatt" weights frames
+            by the sigmoid of ``att`` over its sum (Gong et al., PSLA, 2021,
+            https://arxiv.org/abs/2102.01243, section III-D).
 
     Returns:
-        [B, K] float32 logits, finite: probabilities are clamped before and after pooling, since
-        float32 weights can sum to 1.0000007.
+        [B, K] float32 logits. They are finite where the inputs are, since probabilities are
+        clamped before and after pooling: float32 weights can sum to 1.0000007.
     """
-    if pooling in ("att", "sigatt"):
-        assert att is not None
-        return attention_pool(prob, att, sigmoid=pooling == "sigatt")
-    p = prob.float().sigmoid().clamp(PROB_EPS, 1 - PROB_EPS)  # [B, T, K]
+    p = _clamped_sigmoid(prob)  # [B, T, K]
     match pooling:
+        case "att":
+            assert att is not None
+            clip = (p * att.float().softmax(1)).sum(1)
         case "max":
             clip = p.amax(1)
         case "ave":
@@ -165,9 +171,17 @@ def pool_frames(prob: Tensor, att: Tensor | None, pooling: str) -> Tensor:
             clip = (p * p).sum(1) / p.sum(1)
         case "exp":
             clip = (p * p.softmax(1)).sum(1)
+        case "sigatt":
+            assert att is not None
+            weights = _clamped_sigmoid(att)
+            clip = (p * weights).sum(1) / weights.sum(1)
         case _:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     return clip.clamp(PROB_EPS, 1 - PROB_EPS).logit()
+
+
+def _clamped_sigmoid(x: Tensor) -> Tensor:
+    return x.float().sigmoid().clamp(PROB_EPS, 1 - PROB_EPS)
 
 
 class PoolingHead(nn.Module):

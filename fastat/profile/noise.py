@@ -1,13 +1,12 @@
 """A packed set of noise: what a step costs depends on the number of clips, not on their sound."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from zlib_ng import zlib_ng
 
 from fastat.data.shard_writer import ShardPart
-from fastat.data.shards import FORMAT, INDEX_FILE, VERSION, PackedSet, ShardRows
+from fastat.data.shards import FORMAT, VERSION, PackedSet, ShardRows, write_index
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.paper import NUM_CLASSES
 
@@ -54,7 +53,6 @@ def noise_set(
     index = {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": "noise",
         "clips": num_clips,
         "clip_samples": clip_samples,
         "codec": "pcm16",
@@ -63,5 +61,5 @@ def noise_set(
         "label_counts": target.sum(0, dtype=int).tolist(),
         "classes": [{"id": f"noise-{k}", "name": f"noise {k}"} for k in range(num_classes)],
     }
-    (folder / INDEX_FILE).write_text(json.dumps(index))
+    write_index(folder, index)
     return PackedSet.open(folder)

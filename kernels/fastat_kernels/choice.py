@@ -2,7 +2,6 @@
 
 OPERATORS = (
     "attention",
-    "attention_pool",
     "bn_relu_pool",
     "depthwise_conv",
     "log_mel",

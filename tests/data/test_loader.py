@@ -151,9 +151,8 @@ def test_a_batch_is_whole_until_the_next_in_memory_used_again(packed: PackedSet)
     assert len(pieces) == PREFETCH + 2
 
 
-@pytest.mark.parametrize("window", [0, 24])
 def test_a_disk_hears_of_every_row_before_it_is_read(
-    packed: PackedSet, monkeypatch: pytest.MonkeyPatch, window: int
+    packed: PackedSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "ADVISED_ROWS", 12)
     calls: list[tuple[str, int, int]] = []
@@ -173,7 +172,7 @@ def test_a_disk_hears_of_every_row_before_it_is_read(
 
     monkeypatch.setattr(os, "posix_fadvise", noted_advise)
     monkeypatch.setattr(os, "preadv", noted_read)
-    s = Sampler(packed.num_clips, 4, seed=3, num_frames=40, num_mels=64, mixup=1.0, window=window)
+    s = Sampler(packed.num_clips, 4, seed=3, num_frames=40, num_mels=64, mixup=1.0)
     plans = [s.plan(0, i) for i in range(s.steps_per_epoch)]
     for _ in PackedSource(packed, CPU, sampler=s).batches(plans):
         pass
@@ -193,23 +192,6 @@ def test_a_disk_hears_of_every_row_before_it_is_read(
     assert len(together) > 4, "the rows of later steps are announced between the batches"
     # The first step's come at once, before the first part of those behind it.
     assert all(offsets == sorted(offsets) for offsets in together[1:])
-
-
-def test_no_step_asks_for_a_whole_window(
-    packed: PackedSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The requests grow to a window in file order, a step's worth or two at a time."""
-    batch, window = 10, 600
-    monkeypatch.setattr(loader, "ADVISED_ROWS", 30)
-    s = Sampler(6_000, batch, seed=3, num_frames=40, num_mels=64, window=window)
-    asked: list[list[int]] = []
-    monkeypatch.setattr(packed.reader, "advise", lambda rows: asked.append(rows.tolist()))
-    announced = PackedSource(packed, CPU, sampler=s)._announced(s.plan(0, i) for i in range(600))
-    for plan in announced:
-        assert set(plan.rows.tolist()) <= {row for rows in asked for row in rows}
-    assert max(len(rows) for rows in asked) == 30
-    falls = [i for i in range(1, len(asked)) if asked[i] and asked[i][0] < asked[i - 1][-1]]
-    assert max(np.diff(falls)) == window // batch
 
 
 def test_a_warm_set_is_not_announced(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,64 +177,6 @@ def test_a_batch_must_fit(batch: int) -> None:
         sampler(num_clips=10, batch=4, usable=np.arange(10) < 3)
 
 
-# --------------------------------------------------------------------------------------- windows
-WINDOW = 64
-
-
-def epoch_rows(s: Sampler, epoch: int) -> NDArray[np.int64]:
-    return np.concatenate([s.plan(epoch, i).rows for i in range(s.steps_per_epoch)])
-
-
-@pytest.mark.parametrize("balance", [False, True])
-def test_windows_reorder_an_epoch_and_change_none_of_its_clips(balance: bool) -> None:
-    usable = np.random.default_rng(0).random(1000) < 0.9
-    weights = np.random.default_rng(1).random(1000) ** 3 if balance else None
-    plain = sampler(usable=usable, weights=weights)
-    windows = sampler(usable=usable, weights=weights, window=WINDOW)
-    for epoch in range(3):
-        rows, ordered = epoch_rows(plain, epoch), epoch_rows(windows, epoch)
-        assert np.array_equal(np.sort(rows), np.sort(ordered))
-        visited = ordered // WINDOW
-        starts = np.flatnonzero(np.diff(visited, prepend=-1))
-        order = visited[starts]
-        assert len(set(order.tolist())) == len(order), "each window is visited once"
-        assert not np.array_equal(order, np.sort(order)), "in random order"
-        assert any(
-            not np.array_equal(part, np.sort(part)) for part in np.split(ordered, starts[1:])
-        ), "shuffled inside"
-    first, second = (epoch_rows(windows, epoch) // WINDOW for epoch in range(2))
-    assert not np.array_equal(first, second), "another order every epoch"
-
-
-def test_a_step_and_its_partners_stay_in_few_windows() -> None:
-    s = sampler(window=WINDOW, weights=np.ones(1000), mixup=1.0)
-    for plan in plans(s, 3):
-        assert len(set((plan.rows // WINDOW).tolist())) <= 3  # 32 draws, about 64 a window
-        assert np.array_equal(plan.partners // WINDOW, plan.rows[plan.mix_into] // WINDOW)
-
-
-def test_partners_are_uniform_in_their_window() -> None:
-    usable = np.arange(1000) % 2 == 0
-    s = sampler(window=WINDOW, usable=usable, mixup=1.0)
-    partners = np.concatenate([p.partners for p in plans(s, 200)])
-    drawn = np.bincount(partners, minlength=1000)
-    assert not drawn[~usable].any()
-    first = drawn[:WINDOW][usable[:WINDOW]]
-    last = drawn[960:][usable[960:]]  # the last window is smaller
-    assert first.min() > 20 and last.min() > 20
-    assert chisquare(first).pvalue > 0.01 and chisquare(last).pvalue > 0.01
-
-
-def test_windows_are_a_function_of_seed_epoch_and_step() -> None:
-    in_order = plans(sampler(window=WINDOW), 3)
-    alone = sampler(window=WINDOW)
-    for epoch, step in ((2, 30), (0, 7), (1, 0)):
-        plan = alone.plan(epoch, step)
-        assert_equal(plan, in_order[31 * epoch + step])
-        parts = [plan.part(rank, 4).rows for rank in range(4)]
-        assert np.array_equal(np.concatenate(parts), plan.rows)
-
-
 # --------------------------------------------------------------------------------------- bad rows
 def test_replacements_follow_the_weights_and_partners_do_not() -> None:
     usable = np.arange(20) != 4
@@ -272,10 +214,9 @@ class Whole(np.ndarray[Any, Any]):
         raise AssertionError("going through every clip")
 
 
-@pytest.mark.parametrize("window", [0, WINDOW])
-def test_a_plan_costs_the_same_for_any_step_of_any_set(window: int) -> None:
+def test_a_plan_costs_the_same_for_any_step_of_any_set() -> None:
     """Drawing an epoch's order goes through the set, once an epoch; planning a step never does."""
-    s = sampler(weights=np.ones(1000), window=window)
+    s = sampler(weights=np.ones(1000))
     drawn: list[int] = []
     draw = s._order
 
@@ -359,9 +300,8 @@ def test_no_masks() -> None:
         ({"time_mask": 0}, {"time_mask"}),
         ({"freq_mask": 0}, {"freq_mask"}),
         ({"weights": np.ones(1000)}, {"rows"}),
-        ({"window": 100}, {"rows", "partners"}),
     ],
-    ids=["mixup", "time mask", "frequency mask", "balance", "window"],
+    ids=["mixup", "time mask", "frequency mask", "balance"],
 )
 def test_a_switch_changes_only_its_own_draw(switch: dict[str, Any], changes: set[str]) -> None:
     on, off = sampler(), sampler(**switch)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastat.data.pack import pack
 from fastat.data.row_reader import ROWS_PER_JOB
-from fastat.data.shards import PackedSet, checksum
+from fastat.data.shards import PackedSet, write_index
 from fastat.data.verify import verify
 from fastat.errors import Failure, UserError
 from tests.data.audio import write_table
@@ -156,7 +156,7 @@ def edit(copy: Path, change: Callable[[h5py.File], None]) -> None:
     if path.stat().st_size != size:  # only the size must not give it away
         index = json.loads((copy / "dataset.json").read_text())
         index["shards"][0]["bytes"] = path.stat().st_size
-        (copy / "dataset.json").write_text(json.dumps(index))
+        write_index(copy, index)
 
 
 def flip_label(file: h5py.File) -> None:
@@ -247,8 +247,7 @@ def test_an_impossible_number_of_rows_is_damage(copy: Path, rows: int) -> None:
 def test_a_key_of_another_version_is_no_damage(copy: Path) -> None:
     index = json.loads((copy / "dataset.json").read_text())
     index["shards"][1]["warp"] = 9
-    index["checksum"] = checksum(index)
-    (copy / "dataset.json").write_text(json.dumps(index))
+    write_index(copy, index)
     for opens in (PackedSet.open, verify):
         with pytest.raises(Failure, match=r"dataset\.json.*'warp'.*another version") as raised:
             opens(copy)
@@ -308,7 +307,7 @@ def test_headers_of_the_small_arrays_are_not_believed(
 def test_another_value_in_dataset_json(copy: Path, key: str, value: object) -> None:
     index = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(index | {key: value}))
-    with pytest.raises(Failure, match="damaged|clips, but its shards hold"):
+    with pytest.raises(Failure, match="damaged"):
         PackedSet.open(copy)
 
 

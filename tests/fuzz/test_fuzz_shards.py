@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastat.data.pack import pack
-from fastat.data.shards import INDEX_FILE, PackedSet
+from fastat.data.shards import INDEX_FILE, PackedSet, write_index
 from tests.data.audio import write_table
 from tests.fuzz.child import error_of, run_cases
 from tests.fuzz.mutations import SHARE, Mutant, Mutation, keep, mutate, rng_of
@@ -75,7 +75,7 @@ def check_shards(packed: Path, folder: Path, numbers: range) -> None:
         (copy / SHARD).write_bytes(made.data)
         # The size would give most of them away.
         index["shards"][0]["bytes"] = len(made.data)
-        (copy / INDEX_FILE).write_text(json.dumps(index))
+        write_index(copy, index)
         found: list[Any] = []
         if complaint := error_of(lambda: found.extend(contents(copy)), names=SHARD):
             return complaint

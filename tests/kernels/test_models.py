@@ -15,12 +15,10 @@ NUM_MELS, NUM_FRAMES, NUM_CLASSES = 64, 36, 5
 
 USES = {
     "ast": ("attention", "patch_embed"),
-    "transformer": ("attention", "attention_pool"),
-    "cnn_trans": ("attention", "attention_pool", "bn_relu_pool"),
+    "transformer": ("attention",),
+    "cnn_trans": ("attention", "bn_relu_pool"),
     "conformer": ("attention", "depthwise_conv"),
-    "resnet50": ("attention_pool",),
-    "resnet34": ("attention_pool",),
-    "crnn": ("attention_pool", "bn_relu_pool"),
+    "crnn": ("bn_relu_pool",),
 }
 """The operators of each model that have a kernel."""
 

@@ -113,6 +113,64 @@ def test_frames_that_no_one_attends_to_count_alike() -> None:
     torch.testing.assert_close(pooled.sigmoid(), prob.sigmoid().mean(1))
 
 
+@pytest.mark.parametrize("pooling", ["att", "sigatt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 65), (3, 33, 7), (1, 17, 527)], ids=str)
+def test_attention_pooling_and_its_gradients_against_float64(
+    shape: tuple[int, int, int], dtype: torch.dtype, pooling: str
+) -> None:
+    """The inputs may be strided and of half precision; everything inside is float32."""
+    B, T, K = shape
+    wider = torch.randn(B, T, 2 * K).to(dtype)
+    prob = wider[..., :K].detach().requires_grad_()
+    att = torch.randn(B, K, T).to(dtype).transpose(1, 2).detach().requires_grad_()
+    dout = torch.randn(B, K)
+    logit = pool_frames(prob, att, pooling)
+    got = torch.autograd.grad(logit, (prob, att), dout)
+
+    exact = prob.detach().double().requires_grad_(), att.detach().double().requires_grad_()
+    weights = exact[1].exp() if pooling == "att" else 1 / (1 + (-exact[1]).exp())
+    clip = (weights / (1 + (-exact[0]).exp())).sum(1) / weights.sum(1)
+    want_logit = (clip / (1 - clip)).log()
+    want = torch.autograd.grad(want_logit, exact, dout.double())
+    assert logit.dtype == torch.float32 and got[0].dtype == got[1].dtype == dtype
+    torch.testing.assert_close(logit.double(), want_logit, rtol=1e-5, atol=1e-5)
+    # A gradient is rounded once, to the dtype of its input.
+    rtol = 1e-4 + torch.finfo(dtype).eps
+    for ours, exactly in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), exactly, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["att", "sigatt"])
+def test_certain_frames_stay_finite_and_pass_no_gradient(pooling: str) -> None:
+    """Probabilities of 0 and 1 lie beyond the clamps, and all weight lies on one frame."""
+    prob = torch.tensor([[-90.0, 90.0, 0.0, 20.0]]).repeat(5, 1)[None].requires_grad_()
+    att = torch.linspace(-300, 300, 5)[None, :, None].repeat(1, 1, 4).requires_grad_()
+    logit = pool_frames(prob, att, pooling)
+    dprob, datt = torch.autograd.grad(logit.sum(), (prob, att))
+    assert logit.abs().max() < 17
+    assert torch.isfinite(dprob).all() and torch.isfinite(datt).all()
+    assert not dprob[..., :2].any() and not dprob[..., 3].any()
+    assert dprob[..., 2].any()
+
+
+@pytest.mark.parametrize("pooling", ["att", "sigatt"])
+@pytest.mark.parametrize("which", ["prob", "att"])
+def test_not_a_number_is_not_clamped_away(which: str, pooling: str) -> None:
+    """A run that diverges has to show."""
+    prob, att = torch.zeros(2, 2, 5, 4)
+    (prob if which == "prob" else att)[1, 3, 2] = float("nan")
+    logit = pool_frames(prob, att, pooling)
+    assert logit.isnan().flatten().tolist() == [i == 6 for i in range(8)]
+
+
+def test_weights_that_sum_to_more_than_one() -> None:
+    """In float32 they do for some of these classes; the clip's logit has to stay finite."""
+    att = torch.randn(1, 999, 64)
+    assert (att.softmax(1).sum(1) > 1).any()
+    assert pool_frames(torch.full((1, 999, 64), 90.0), att, "att").max() < 17
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_head_pools_in_float32_under_autocast(pooling: str) -> None:
     head = PoolingHead(16, 5, pooling)
