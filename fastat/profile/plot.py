@@ -125,7 +125,7 @@ def _map_against_cost(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("mAP on AudioSet, the paper's", color=INK)
     if known:
         # in a frame, or its dots look like the rows'
-        axes.legend(edgecolor="#bbbbbb", fontsize=9, labelcolor=INK, loc="lower right")
+        axes.legend(edgecolor="#bbbbbb", fontsize=9, labelcolor=INK)
 
 
 def _hours(axes: Axes, which: str) -> None:

@@ -7,24 +7,25 @@ import csv
 import io
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fastat.costs import PASSES, count_parameters
+from fastat.costs import PASSES, count_parameters, gflop_by_module
 from fastat.environment import environment
 from fastat.features import FEATURES
 from fastat.models.conformer import STACKED_FRAMES
 from fastat.models.layers import TalNet
 from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS, PaperStride
 from fastat.procedures import AST_STRIDE
-from fastat.profile.measure import Case, Measured
-from fastat.profile.parts import PARTS, gflop_parts
+from fastat.profile.cases import trained_epochs
+from fastat.profile.measure import PARTS, Case, Measured
 from fastat.system.device import device_name
 
 SCHEMA = "fastat.profile/1"
-MS = ("data", "frontend", "forward", "backward", "optimizer", "step")
+MS = ("data", *PARTS, "step")
 Row = dict[str, Any]
 Document = dict[str, Any]
 
@@ -34,8 +35,8 @@ class Counted:
     """What is known of a case without a device."""
 
     params: int
-    gflop_parts: dict[str, float]
-    """Of a clip's forward pass."""
+    gflop_by_module: dict[str, float]
+    """GFLOP of a clip's forward pass."""
     grid: tuple[int, int] | None
     """AST: patches along the mel and the time axis."""
     tokens: int | None
@@ -43,8 +44,8 @@ class Counted:
 
     @property
     def gflop(self) -> float:
-        """Of all parts."""
-        return sum(self.gflop_parts.values())
+        """GFLOP of all modules."""
+        return sum(self.gflop_by_module.values())
 
 
 def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
@@ -62,7 +63,7 @@ def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
         "cnn_trans": frames // math.prod(pool for pool, _ in TalNet.POOLS),
     }.get(case.model)
     params = count_parameters(model)
-    return Counted(params, gflop_parts(model, frames, feature.num_mels), grid, tokens)
+    return Counted(params, gflop_by_module(model, frames, feature.num_mels), grid, tokens)
 
 
 def make_row(
@@ -73,7 +74,6 @@ def make_row(
     num_frames: int,
     clips: int = TRAIN_CLIPS,
     ceiling: float | None = None,
-    largest_batch: int | None = None,
 ) -> Row:
     """One row of the document.
 
@@ -98,14 +98,13 @@ def make_row(
         "tokens": counted.tokens,
         "params": counted.params,
         "gflop": counted.gflop,
-        "gflop_parts": counted.gflop_parts,
+        "gflop_by_module": counted.gflop_by_module,
         "precision": case.precision,
         "compiled": case.compile,
         "batch": case.batch,
-        "activation_checkpointing": case.activation_checkpointing,
+        "activation_checkpointing": case.checkpointing,
         "out_of_memory": measured is None,
         "peak_memory_gib": None,
-        "largest_batch": largest_batch,
         "ms": None,
         "clips_per_s": None,
         "tflops": None,
@@ -123,14 +122,15 @@ def make_row(
         return row
     clips_per_s = case.batch / measured.ms["step"].median * 1e3
     flop_per_s = PASSES * counted.gflop * 1e9 * clips_per_s
-    hours = clips / clips_per_s / 3600 * procedure.epochs
+    hours_per_epoch = clips / clips_per_s / 3600
+    hours = hours_per_epoch * trained_epochs(procedure, clips)
     return row | {
         "peak_memory_gib": measured.peak_bytes / 2**30,
         "ms": {name: asdict(measured.ms[name]) for name in MS},
         "clips_per_s": clips_per_s,
         "tflops": flop_per_s / 1e12,
         "percent_of_ceiling": None if ceiling is None else 100 * flop_per_s / ceiling,
-        "hours_per_epoch": hours / procedure.epochs,
+        "hours_per_epoch": hours_per_epoch,
         "hours": hours,
         "watts": measured.watts,
         "kwh": None if measured.watts is None else measured.watts * hours / 1000,
@@ -138,8 +138,8 @@ def make_row(
 
 
 def is_the_papers(case: Case) -> bool:
-    """Whether the model is the paper's, strides aside: no option of the user's changed it."""
-    return case.options.keys() <= {"fstride", "tstride"}
+    """Whether the model computes what the paper's does, strides aside."""
+    return case.options.keys() <= {"fstride", "tstride", "activation_checkpointing"}
 
 
 def paper_map(case: Case) -> float | None:
@@ -179,30 +179,33 @@ def document(
     }
 
 
+def stride_of(row: Row) -> str:
+    """As ``--stride`` takes it; empty for models without."""
+    return "" if row["fstride"] is None else f"{row['fstride']}x{row['tstride']}"
+
+
 def as_csv(document: Document) -> str:
-    """The rows flat, one a line, with the device in front; a duration is its median, with _low and
-    _high."""
-    lines = []
-    for row in document["rows"]:
-        line: Row = {"device": document["device"]}
-        for name, value in row.items():
-            if name == "gflop_parts":
-                line |= {f"gflop_{part}": value[part] for part in PARTS}
-            elif name == "ms":
-                for key in MS:
-                    spread = value[key] if value else dict.fromkeys(("median", "low", "high"))
-                    line[f"ms_{key}"] = spread["median"]
-                    line |= {f"ms_{key}_{end}": spread[end] for end in ("low", "high")}
-            elif name == "grid":
-                line[name] = value and "x".join(map(str, value))
-            else:
-                line[name] = value
-        lines.append(line)
+    """The rows, one a line, with the device in front. What a column of the document holds has its
+    name behind that of the column (ms_step_low, gflop_by_module_head); a median has no suffix."""
+    device = {"device": document["device"]}
+    lines = [device | dict(_flat(row)) for row in document["rows"]]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
+
+
+def _flat(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        column = prefix.removesuffix("_") if name == "median" else prefix + name
+        if isinstance(value, dict):
+            yield from _flat(value, f"{column}_")
+        elif name == "grid":
+            yield column, value and "x".join(map(str, value))
+        elif name != "ms":  # else None: the step did not fit
+            yield column, value
 
 
 def best_value(rows: list[Row]) -> list[Row]:
