@@ -22,7 +22,7 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 """Rows and columns of the matrices that are multiplied."""
 
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
-"""On a CPU more than the caches hold."""
+"""Size of the copied tensor; on a CPU it exceeds the caches."""
 
 CPU_SECONDS = 1.0
 
@@ -34,7 +34,7 @@ class OutOfMemory(Failure):
 
 
 def matmul_flop_per_s(device: torch.device, precision: str) -> float:
-    """Operations in a second of a product of two large square matrices, the median of many."""
+    """Median rate of products of two large square matrices, in operations per second."""
     size = PRODUCT_SIZE[device.type]
     # Random, as zeros would be faster: they draw less power.
     a, b = torch.randn(2, size, size, device=device, dtype=DTYPES[precision])
@@ -42,7 +42,7 @@ def matmul_flop_per_s(device: torch.device, precision: str) -> float:
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written in a second by a copy within the device's memory."""
+    """Bytes read and written per second by a copy within the device's memory."""
     source = torch.randint(-128, 127, (COPY_BYTES[device.type],), device=device, dtype=torch.int8)
     copy = torch.empty_like(source)
     return 2 * COPY_BYTES[device.type] / median_seconds(lambda: copy.copy_(source), device)
@@ -84,8 +84,8 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
     """Raises OutOfMemory where the device's memory is full; unused memory is given back before and
     after.
 
-    On a CPU allocations fail that need more than is free: else the kernel would end this process,
-    or another.
+    On a CPU, allocations of more than the free memory fail inside: without that limit the kernel
+    would kill this process, or another.
     """
     _give_back(device)
     limits = resource.getrlimit(resource.RLIMIT_DATA)
@@ -104,13 +104,12 @@ def out_of_memory(device: torch.device) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
         _give_back(device)
-    if full is not None:
+    if full is not None:  # raised here, as the first error refers to all tensors of the step
         raise OutOfMemory(full)
 
 
 def _give_back(device: torch.device) -> None:
-    """Frees what nobody refers to any more; an error's frames are referred to until it is
-    handled."""
+    """Frees unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -119,7 +118,7 @@ def _give_back(device: torch.device) -> None:
 
 
 def _status_bytes(name: str) -> int:
-    """A line of the kernel's record of this process."""
+    """A value of /proc/self/status, in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     if found is None:
         raise Failure(f"{STATUS} has no line {name}, by which a step's memory is measured")
@@ -127,7 +126,7 @@ def _status_bytes(name: str) -> int:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Makes ``peak_bytes`` begin again."""
+    """Resets the peak that ``peak_bytes`` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -135,7 +134,7 @@ def restart_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory since ``restart_peak``: the allocator's on a GPU, this process's on a CPU."""
+    """Peak memory since ``restart_peak``: of the allocator on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")

@@ -1,9 +1,10 @@
-"""What a training step costs on a device, measured: its parts, the whole of it, memory, power.
+"""Measures what a training step costs on a device: time, also by part, memory and power.
 
 The step is the trainer's: rows of a packed set, read a step ahead; front end; model, loss, backward
-pass and Adam. On a GPU its parts are timed by events, in steps of their own whose kernels are
-launched one by one; the whole is the time from one step's end to the next, as a CUDA graph and with
-all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
+pass and Adam. On a GPU two series of steps are timed. In the first, kernels are launched one by
+one, and CUDA events time the parts. In the second, the step is a CUDA graph and overlaps with the
+same work as in training; its duration is from one step's end to the next. On a CPU nothing
+overlaps, and one series gives both.
 """
 
 import time
@@ -34,13 +35,13 @@ from fastat.readback import BEHIND
 from fastat.step import TrainingStep, why_not_captured
 
 SECONDS = {"cuda": 3.0, "cpu": 8.0}
-"""Time for which steps are measured, about."""
+"""Seconds for which steps are timed, by default."""
 
 ROUNDS = (2, 200)
-"""Steps that are timed, at least and at most: two of half a minute each say enough."""
+"""Least and largest number of steps that are timed."""
 
 WARM_UP = {"cuda": 5, "cpu": 1}
-"""Steps before; the first ones compile, choose algorithms, take memory, and capture a graph."""
+"""Steps before the timed ones. They compile, choose algorithms, allocate and capture a graph."""
 
 DATA_ROUNDS = 10
 PARTS = ("frontend", "forward", "backward", "optimizer")
@@ -55,7 +56,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword options of create_model, on top of what the procedure asks for."""
     batch: int
-    """Clips a step, on one device."""
+    """Clips in a step, on one device."""
     precision: str = "fp32"
     compile: bool = False
 
@@ -84,8 +85,8 @@ class Case:
 
     @property
     def step(self) -> tuple[Any, ...]:
-        """Equal for cases whose step is the same work: two procedures may differ only in what costs
-        no time."""
+        """Equal for cases whose steps do the same work; procedures may differ in learning rate
+        alone."""
         options = tuple(sorted(self.model_options.items()))
         feature = self.procedure.feature
         return self.model, feature, options, self.batch, self.precision, self.compile
@@ -128,17 +129,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a case's step takes."""
+    """What one step of a case takes."""
 
     ms: dict[str, Spread]
-    """Of one batch: data (reading it, which the step overlaps), frontend, forward, backward (and
-    the look for what is not finite), optimizer, and step: end to end."""
+    """Durations for one batch: data (reading it, while the step before runs), frontend, forward,
+    backward (with the check for non-finite values), optimizer, and step, from end to end."""
     rounds: int
-    """Steps timed."""
+    """Number of steps that were timed."""
     peak_bytes: int
-    """The allocator's peak on a GPU, the process's on a CPU."""
+    """Peak memory: of the allocator on a GPU, of the process on a CPU."""
     watts: float | None
-    """A GPU's draw while steps ran; None on a CPU, and where the driver has no reading."""
+    """Power of the GPU while steps ran; None on a CPU, and where the driver has no reading."""
 
 
 def measure(
@@ -173,13 +174,13 @@ def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float
 
 
 class Clock:
-    """Moments in the device's work; taking one does not wait for it."""
+    """Timestamps in the order of the device's work; taking one does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> Any:
-        """An event on a GPU's current stream; the time on a CPU, in s."""
+        """A timestamp: an event on a GPU's current stream, seconds on a CPU."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -187,24 +188,24 @@ class Clock:
         return event
 
     def ms(self, start: Any, end: Any) -> float:
-        """Between two moments, both over."""
+        """Milliseconds between two timestamps that the device has reached."""
         if self.device.type == "cpu":
             return float(end - start) * 1e3
         return float(start.elapsed_time(end))
 
     def wait_for(self, moment: Any) -> None:
-        """Until a moment is over, as on a CPU it is."""
+        """Waits until the device has reached a timestamp."""
         if self.device.type == "cuda":
             moment.synchronize()
 
     def wait(self) -> None:
-        """Until the device has done everything asked of it."""
+        """Waits until the device has done all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 class Training:
-    """What the trainer has on its device, without a run folder."""
+    """Model, front end, optimizer and data of a training, without a run folder."""
 
     def __init__(self, case: Case, device: torch.device, packed: PackedSet) -> None:
         self.case, self.device, self.packed = case, device, packed
@@ -248,12 +249,12 @@ class Training:
         )
 
     def mark(self) -> None:
-        """A part of the step ends here."""
+        """Records that a part of the step ends here, where parts are timed."""
         if self.marks is not None:
             self.marks.append(self.clock.now())
 
     def batches(self) -> Generator[Batch]:
-        """Without end."""
+        """Batches without end."""
         source = PackedSource(self.packed, self.device, sampler=self.sampler)
         return source.batches(self._plans())
 
@@ -266,7 +267,7 @@ class Training:
             i += 1
 
     def taker(self, *, graph: bool) -> TrainingStep:
-        """What takes steps; ``graph``: captured, where that is possible."""
+        """A function that takes steps; ``graph``: as a CUDA graph, where that is possible."""
         return TrainingStep(
             self.model,
             self.params,
@@ -278,7 +279,7 @@ class Training:
         )
 
     def step(self, batch: Batch) -> Tensor:
-        """One step, one part after the other, not captured; the loss."""
+        """Takes one step, part after part and not as a CUDA graph; returns the loss."""
         features = batch.features(self.frontend)
         self.mark()
         taken = self.one_by_one(features, batch.target, self.case.procedure.lr)
@@ -286,7 +287,7 @@ class Training:
         return taken.loss
 
     def steps(self, *, overlapped: bool) -> Generator[None]:
-        """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
+        """Takes a step each time; ``overlapped``: as the trainer does on a GPU."""
         with closing(self.batches()) as batches:
             if overlapped:
                 take = self.taker(graph=True)
@@ -301,7 +302,7 @@ class Training:
 
 
 class Marked(nn.Module):
-    """A model whose end of the forward pass is marked."""
+    """A model that calls ``mark`` at the end of the forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -315,7 +316,7 @@ class Marked(nn.Module):
 
 
 def _data_ms(training: Training) -> Spread:
-    """A batch from the set to the device, with nothing else to do."""
+    """Duration of reading a batch to the device while nothing else runs."""
     with closing(training.batches()) as batches:
         next(batches)
         moments = [time.perf_counter()]
@@ -332,9 +333,9 @@ class Timed(NamedTuple):
     steps: list[float]
     """Durations from end to end, in ms."""
     parts: dict[str, list[float]]
-    """The same of each part; empty where parts were not marked."""
+    """Durations of each part, in ms; empty lists where parts were not marked."""
     watts: float | None
-    """A GPU's draw during the last of them."""
+    """Power of the GPU during the last of them."""
 
 
 def _timed_steps(training: Training, seconds: float, *, marked: bool) -> Timed:

@@ -1,4 +1,4 @@
-"""A measured case as a row of ``fastat profile``: what it costs, and the paper's beside it.
+"""A measured case as a row of ``fastat profile``, beside the paper's figures.
 
 The rows' names are a promise: schema ``fastat.profile/1``.
 """
@@ -32,15 +32,15 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Counted:
-    """What is known of a case without a device."""
+    """What can be counted without running a case."""
 
     params: int
     gflop_by_module: dict[str, float]
     """GFLOP of a clip's forward pass."""
     grid: tuple[int, int] | None
-    """AST: patches along the mel and the time axis."""
+    """Number of the AST's patches along the mel and the time axis; None for other models."""
     tokens: int | None
-    """That the attention layers see; None: there are none."""
+    """Length of the sequence in attention layers; None without such layers."""
 
     @property
     def gflop(self) -> float:
@@ -143,7 +143,7 @@ def is_the_papers(case: Case) -> bool:
 
 
 def paper_map(case: Case) -> float | None:
-    """Table 2's mAP; of an AST at another stride than there Table 3's. None: the paper has none."""
+    """The mAP in Table 2, or in Table 3 for an AST at another stride; None without one."""
     if not is_the_papers(case):
         return None
     stride = AST_STRIDE[case.proc]
@@ -154,7 +154,7 @@ def paper_map(case: Case) -> float | None:
 
 
 def paper_stride(case: Case) -> PaperStride | None:
-    """The column of Table 3 that an AST is, if any."""
+    """The column of Table 3 for an AST, if it has one."""
     fstride, tstride = case.strides
     if fstride is None or fstride != tstride:
         return None
@@ -180,13 +180,13 @@ def document(
 
 
 def stride_of(row: Row) -> str:
-    """As ``--stride`` takes it; empty for models without."""
+    """The stride as ``--stride`` takes it; empty for models without one."""
     return "" if row["fstride"] is None else f"{row['fstride']}x{row['tstride']}"
 
 
 def as_csv(document: Document) -> str:
-    """The rows, one a line, with the device in front. What a column of the document holds has its
-    name behind that of the column (ms_step_low, gflop_by_module_head); a median has no suffix."""
+    """The rows, one a line, with the device in front. Nested values get columns such as ms_step_low
+    and gflop_by_module_head; ms_step is the median."""
     device = {"device": document["device"]}
     lines = [device | dict(_flat(row)) for row in document["rows"]]
     text = io.StringIO()
@@ -204,12 +204,12 @@ def _flat(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{column}_")
         elif name == "grid":
             yield column, value and "x".join(map(str, value))
-        elif name != "ms":  # else None: the step did not fit
+        elif name != "ms":  # a step that did not fit has none
             yield column, value
 
 
 def best_value(rows: list[Row]) -> list[Row]:
-    """The rows for which no other has as high a paper's mAP in as few hours; by hours."""
+    """The rows such that no other has as high an mAP in the paper in as few hours; by hours."""
     known = [r for r in rows if r["hours"] is not None and r["paper_map"] is not None]
     found: list[Row] = []
     for row in sorted(known, key=lambda r: (r["hours"], -r["paper_map"])):

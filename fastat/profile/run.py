@@ -32,10 +32,10 @@ class Settings:
     """How steps are taken."""
 
     batch: int | str | None = None
-    """Clips a step; "auto": as many as fit; None: ``default_batch``."""
+    """Clips in a step; "auto": as many as fit a GPU; None: ``default_batch``."""
     precision: str = "fp32"
     compile: bool | None = None
-    """None: as the trainer, on a GPU."""
+    """None: as ``fastat train``, which compiles on a GPU."""
     seconds: float | None = None
     """Time for which each case is measured; None: ``measure.SECONDS``."""
     data: Path | None = None
@@ -65,7 +65,7 @@ def opened(data: Path | None, stack: ExitStack) -> PackedSet:
 
 
 def default_batch(choice: Choice, device: torch.device, clips: int) -> int:
-    """Clips a step: what ``fastat train`` takes, and on a CPU at most CPU_BATCH."""
+    """Clips in a step: the batch of ``fastat train``, on a CPU at most CPU_BATCH."""
     trained = trained_batch(choice.procedure, clips)
     if device.type == "cuda":
         return trained
@@ -73,7 +73,7 @@ def default_batch(choice: Choice, device: torch.device, clips: int) -> int:
 
 
 def make_case(choice: Choice, device: torch.device, settings: Settings) -> Case:
-    """A choice as a step; where the batch is "auto", of one clip for now."""
+    """The step of a choice; with a single clip where the batch is "auto", which is found later."""
     batch = settings.batch or default_batch(choice, device, settings.clips)
     return Case(
         model=choice.model,

@@ -33,11 +33,11 @@ BUDGET: tuple[Column, ...] = (
     ("mAP\npaper", 8), ("batch", 6), ("clips/s", 8), ("h an\nepoch", 8), ("hours", 8), ("GiB", 6),
 )  # fmt: skip
 SMALL_SHARE = 0.01
-"""Modules with less of a model's operations than this are not listed."""
+"""Modules with at most this share of a model's operations are not listed."""
 
 
 def print_tables(document: Document, *, strides: bool) -> None:
-    """Prints to standard output, at most WIDTH columns wide; ``strides``: as Table 3."""
+    """Prints tables to standard output; ``strides``: in the form of Table 3."""
     console = Console(highlight=False, width=WIDTH)  # a narrower terminal wraps the lines
     for line in heading(document):
         console.print(Text(line))
@@ -83,7 +83,7 @@ def print_costs(console: Console, rows: list[Row], *, strides: bool) -> None:
 
 
 def print_times(console: Console, rows: list[Row], *, strides: bool) -> None:
-    """Where each step's time goes; procedures that share one share a line."""
+    """Where each step's time goes; procedures with the same step share a line."""
     steps: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["ms"] is not None:
@@ -134,7 +134,7 @@ def print_budget(console: Console, document: Document) -> None:
 
 
 def left_out(rows: list[Row], budget: dict[str, Any]) -> list[str]:
-    """How many rows do not fit, and where none does, how little would."""
+    """Lines that say how many rows exceed each limit, and which exceeds it by the least."""
     measured = [row for row in rows if not row["out_of_memory"]]
     limits = (("hours", budget["hours"], "h"), ("peak_memory_gib", budget["memory_gib"], "GiB"))
     lines = []
@@ -154,7 +154,7 @@ def left_out(rows: list[Row], budget: dict[str, Any]) -> list[str]:
 
 
 def heading(document: Document) -> list[str]:
-    """What the figures are of."""
+    """Lines that say what was measured, and how."""
     row = document["rows"][0]
     how = "compiled" if row["compiled"] else "eager"
     ceiling = document["ceiling_tflops"]
@@ -170,7 +170,7 @@ def heading(document: Document) -> list[str]:
 
 
 def about(p: Procedure) -> str:
-    """A procedure in a line."""
+    """One line that describes a procedure."""
     feature = "128 x 1024" if p.feature == "fbank128" else "64 x 400"
     start = "from ImageNet weights" if p.pretrained else "from scratch"
     return (
@@ -188,12 +188,12 @@ def _table(name: str, columns: tuple[Column, ...]) -> Table:
 
 
 def title(row: Row) -> str:
-    """A row in a few words."""
+    """Model, procedure and stride of a row."""
     return " ".join(x for x in (row["model"], row["proc"], stride_of(row)) if x)
 
 
 def cost_cells(row: Row, best: list[Row]) -> list[str]:
-    """A line of the table of models."""
+    """Cells of a row in the table of models."""
     memory = "full" if row["out_of_memory"] else number(row["peak_memory_gib"])
     return [
         map_cell(row, best), number(row["hours_per_epoch"]), number(row["hours"]),
@@ -204,7 +204,7 @@ def cost_cells(row: Row, best: list[Row]) -> list[str]:
 
 
 def stride_cells(row: Row, best: list[Row]) -> list[str]:
-    """A line of Table 3."""
+    """Cells of a row in Table 3."""
     memory = "full" if row["out_of_memory"] else number(row["peak_memory_gib"])
     return [
         "x".join(map(str, row["grid"])), number(row["patches"]), number(row["paper_patches"]),
@@ -215,7 +215,7 @@ def stride_cells(row: Row, best: list[Row]) -> list[str]:
 
 
 def time_cells(row: Row) -> list[str]:
-    """A line of the table of durations."""
+    """Cells of a row in the table of durations."""
     ms = row["ms"]
     shares = {name: gflop / row["gflop"] for name, gflop in row["gflop_by_module"].items()}
     return [
@@ -229,20 +229,20 @@ def time_cells(row: Row) -> list[str]:
 
 
 def spread(row: Row) -> float:
-    """From the lower to the upper quartile of a step's time, in % of the median."""
+    """Distance between the quartiles of a step's duration, in % of the median."""
     step = row["ms"]["step"]
     return float(100 * (step["high"] - step["low"]) / step["median"])
 
 
 def map_cell(row: Row, best: list[Row]) -> str:
-    """The paper's mAP, with a star where nothing is better value."""
+    """The paper's mAP, with a star for the rows in ``best``."""
     if row["paper_map"] is None:
         return "-  "
     return f"{row['paper_map']:.3f} {'*' if row in best else ' '}"
 
 
 def number(x: Any, decimals: int | None = None) -> str:
-    """Three digits, or all of a whole number; a dash where there is none."""
+    """A number with three digits, a whole number with all; a dash for None."""
     if x is None:
         return "-"
     if isinstance(x, int) or abs(x) >= 100:
@@ -253,6 +253,6 @@ def number(x: Any, decimals: int | None = None) -> str:
 
 
 def step_key(row: Row) -> tuple[Any, ...]:
-    """Equal where the durations are of the same steps."""
+    """Equal for rows whose durations come from the same steps."""
     step = row["ms"] and row["ms"]["step"]["median"]
     return row["model"], row["fstride"], row["tstride"], row["feature"], step
