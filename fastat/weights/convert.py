@@ -166,7 +166,6 @@ def _import(
             f"{source} ({layout.title}) fits any feature: say which it was trained on with "
             f"--feature {' or '.join(FEATURES)}"
         )
-    spec = FEATURES[feature]
     classes = _classes(weights, labels)
     normalisation = _statistics(weights, feature, statistics)
     try:
@@ -174,8 +173,8 @@ def _import(
             model=weights.model,
             feature=feature,
             clip_seconds=weights.clip_seconds,
-            num_mels=spec.num_mels,
-            num_frames=spec.num_frames(round(weights.clip_seconds * spec.sample_rate)),
+            num_mels=FEATURES[feature].num_mels,
+            num_frames=weights.num_frames,
             classes=classes,
             options=weights.options,
             trained={"converted_from": Path(source).name, "layout": layout.title},

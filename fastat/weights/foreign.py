@@ -186,8 +186,10 @@ def _describe_ast(
     elif config is not None:
         _apply_config(weights, config, num_patches, width // HEAD_WIDTH, clip_seconds)
     else:
-        weights.feature, strides, weights.grid = _search(weights, num_patches, settings)
-        options |= strides
+        weights.feature, (fstride, tstride) = _search(weights, num_patches, settings)
+        options |= {"fstride": fstride, "tstride": tstride}
+        num_mels = FEATURES[weights.feature].num_mels
+        weights.grid = patch_grid(num_mels, weights.num_frames, fstride, tstride)
         if weights.layout is HF_AST:
             options["norm_eps"] = HF_NORM_EPS
             weights.notes.append(f"no {CONFIG}: layer_norm_eps is taken to be {HF_NORM_EPS:g}")
@@ -195,26 +197,28 @@ def _describe_ast(
 
 def _search(
     weights: Weights, num_patches: int, settings: dict[str, Any]
-) -> tuple[str, dict[str, int], tuple[int, int]]:
-    """The feature, the strides and the grid that have so many patches.
+) -> tuple[str, tuple[int, int]]:
+    """The feature and the strides (mel, time) that have so many patches.
 
     Without strides in ``settings`` both are taken to be the same.
     """
-    given = {"fstride", "tstride"} & settings.keys()
-    strides = range(1, PATCH + 1)
-    found: list[tuple[str, dict[str, int], tuple[int, int]]] = []
+    f_given, t_given = settings.get("fstride"), settings.get("tstride")
+    square = f_given is None and t_given is None
+    strides = [
+        (f, t)
+        for f in range(1, PATCH + 1)
+        for t in range(1, PATCH + 1)
+        if f_given in (None, f) and t_given in (None, t) and (f == t or not square)
+    ]
+    found: list[tuple[str, tuple[int, int]]] = []
     for name in FEATURES if weights.feature is None else (weights.feature,):
-        num_frames = _num_frames(name, weights.clip_seconds)
-        for f, t in ((f, t) for f in strides for t in strides if num_frames >= PATCH):
-            if not (given or f == t) or (f, t) != (
-                settings.get("fstride", f), settings.get("tstride", t)
-            ):  # fmt: skip
-                continue
-            grid = patch_grid(FEATURES[name].num_mels, num_frames, f, t)
-            if math.prod(grid) == num_patches:
-                found.append((name, {"fstride": f, "tstride": t}, grid))
+        spec = FEATURES[name]
+        frames = spec.num_frames(round(weights.clip_seconds * spec.sample_rate))
+        if frames >= PATCH:
+            grids = {(f, t): patch_grid(spec.num_mels, frames, f, t) for f, t in strides}
+            found += [(name, s) for s, grid in grids.items() if math.prod(grid) == num_patches]
     if len(found) != 1:
-        fitting = [f"{name} {s['fstride']}x{s['tstride']}" for name, s, _ in found]
+        fitting = [f"{name} {f}x{t}" for name, (f, t) in found]
         raise UserError(
             f"{weights.source}: its {num_patches} positions fit "
             f"{', '.join(fitting) or 'no feature and stride'}: say which to fastat convert with "
@@ -286,8 +290,3 @@ def _feature_of(num_mels: int, weights: Weights) -> str:
         expected = " or ".join(f"{f.num_mels} ({f.name})" for f in features)
         raise UserError(f"{weights.source}: expected {expected} mel bins, it takes {num_mels}")
     return name
-
-
-def _num_frames(feature: str, clip_seconds: float) -> int:
-    spec = FEATURES[feature]
-    return spec.num_frames(round(clip_seconds * spec.sample_rate))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastat.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights
 from fastat.data.shards import ClassInfo
@@ -100,9 +100,11 @@ def _load(model: nn.Module, meta: ModelMeta, start: Weights) -> list[str]:
     state, dropped, notes = dict(start.state), dict(start.dropped), list(start.notes)
     anew: list[str] = []
     if start.trunk:
-        for name in [n for n in state if _is_deeper(n, own)]:
-            del state[name]
-            dropped[start.theirs(name)] = "layers beyond the model's"
+        depth = len(model.layers) if isinstance(model, Ast) else 0
+        for name in [n for n in state if n.startswith("layers.")]:
+            if int(name.split(".")[1]) >= depth:
+                del state[name]
+                dropped[start.theirs(name)] = "layers beyond the model's"
         anew = [n for n in own if n.startswith("head")]
     elif (rows := _rows(start.classes or (), meta.classes)) is not None:
         if rows != sorted(rows):
@@ -139,15 +141,11 @@ def _by(grid: tuple[int, int]) -> str:
     return f"{grid[0]} x {grid[1]}"
 
 
-def _is_deeper(name: str, own: dict[str, Tensor]) -> bool:
-    """A layer of the trunk's that the model does not have at all."""
-    first, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    return first == "layers" and not any(n.startswith(f"layers.{number}.") for n in own)
-
-
 def _matches(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> dict[int, int]:
-    """Our class's number -> theirs, by id. Hugging Face's ids are names."""
+    """The index of each shared class in ours -> its index in theirs, by id.
+
+    The classes of Hugging Face have names as ids, so those are compared with our names too.
+    """
     by_id = {c.id: i for i, c in enumerate(theirs)}
     by_name = {c.name: i for i, c in enumerate(theirs) if c.id == c.name}
     found = ((i, by_id.get(c.id, by_name.get(c.name))) for i, c in enumerate(ours))
@@ -155,6 +153,6 @@ def _matches(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> dict[int
 
 
 def _rows(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> list[int] | None:
-    """Their row of each class of ours; None unless the sets are the same."""
+    """For each class of ours its row in their head; None unless both have the same classes."""
     rows = list(_matches(theirs, ours).values())
     return rows if sorted(rows) == list(range(len(theirs))) and len(rows) == len(ours) else None

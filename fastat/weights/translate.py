@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastat.data.shards import ClassInfo
 from fastat.errors import UserError
+from fastat.features import FEATURES
 from fastat.weights.layouts import LAYOUTS, QKV, Layout, Rule, renamed, sum_rgb
 
 WRAPPERS = ("module.", "_orig_mod.")
@@ -51,6 +52,13 @@ class Weights:
     def trunk(self) -> bool:
         """Whether they are trained on images, without a head for sounds."""
         return self.layout is not None and self.layout.trunk
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip, once the feature is known."""
+        assert self.feature is not None
+        spec = FEATURES[self.feature]
+        return spec.num_frames(round(self.clip_seconds * spec.sample_rate))
 
     def theirs(self, name: str) -> str:
         """The source's name for a tensor of ours, for messages."""
