@@ -206,20 +206,17 @@ def landscape(
         list[Path], typer.Argument(metavar="RUN...", help="Run folders or checkpoints.")
     ],
     data: Annotated[
-        Path | None, typer.Option(help="Packed set; default: what each run was scored on.")
+        Path | None, typer.Option(help="Packed set; default: each run's own evaluation set.")
     ] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Random ones, the same for every run.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Clips at a time: memory.")] = 16,
-    tolerance: Annotated[
-        float, typer.Option(min=1e-5, max=1.0, help="Relative, of the eigenvalue.")
-    ] = 0.02,
-    max_iterations: Annotated[int, typer.Option(min=1, help="Products with the Hessian.")] = 100,
-    trace: Annotated[
-        int, typer.Option(min=0, help="Also the Hessian's trace, from so many random vectors.")
-    ] = 0,
-    points: Annotated[int, typer.Option(min=3, max=1001, help="Of the slice.")] = 41,
-    seed: Annotated[int, typer.Option(min=0, help="Of clips and directions.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="PNG of slices and sharpness.")] = None,
+    clips: Annotated[
+        int, typer.Option(min=1, help="Number of random clips, the same for every run.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Clips per batch; limits the memory.")] = 16,
+    max_iterations: Annotated[
+        int, typer.Option(min=1, help="Largest number of products with the Hessian.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the clips and directions.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the slices and the sharpness.")] = None,
     precision: Precision = "auto",
     json_: Json = False,
 ) -> None:
@@ -232,45 +229,33 @@ def landscape(
     """
     from fastat.checkpoint import find_checkpoint
     from fastat.data.shards import read_index
-    from fastat.landscape import evaluation_set_of, slice_points
+    from fastat.display import show_messages
+    from fastat.landscape import evaluation_set_of
     from fastat.landscape import landscape as landscape_of
     from fastat.system.device import choose_precision, default_device
 
     check_output("--plot", plot)
-    if points % 2 == 0:
-        raise UserError(f"--points must be odd, so that the weights are one, got {points}")
     sets = []
-    for run in runs:  # before any work is done
+    for run in runs:  # mistakes are reported before any work is done
         find_checkpoint(run)
         sets.append(data if data is not None else evaluation_set_of(run))
         read_index(sets[-1])
     chosen = choose_precision(precision, default_device())
     if (precision, chosen) == ("auto", "fp16"):
-        chosen = "fp32"  # second derivatives are smaller than float16's least numbers
-    found = []
-    for run, packed in zip(runs, sets, strict=True):
-
-        def show(iteration: int, eigenvalue: float, residual: float, run: Path = run) -> None:
-            print(
-                f"{run}: iteration {iteration}, eigenvalue {eigenvalue:.4g}, "
-                f"residual {residual:.2g}",
-                file=sys.stderr,
-            )
-
-        result = landscape_of(
+        chosen = "fp32"  # second derivatives would underflow in float16
+    show_messages()
+    found = [
+        landscape_of(
             run,
             packed,
             clips=clips,
             batch=batch,
             seed=seed,
-            tolerance=tolerance,
             max_iterations=max_iterations,
-            trace_samples=trace,
-            alphas=slice_points(points),
             precision=chosen,
-            on_iteration=show,
         )
-        found.append(result)
+        for run, packed in zip(runs, sets, strict=True)
+    ]
     if plot is not None:
         from fastat.landscape_plot import plot_landscapes
 
@@ -281,17 +266,14 @@ def landscape(
     console = table_console()
     console.print(_landscape_table(found))
     if len({result.data for result in found}) > 1:
-        console.print(Text("The runs have different evaluation sets: --data takes one for all."))
+        console.print(Text("The runs have different evaluation sets: --data gives one for all."))
     for result in found:
-        if (sums := result.trace) is not None:  # in the table, 80 columns would not hold the rest
-            error = f" +- {sums.standard_error:.2g}" if sums.samples > 1 else ""
-            vectors = f"from {sums.samples} random vector{'s' * (sums.samples > 1)}"
-            console.print(Text(f"{result.run}: trace {sums.value:.4g}{error}, {vectors}"))
         if not result.sharpness.converged:
             console.print(
                 Text(
                     f"{result.run}: not converged after {len(result.sharpness.estimates)} "
-                    f"iterations (residual {result.sharpness.residual:.2g}): --max-iterations"
+                    f"iterations (residual {result.sharpness.residual:.2g}); "
+                    "increase --max-iterations"
                 )
             )
 
@@ -299,8 +281,8 @@ def landscape(
 def _landscape_table(found: "list[Landscape]") -> Table:
     r = found[0]
     table = Table(
-        caption=f"loss: of {r.clips:,} clips; at -1, at +1: every filter moved by its own norm; "
-        "residual: an eigenvalue is at most so far off, relatively; iterations: products with the "
+        caption=f"loss: mean over {r.clips:,} clips; at -1 and +1: every filter moved by its own "
+        "norm; residual: relative error of the eigenvalue, at most; iterations: products with the "
         "Hessian",
         box=SIMPLE_HEAD,
         pad_edge=False,
