@@ -6,6 +6,7 @@ ablation that was stopped.
 """
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -38,6 +39,8 @@ STOPPED = (130, 143)
 
 RESULT_FILE = "ablate.json"
 TRAIN = [sys.executable, "-m", "fastat.cli", "train"]
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -108,7 +111,7 @@ def train_all(arguments: list[str], out: Path, *, auto_batch: bool) -> None:
         for i, (part, run) in enumerate(run_folders(out).items(), start=1):
             off: list[str] = []
             if part != BASELINE:  # nothing before the baseline: a user's mistake stays one line
-                print(f"ablate: {i} of {len(OFF) + 1}, without {part}", file=sys.stderr)
+                log.info(f"ablate: {i} of {len(OFF) + 1}, without {part}")
                 # The settings come last, so that they override the arguments.
                 for key, value in (OFF[part][1] | found).items():
                     text = value if isinstance(value, str) else json.dumps(value)
@@ -116,15 +119,9 @@ def train_all(arguments: list[str], out: Path, *, auto_batch: bool) -> None:
             trainings.run([*arguments, *off, "--resume", "--out", str(run)])
             if part == BASELINE:  # all runs use what was chosen for its device
                 config = TrainConfig.load(run / "config.json")
-                found = {"precision": config.precision} | (_fitted(config) if auto_batch else {})
-
-
-def _fitted(config: TrainConfig) -> dict[str, Any]:
-    """What --batch auto decided for the baseline, as settings for the other runs."""
-    found: dict[str, Any] = {"batch": config.batch}
-    if config.model_options.get("activation_checkpointing"):
-        found["model.activation_checkpointing"] = True
-    return found
+                found = {"precision": config.precision}
+                if auto_batch:
+                    found["batch"] = config.batch
 
 
 class _Trainings:
