@@ -6,8 +6,9 @@ spread of the difference over the resamples estimates how much it would vary bet
 of this kind. It does not include the variation between training seeds.
 
 The mAP of a resample is biased upwards, because a positive that was drawn twice raises the
-precision at its own score. With AudioSet's rare classes the bias is as large as the spread. Therefore the
-resamples are centred: only their spread about their own mean is used, around the score of the set.
+precision at its own score. With AudioSet's rare classes the bias is as large as the spread.
+Therefore the resamples are centred: only their spread about their own mean is used, around the
+score of the set.
 """
 
 import math

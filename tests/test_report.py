@@ -501,7 +501,7 @@ def test_json_of_something_else(content: str, message: str, tmp_path: Path, out:
         (("run", "--out", "nowhere/r.html"), 2, "there is no folder"),
         (("run", "--out", "folder.html"), 2, "is a folder"),
         (("run", "--out", "r.html", "--label-quality", "x.csv"), 2, "label quality x.csv"),
-        (("broken", "--out", "r.html"), 1, "config.json is damaged"),
+        (("broken", "--out", "r.html"), 1, "broken/config.json"),
         (("--out", "r.html"), 2, "'paths'"),
     ],
 )

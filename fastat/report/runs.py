@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from typing import Any
 from fastat.config import TrainConfig
 from fastat.data.shards import read_index, sizes_of
 from fastat.errors import Failure, UserError, first_line
+from fastat.paper import TABLE_2
 from fastat.predictions import PREDICTIONS_FILE, read_predictions
 from fastat.procedures import PROCEDURES, Procedure, model_options
 from fastat.report.curves import Curves, class_curves
@@ -60,7 +62,7 @@ class Run:
 
     path: Path
     name: str
-    """The shortest end of its path that no other run shares."""
+    """Its path below the folder that all runs of the page share."""
     config: TrainConfig
     device: str
     commit: str | None
@@ -110,8 +112,11 @@ def read_run(path: Path) -> Run:
         Failure: a file of the run is missing or damaged.
     """
     config = TrainConfig.load(path / "config.json")
-    if config.proc not in PROCEDURES:
-        raise Failure(f"{path / 'config.json'} is damaged: unknown procedure {config.proc!r}")
+    if config.proc not in PROCEDURES or config.model not in TABLE_2:
+        raise Failure(
+            f"{path / 'config.json'} is damaged: unknown procedure {config.proc!r} "
+            f"or model {config.model!r}"
+        )
     with reading(path / "env.json") as file:
         environment = json.loads(file.read_text("utf-8"))
         device, commit = environment["device"], environment["commit"]
@@ -206,28 +211,16 @@ def _eval_set(config: TrainConfig, predictions: Curves | None) -> EvalSet | None
 def distinguish(runs: Sequence[Run]) -> list[Run]:
     """The runs with names that differ. A run without predictions gets the evaluation set that
     another run with the same path has."""
-    names = _short_names([run.path for run in runs])
+    paths = [run.path.resolve() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
     known = {r.eval_set.path: r.eval_set for r in runs if r.eval_set and r.predictions}
     out = []
-    for run, name in zip(runs, names, strict=True):
+    for run, path in zip(runs, paths, strict=True):
         eval_set = run.eval_set
         if eval_set is not None and run.predictions is None:
             eval_set = known.get(eval_set.path, eval_set)
-        out.append(replace(run, name=name, eval_set=eval_set))
+        out.append(replace(run, name=str(path.relative_to(common)), eval_set=eval_set))
     return out
-
-
-def _short_names(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that differ from one another."""
-    parts = [path.resolve().parts for path in paths]
-    names = [p[-1] for p in parts]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        twice = {name for name in names if names.count(name) > 1}
-        names = [
-            "/".join(p[-length:]) if name in twice else name
-            for p, name in zip(parts, names, strict=True)
-        ]
-    return names
 
 
 COMPARED = tuple(

@@ -1,11 +1,14 @@
 """All runs, the paper's Tables 1 and 2 with our runs, and the noise scale."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from fastat.paper import EVAL_CLIPS, NUM_CLASSES, TABLE_2, TRAIN_CLIPS
 from fastat.procedures import PROCEDURES
 from fastat.report.runs import EvalSet, Run, departures, noise_scale, setting
 from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
+
+Key = TypeVar("Key")
 
 
 def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
@@ -37,6 +40,15 @@ def comparability(eval_set: EvalSet) -> str:
 def best_of(runs: Sequence[Run]) -> Run:
     """The run of the highest mAP."""
     return max(runs, key=lambda r: r.best_map)
+
+
+def best_by(key: Callable[[Run], Key], runs: Sequence[Run]) -> dict[Key, Run]:
+    """The run of the highest mAP for each value of ``key``."""
+    best: dict[Key, Run] = {}
+    for run in runs:
+        if key(run) not in best or run.best_map > best[key(run)].best_map:
+            best[key(run)] = run
+    return best
 
 
 def summary(runs: Sequence[Run]) -> Table:
@@ -88,11 +100,7 @@ def summary(runs: Sequence[Run]) -> Table:
 # ------------------------------------------------------------------------------ Table 1
 def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
     """The procedures of the paper, each with our best run under it, if there is one."""
-    best = {
-        name: best_of(found)
-        for name in PROCEDURES
-        if (found := [r for r in on_set(runs, eval_set) if r.config.proc == name])
-    }
+    best = best_by(lambda run: run.config.proc, on_set(runs, eval_set))
     columns = [Column("", numeric=False)]
     for name in PROCEDURES:
         columns.append(Column("paper", name))
@@ -163,37 +171,30 @@ RESULTS = (
 # ------------------------------------------------------------------------------ Table 2
 def table_2(runs: Sequence[Run], eval_set: EvalSet) -> Table:
     """The best mAP of every model under every procedure: the paper's and ours."""
-    scored = on_set(runs, eval_set)
-    ours: dict[tuple[str, str], Run] = {}
-    for model in dict.fromkeys([*TABLE_2, *(r.config.model for r in scored)]):
-        for name in PROCEDURES:
-            if found := [r for r in scored if (r.config.model, r.config.proc) == (model, name)]:
-                ours[model, name] = best_of(found)
+    best = best_by(lambda run: (run.config.model, run.config.proc), on_set(runs, eval_set))
     columns = [Column("model", numeric=False), Column("parameters, paper")]
     for name in PROCEDURES:
         columns += [Column("paper", name), Column("ours", name)]
     rows = []
-    for model in dict.fromkeys([*TABLE_2, *(m for m, _ in ours)]):
-        paper = TABLE_2.get(model)
-        if paper is None or not paper.mAP:
-            if not any(m == model for m, _ in ours):
-                continue
-        million = paper.million_params if paper else None
+    of_paper = [model for model, paper in TABLE_2.items() if paper.mAP]
+    for model in dict.fromkeys([*of_paper, *(model for model, _ in best)]):
+        paper = TABLE_2[model]
+        million = paper.million_params
         row = [
-            Cell(paper.title if paper else model),
+            Cell(paper.title),
             Cell(f"{million} M", million, "paper") if million else NONE,
         ]
         for name in PROCEDURES:
-            row.append(mAP(paper.mAP.get(name) if paper else None, "paper"))
-            found_run = ours.get((model, name))
-            row.append(mAP(found_run.best_map, "ours") if found_run else NONE)
+            row.append(mAP(paper.mAP.get(name), "paper"))
+            found = best.get((model, name))
+            row.append(mAP(found.best_map, "ours") if found else NONE)
         rows.append(row)
     notes = [comparability(eval_set)]
-    for (model, name), run in ours.items():
-        other = departures(run.config)
+    for (model, name), run in best.items():
+        other = ", ".join(departures(run.config))
         notes.append(
             f"{model} under {name}: {run.name}, "
-            + (f"differs from Table 1: {', '.join(other)}." if other else "as in Table 1.")
+            + (f"differs from Table 1: {other}." if other else "as in Table 1.")
         )
     caption = f"Table 2. Best mAP of every model and procedure; ours on {eval_set.name}"
     return Table(f"table-2-{eval_set.key[:12]}", caption, columns, rows, notes)
