@@ -1,6 +1,5 @@
 """The page: its sections in order, rendered by the template."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -180,14 +179,6 @@ def _rounded(values: NDArray[np.float64]) -> list[float | None]:
     return [round(v, 4) if math.isfinite(v) else None for v in values.tolist()]
 
 
-def script_json(value: Any) -> Markup:
-    """JSON for a script element, escaped so that no text in it can end the element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
 def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
     """The page as HTML."""
     shown = sections(inputs, quality)
@@ -198,6 +189,7 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     sources = resources.files("fastat.report") / "template"
     chart_data = [asdict(chart) for section in shown for chart in section.charts]
     with_classes = [(i, r) for i, r in enumerate(inputs.runs) if r.predictions is not None]
@@ -210,7 +202,7 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
         style=Markup((sources / "style.css").read_text("utf-8")),
         script=Markup((sources / "report.js").read_text("utf-8")),
         plotly=Markup(get_plotlyjs()),
-        charts=script_json(chart_data),
-        runs=script_json([run.name for run in inputs.runs]),
-        classes=[(i, run.name, script_json(class_data(run, i))) for i, run in with_classes],
+        charts=chart_data,
+        runs=[run.name for run in inputs.runs],
+        classes=[(i, run.name, class_data(run, i)) for i, run in with_classes],
     )
