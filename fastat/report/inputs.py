@@ -126,19 +126,17 @@ def _find(path: Path, depth: int) -> Iterator[Path]:
 
 
 def _read_profile(path: Path) -> Profile:
-    expected = f"{path}: expected a run folder or the JSON of fastat profile"
     try:
         document = json.loads(path.read_text("utf-8"))
         if document["schema"] != PROFILE_SCHEMA:
-            raise UserError(f"{expected}, got the schema {document['schema']!r}")
+            raise ValueError(f"schema {document['schema']!r} is not {PROFILE_SCHEMA}")
         rows = [_profile_row(row) for row in document["rows"]]
         return Profile(path, document["device"], _conditions(document), rows)
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(f"{expected}, found no {error} in it") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{expected}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected a run folder or the JSON of fastat profile "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _profile_row(row: dict[str, Any]) -> ProfileRow:

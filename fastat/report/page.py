@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from scipy.special import expit
 
 from fastat.errors import UserError
-from fastat.label_quality import quantile_thresholds, read_quality
+from fastat.label_quality import read_quality
 from fastat.outputs import check_output, written
 from fastat.report.ablations import table_4
 from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
@@ -67,26 +67,10 @@ def write_report(
     check_output("--out", out)
     quality = read_quality(label_quality) if label_quality is not None else None
     inputs = read_inputs(paths)
-    if quality is not None:
-        inputs.notes += quality_gaps(inputs.runs, quality)
     page = render(inputs, quality).encode("utf-8", "replace")  # a file name may not be UTF-8
     with written(out) as temporary:
         temporary.write_bytes(page)
     return inputs, len(page)
-
-
-def quality_gaps(runs: Sequence[Run], quality: Mapping[str, float]) -> list[str]:
-    """The runs whose classes the quality table does not have, in words."""
-    left_out: dict[str, list[str]] = {}
-    for run in runs:
-        found = run.predictions
-        if found and not quantile_thresholds(found.average_precision, found.ids, quality):
-            left_out.setdefault(found.ids[0], []).append(run.name)
-    return [
-        f"not in Figure 2: {', '.join(names)}: the quality table has none of the scored classes "
-        f"({first!r}, ...), but {next(iter(quality))!r}, ... ({len(quality)})"
-        for first, names in left_out.items()
-    ]
 
 
 def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Section]:
@@ -108,7 +92,8 @@ def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Sectio
         Section(
             "quality",
             "Label quality",
-            "runs with predictions.h5 and --label-quality CSV, AudioSet's qa_true_counts.csv",
+            "runs with predictions.h5, and --label-quality with a CSV that has their classes, as "
+            "AudioSet's qa_true_counts.csv",
             charts=figure_2(runs, quality) if quality else [],
         ),
         Section(
