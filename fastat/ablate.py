@@ -112,15 +112,8 @@ def train_all(arguments: list[str], out: Path, *, auto_batch: bool) -> None:
             trainings.run([*arguments, *off, "--resume", "--out", str(run)])
             if part == BASELINE:  # whose device chose for all
                 config = TrainConfig.load(run / "config.json")
-                found = {"precision": config.precision} | (_fitted(config) if auto_batch else {})
-
-
-def _fitted(config: TrainConfig) -> dict[str, Any]:
-    """What --batch auto decided for a run, as settings for the others."""
-    found: dict[str, Any] = {"batch": config.batch}
-    if config.model_options.get("activation_checkpointing"):
-        found["model.activation_checkpointing"] = True
-    return found
+                found = {"precision": config.precision}
+                found |= {"batch": config.batch} if auto_batch else {}
 
 
 class _Trainings:

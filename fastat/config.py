@@ -237,9 +237,7 @@ def resolve(
     wanted, needed = model_options(model, p), initial_options or {}
     for name in sorted(wanted.keys() - overrides.get("model_options", {}).keys()):
         if needed.get(name, wanted[name]) != wanted[name]:
-            note(
-                f"{name} {needed[name]} of the weights to start from, not {proc}'s {wanted[name]}",
-            )
+            note(f"{name} {needed[name]} of the weights to start from, not {proc}'s {wanted[name]}")
     config = _fit_to_set(config, p, overrides, num_clips, note)
     if config.accumulate > 1 and model in ATTENTION_MODELS:
         note("the paper reports that gradient accumulation >= 2 broke attention models")
@@ -248,14 +246,14 @@ def resolve(
         config = replace(config, time_mask=scaled_mask)
         note(
             f"clips of {clip_seconds:g} s: time mask at most {scaled_mask} frames "
-            f"({proc}: {p.time_mask} for 10 s)",
+            f"({proc}: {p.time_mask} for 10 s)"
         )
     total = num_clips // config.batch * config.epochs
     warmup = warmup_length(config.warmup_steps, total)
     if warmup < config.warmup_steps:
         note(
             f"warm-up over {warmup} steps, a tenth of the run's {total}, "
-            f"instead of {config.warmup_steps}",
+            f"instead of {config.warmup_steps}"
         )
         config = replace(config, warmup_steps=warmup)
     return config

@@ -141,16 +141,14 @@ shutil.copy(prepared, run / "config.json")
 """
 
 
-@pytest.mark.parametrize("less_memory", [False, True])
 @pytest.mark.parametrize("auto", [False, True])
 def test_what_the_baselines_device_decides_serves_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto: bool, less_memory: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto: bool
 ) -> None:
     """The batch and the precision: chosen anew for each run, on another day or device, they may
     differ, and then more than the part does."""
     monkeypatch.chdir(tmp_path)
-    options = {"activation_checkpointing": True} if less_memory else {}
-    overrides = {"data": "x", "batch": 72, "precision": "fp16", "model_options": options}
+    overrides = {"data": "x", "batch": 72, "precision": "fp16"}
     config = resolve("A4", "cnn_trans", overrides, num_clips=1_000_000, clip_seconds=10.0)
     config.save(Path("config.json"))
     program = [sys.executable, "-c", RECORDING, "config.json"]
@@ -161,14 +159,18 @@ def test_what_the_baselines_device_decides_serves_all(
     for line in others:
         assert "--set precision=fp16" in line
         assert ("--set batch=72" in line) == auto
-        assert ("--set model.activation_checkpointing=true" in line) == (auto and less_memory)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--epoch", 3), "--epochs"),
-        (("--set", "mixup=0"), "leaves the baseline without mixup"),
+        (("--epochs", "three"), "--epochs must be an integer from 1 on, got 'three'"),
+        (("--set", "mixup=0"), "the baseline without mixup"),
+        (("--no-mixup",), "the baseline without mixup"),
+        (("--no-specaug",), "the baseline without SpecAugment"),
+        (("--no-balance",), "the baseline without balancing"),
+        (("--no-normalize",), "the baseline without normalisation"),
         (("--resume",), "ablate takes no --resume"),
         (("--data", "x", "--eval", "x"), "x"),
     ],

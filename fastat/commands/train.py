@@ -135,29 +135,48 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
-    options = {name.rstrip("_"): value for name, value in locals().items()}
+    options = dict(locals())
     from fastat.launch import launched, run_training
 
-    # An option that is named after a field of the configuration sets it.
-    overrides: dict[str, Any] = {"precision": precision}
-    overrides |= {} if batch is None else {"batch": parse_batch(batch)}
-    for name in (field.name for field in fields(TrainConfig)):
-        value = options.get(name)
-        if value is None or name in ("proc", "model", *overrides):
-            continue
-        option = f"--{name.replace('_', '-')}"
-        overrides[name] = parse_field(name, value, option=option) if type(value) is str else value
-    overrides |= {"mixup": 0.0} if no_mixup else {}
-    overrides |= {"time_mask": 0, "freq_mask": 0} if no_specaug else {}
-    settings = parse_settings(set_ or [])
-    if stride is not None:
-        if model not in (None, "ast"):
-            raise UserError(f"--stride is for ast, got --model {model}")
-        settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
+    overrides = overrides_of(options)
     if gpus is not None and gpus != 1:
         if launched():
             raise UserError("--gpus starts torchrun, and this already runs under it: leave it out")
         from fastat.torchrun import run_ranks
 
         raise typer.Exit(run_ranks(gpus, sys.argv[1:]))
-    raise typer.Exit(run_training(proc, model, overrides | settings, out, resume=resume))
+    raise typer.Exit(run_training(proc, model, overrides, out, resume=resume))
+
+
+def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of TrainConfig that a user of ``fastat train`` set.
+
+    An option that is named after a field sets it. ``--set`` takes precedence over all of them.
+
+    Args:
+        options: the arguments of ``train``, by the names of its parameters.
+
+    Raises:
+        UserError: a value that its field does not take.
+    """
+    options = {name.rstrip("_"): value for name, value in options.items()}
+    batch, stride = options.pop("batch"), options.pop("stride")
+    overrides: dict[str, Any] = {"precision": options.pop("precision")}
+    if batch is not None:
+        overrides["batch"] = parse_batch(batch)
+    for name in [field.name for field in fields(TrainConfig)]:
+        value = options.get(name)
+        if isinstance(value, str) and name not in ("proc", "model"):
+            overrides[name] = parse_field(name, value, option=f"--{name.replace('_', '-')}")
+        elif value is not None and not isinstance(value, str):
+            overrides[name] = value
+    if options["no_mixup"]:
+        overrides["mixup"] = 0.0
+    if options["no_specaug"]:
+        overrides |= {"time_mask": 0, "freq_mask": 0}
+    settings = parse_settings(options["set"] or [])
+    if stride is not None:
+        if options["model"] not in (None, "ast"):
+            raise UserError(f"--stride is for ast, got --model {options['model']}")
+        settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
+    return overrides | settings
