@@ -31,10 +31,10 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Run folder, or predictions.h5.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Run folder, or predictions.h5.")],
     resamples: Annotated[
-        int, typer.Option(min=100, max=100_000, help="Of the evaluation clips.")
+        int, typer.Option(min=100, max=100_000, help="Resamples of the evaluation clips.")
     ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
-    top: Annotated[int, typer.Option(min=0, help="Classes to show that moved most.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
+    top: Annotated[int, typer.Option(min=0, help="How many classes to show, by change.")] = 10,
     json_: Json = False,
 ) -> None:
     """Compare two models on the same clips: difference in mAP with its 95 % interval.
@@ -89,7 +89,7 @@ def ablate(
         Path | None, typer.Option(help="Folder of the runs; default: runs/ablate-PROC-MODEL-TIME.")
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=100, max=100_000, help="Of the evaluation clips.")
+        int, typer.Option(min=100, max=100_000, help="Resamples of the evaluation clips.")
     ] = 1000,
     json_: Json = False,
 ) -> None:

@@ -77,23 +77,26 @@ def train(
         ),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Start from this run's or checkpoint's weights instead.")
+        Path | None, typer.Option(help="Start from the weights of this run or checkpoint instead.")
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Do not train parameters of this name, as 'layers.0.*'; repeatable."),
+        typer.Option(
+            help="Do not train parameters of this name, such as 'layers.0.*'; repeatable."
+        ),
     ] = None,
     layer_decay: Annotated[
         str | None,
         typer.Option(
-            metavar="X", help="Transformers: factor on the rate from a layer to the one before it."
+            metavar="X",
+            help="Transformers: factor on the learning rate from each layer to the one before.",
         ),
     ] = None,
     accumulate: Annotated[
         str | None,
         typer.Option(
             metavar="N",
-            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time.",
+            help="Compute a batch in N parts to save memory; BatchNorm sees one part at a time.",
         ),
     ] = None,
     compile_: Annotated[
@@ -103,7 +106,9 @@ def train(
     cache: Annotated[
         Cache | None, typer.Option(help="Compute log-mels once and keep them in memory.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; default: one.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Number of GPUs of this machine; default: one.")
+    ] = None,
     on_nan: Annotated[
         OnNan | None,
         typer.Option(help="When a loss or gradient is not finite: stop, or skip the step."),
@@ -118,7 +123,8 @@ def train(
         bool, typer.Option("--resume", help="Resume the run in --out, or start it there.")
     ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of config.json; model.KEY=value.")
+        list[str] | None,
+        typer.Option("--set", help="Any key=value of config.json, or model.KEY=value; repeatable."),
     ] = None,
 ) -> None:
     """Train a model under one of the paper's procedures.
