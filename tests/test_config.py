@@ -385,7 +385,7 @@ def test_the_time_mask_follows_the_clips_length(noted: Noted) -> None:
         ({"steps": 0}, "steps must be an integer from 1 on"),
         ({"checkpoint_every_steps": 0}, "checkpoint_every_steps must be an integer from 1 on"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer from 0 on"),
-        ({"seed": -1}, "seed must be an integer from 0 on"),
+        ({"seed": -1}, "seed must be an integer from 0 to"),
         ({"mixup": 1.5}, "mixup must be a number from 0 to 1, got 1.5"),
         ({"mixup": math.nan}, "mixup must be a number from 0 to 1"),
         ({"max_bad": -0.1}, "max_bad must be a number from 0 to 1"),
