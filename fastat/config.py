@@ -300,19 +300,8 @@ def _short(value: Any) -> str:
 
 
 AUTO = "auto"
-
-
-def parse_batch(text: str) -> int | str:
-    """``--batch``: a number of clips, or AUTO.
-
-    Raises:
-        UserError: neither.
-    """
-    if text == AUTO:
-        return AUTO
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise UserError(f"--batch takes a number of clips from 1 on, or auto, got {text!r}")
-    return int(text)
+MAY_BE_AUTO = ("batch", "precision")
+"""Fields for which the command line also takes AUTO; ``launch.configure`` finds the value."""
 
 
 def parse_stride(text: str) -> dict[str, int]:
@@ -360,12 +349,14 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def parse_field(name: str, text: str, *, option: str) -> Any:
-    """The value that ``text`` gives to the field ``name`` of TrainConfig; "null" is None.
+    """The value that ``text`` gives to the field ``name`` of TrainConfig; "null" gives None.
 
     Raises:
         UserError: it names ``option``, what was expected and ``text``.
     """
     hint = typing.get_type_hints(TrainConfig, include_extras=True)[name]
+    if name in MAY_BE_AUTO:
+        hint = hint | Literal["auto"]
     parsed = _parsed(text)
     number = float(parsed) if fits(parsed, int) else parsed
     candidates = (None if text == "null" else text, number, parsed)

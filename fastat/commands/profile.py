@@ -104,7 +104,7 @@ def profile(
 
     `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
-    from fastat.config import parse_batch
+    from fastat.config import parse_field
     from fastat.outputs import check_output
     from fastat.profile.cases import choices
     from fastat.profile.plan_choices import check_options, parse_limits, planned
@@ -119,7 +119,7 @@ def profile(
     )  # fmt: skip
     budget = parse_limits(budget_hours, memory_gib)
     found = choices(proc or [], model or [], strides, set_ or [])
-    size = None if batch is None else parse_batch(batch)
+    size = None if batch is None else parse_field("batch", batch, option="--batch")
     if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:

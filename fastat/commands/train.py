@@ -13,7 +13,6 @@ from fastat.config import (
     OnNan,
     Source,
     TrainConfig,
-    parse_batch,
     parse_field,
     parse_settings,
     parse_stride,
@@ -166,10 +165,7 @@ def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
         UserError: a value that its field does not take.
     """
     options = {name.rstrip("_"): value for name, value in options.items()}
-    batch, stride = options.pop("batch"), options.pop("stride")
-    overrides: dict[str, Any] = {"precision": options.pop("precision")}
-    if batch is not None:
-        overrides["batch"] = parse_batch(batch)
+    overrides: dict[str, Any] = {}
     for name in [field.name for field in fields(TrainConfig)]:
         value = options.get(name)
         if isinstance(value, str) and name not in ("proc", "model"):
@@ -181,8 +177,9 @@ def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
     if options["no_specaug"]:
         overrides |= {"time_mask": 0, "freq_mask": 0}
     settings = parse_settings(options["set"] or [])
-    if stride is not None:
+    if options["stride"] is not None:
         if options["model"] not in (None, "ast"):
             raise UserError(f"--stride is for ast, got --model {options['model']}")
-        settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
+        strides = parse_stride(options["stride"])
+        settings["model_options"] = strides | settings.get("model_options", {})
     return overrides | settings
