@@ -5,7 +5,7 @@
 #
 # parts: ceilings   matrix product and device copy, which percentages refer to
 #        cuda       does the step run at all, and right: captured, resumed, read back
-#        cuda_more  what else is tested on a GPU alone: fastat profile, its plan, landscape, memory
+#        cuda_more  what else is tested on a GPU alone: fastat profile, landscape, memory
 #        targets    training end to end, seven steps that have a target, beside plain loops and the
 #                   libraries' models: targets_conv targets_attention targets_ast
 #        tests      the kernels' tests on the device, at the models' shapes too, and the front end's
@@ -131,8 +131,7 @@ part() {
         tests) tests_ ;;
         cuda) cuda_ tests/test_step.py tests/models/test_crnn.py ;;
         cuda_more)
-            cuda_ tests/test_landscape.py tests/test_profile_measure.py tests/test_plan.py \
-                tests/test_memory.py
+            cuda_ tests/test_landscape.py tests/test_profile_measure.py tests/test_memory.py
             ;;
         targets_conv) bench_ 3 bench/bench_targets.py -k "cnn_trans or crnn or resnet50" ;;
         targets_attention) bench_ 2 bench/bench_targets.py -k "conformer or transformer" ;;

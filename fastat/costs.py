@@ -43,7 +43,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@torch.no_grad()
 def forward_gflop(model: nn.Module, num_frames: int, num_mels: int) -> float:
     """GFLOP of one clip's forward pass, 2 x MAC of every product and convolution.
 
@@ -51,10 +50,40 @@ def forward_gflop(model: nn.Module, num_frames: int, num_mels: int) -> float:
         model: on any device; on "meta" nothing is computed. Left in evaluation mode.
         num_frames, num_mels: of the clip.
     """
+    return _flop_by_name(model, num_frames, num_mels)["Global"] / 1e9
+
+
+def gflop_by_module(model: nn.Module, num_frames: int, num_mels: int) -> dict[str, float]:
+    """``forward_gflop`` by module: "layers.attn" is the attention modules of all layers together.
+
+    Names are the first two parts of torch's, without indices of layers. An operation counts once,
+    for the innermost module around it, and for "model" outside of all modules that the model calls.
+    """
+    counts = _flop_by_name(model, num_frames, num_mels)
+    prefix = f"{type(model).__name__}."
+    called = {n.removeprefix(prefix): flop for n, flop in counts.items() if n.startswith(prefix)}
+    found = {"model": counts["Global"]}
+    for name, flop in called.items():  # which includes the operations of the modules it calls
+        caller = name.rpartition(".")[0]
+        while caller and caller not in called:  # a list of modules, which is never called
+            caller = caller.rpartition(".")[0]
+        found[_short(name)] = found.get(_short(name), 0) + flop
+        found[_short(caller)] = found.get(_short(caller), 0) - flop
+    return {name: flop / 1e9 for name, flop in found.items() if flop}
+
+
+@torch.no_grad()
+def _flop_by_name(model: nn.Module, num_frames: int, num_mels: int) -> dict[str, int]:
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(1, num_frames, num_mels, device=device))
-    return float(counter.get_total_flops() / 1e9)
+    by_name = {name: sum(flop.values()) for name, flop in counter.get_flop_counts().items()}
+    return {"Global": 0} | by_name
+
+
+def _short(module: str) -> str:
+    parts = [part for part in module.split(".") if not part.isdecimal()]
+    return ".".join(parts[:2]) or "model"
 
 
 def model_rows() -> list[ModelRow]:

@@ -1,13 +1,14 @@
-"""fastat models: what each model costs, counted, beside the paper's own numbers."""
+"""What each model costs, counted: fastat models, and GFLOP by module."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fastat.costs import count_parameters, forward_gflop
-from fastat.models import list_models
+from fastat.costs import count_parameters, forward_gflop, gflop_by_module
+from fastat.models import create_model, list_models
 from tests.conftest import QUIET, fastat
 
 GFLOP = {
@@ -55,3 +56,57 @@ def test_counts_of_a_layer() -> None:
         layer = nn.Linear(64, 10)
     assert count_parameters(layer) == 650
     assert forward_gflop(layer, 400, 64) == 2 * 400 * 64 * 10 / 1e9
+
+
+# ---------------------------------------------------------------------------- by module
+HAS = {
+    "ast": {"model", "layers.attn", "layers.mlp", "head"},
+    "transformer": {"proj", "layers", "layers.qkv", "layers.proj", "layers.fc1", "layers.fc2"},
+    "cnn_trans": {"talnet.blocks", "layers", "layers.qkv", "layers.proj", "layers.fc1"},
+    "conformer": {"stem", "layers.ffn1", "layers.attn", "layers.conv", "layers.ffn2", "head"},
+    "resnet50": {"model", "trunk.layer1", "trunk.layer4"},
+    "resnet34": {"model", "trunk.layer1", "trunk.layer4"},
+    "crnn": {"talnet.blocks", "gru", "head.fc_att", "head.fc_prob"},
+}
+
+
+def by_module(name: str, **options: Any) -> dict[str, float]:
+    with torch.device("meta"):
+        model = create_model(name, num_mels=64, num_frames=400, num_classes=527, **options)
+    found = gflop_by_module(model, 400, 64)
+    assert sum(found.values()) == pytest.approx(forward_gflop(model, 400, 64), rel=1e-9)
+    return found
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_modules_sum_to_the_whole(name: str) -> None:
+    found = by_module(name)
+    assert set(found) >= HAS[name] and min(found.values()) > 0
+
+
+def test_modules_of_the_ast() -> None:
+    found = by_module("ast", fstride=8, tstride=8, num_layers=3)
+    patches, width, layers = 7 * 49, 768, 3
+    tokens = patches + 2
+    assert found["model"] * 1e9 == 2 * patches * 16 * 16 * width
+    projections = 2 * tokens * width * 4 * width
+    scores_and_sum = 2 * 2 * tokens * tokens * width
+    assert found["layers.attn"] * 1e9 == pytest.approx(layers * (projections + scores_and_sum))
+    assert found["layers.mlp"] * 1e9 == pytest.approx(layers * 2 * tokens * width * 8 * width)
+    assert found["head"] * 1e9 == pytest.approx(2 * width * 527)
+
+
+def test_modules_of_the_conformer() -> None:
+    found = by_module("conformer")
+    tokens, width, layers = 100, 768, 12
+    for half in ("layers.ffn1", "layers.ffn2"):
+        assert found[half] * 1e9 == pytest.approx(layers * 2 * tokens * width * 2 * 1024)
+    pointwise = layers * 2 * tokens * 3 * width * width
+    depthwise = 2 * tokens * width * (31 + 11 * 15)
+    assert found["layers.conv"] * 1e9 == pytest.approx(pointwise + depthwise)
+
+
+def test_modules_of_the_gru() -> None:
+    found = by_module("crnn")
+    frames, width, hidden = 100, 1024, 512
+    assert found["gru"] * 1e9 == pytest.approx(2 * frames * 2 * 3 * hidden * (width + hidden))

@@ -290,10 +290,9 @@ def test_a_trainer_state_of_another_version_is_not_resumed(
     state["progress"]["warp"] = 9
     torch.save(state, checkpoint / "trainer.pt")
     sign(checkpoint / "model.json", json.loads((checkpoint / "model.json").read_text()))
-    (tmp_path / "run" / "env.json").write_text('{"versions": {"fastat": "7.8.9"}}')
     done = fastat("train", "--resume", "--out", tmp_path / "run", code=1)
     line = done.stderr.strip().splitlines()[-1]
-    assert "trainer.pt" in line and "'warp'" in line and "fastat 7.8.9" in line
+    assert "trainer.pt" in line and "'warp'" in line and "another version" in line
     assert "damaged" not in line and "Traceback" not in done.stderr
 
 

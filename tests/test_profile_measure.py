@@ -1,27 +1,22 @@
-"""What fastat profile measures with: the step, a set of noise, memory by module, watts, traces."""
+"""What fastat profile measures with: the step, a set of noise, memory, watts."""
 
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastat.data.shards import PackedSet
-from fastat.memory import LiveStorages
 from fastat.profile import device as device_module
-from fastat.profile import measure as measure_module
-from fastat.profile.device import PowerMeter, energy_counters, parse_watts
-from fastat.profile.measure import Case, OutOfMemory, Spread, Training, measure, out_of_memory
-from fastat.profile.modules import FakeMemory, called_modules, memory_by_module, watched
+from fastat.profile.device import OutOfMemory, gpu_watts, out_of_memory
+from fastat.profile.measure import Case, Spread, Training, measure
 from fastat.profile.noise import noise_set
-from fastat.profile.trace import input_bytes, operators
 from tests.conftest import SMALL_MODELS
 
 CPU = torch.device("cpu")
@@ -81,9 +76,21 @@ def test_marks_are_in_order(noise: PackedSet, monkeypatch: pytest.MonkeyPatch) -
 def test_a_step_beyond_the_memory_is_not_taken(
     noise: PackedSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_module, "free_memory", lambda: 1 << 20)
-    with pytest.raises(OutOfMemory, match="GiB"):
-        measure(TINY, CPU, noise)
+    monkeypatch.setattr(device_module, "free_memory", lambda: 64 << 20)
+    with pytest.raises(OutOfMemory):
+        measure(replace(TINY, batch=400), CPU, noise)
+    monkeypatch.undo()
+    assert torch.empty(64 << 20).numel() == 64 << 20, "no limit stays"
+
+
+def test_the_peak_is_that_of_each_step(noise: PackedSet) -> None:
+    """A larger step takes more, and what it took does not count for a smaller one after it."""
+    small, large, again = (
+        measure(replace(TINY, batch=batch), CPU, noise, seconds=0.01).peak_bytes
+        for batch in (2, 400, 2)
+    )
+    assert large > small + (64 << 20)
+    assert again < small + (large - small) / 2
 
 
 def test_out_of_memory_is_told_from_other_errors() -> None:
@@ -100,42 +107,13 @@ def test_cases_with_the_same_step() -> None:
     assert a3.step == a4.step
     assert a3.step != Case(model="ast", proc="A1", batch=4).step
     assert a3.step != Case(model="ast", proc="A3", batch=5).step
-    assert a3.step != Case(model="ast", proc="A3", batch=4, activation_checkpointing=True).step
+    less_memory = {"activation_checkpointing": True}
+    assert a3.step != Case(model="ast", proc="A3", batch=4, options=less_memory).step
 
 
 def test_spread() -> None:
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
-
-
-def test_watts_are_those_of_the_timed_steps(
-    noise: PackedSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[str] = []
-    step = Training.step
-
-    class Meter:
-        watts = 99.0
-
-        def __init__(self, device: torch.device) -> None:
-            pass
-
-        def __enter__(self) -> "Meter":
-            steps.append("on")
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            steps.append("off")
-
-    def noted(self: Training, batch: Any) -> Tensor:
-        steps.append("step")
-        return step(self, batch)
-
-    monkeypatch.setattr(measure_module, "PowerMeter", Meter)
-    monkeypatch.setattr(Training, "step", noted)
-    found = measure(TINY, CPU, noise, seconds=0.01)
-    assert found.watts == 99.0
-    assert steps == ["step", "on", *["step"] * found.rounds, "off"]
 
 
 @pytest.mark.cuda
@@ -150,110 +128,32 @@ def test_measure_on_a_gpu(noise: PackedSet, compiled: bool) -> None:
     assert found.watts is None or 5 < found.watts < 2000
 
 
-# ---------------------------------------------------------------------------- memory by module
-class Toy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(100, 1000), nn.Linear(1000, 50)])
-        self.head = nn.Linear(50, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        out: Tensor = self.head(x)
-        return out
-
-
-def test_kept_and_peaks_of_a_toy() -> None:
-    B = 10_000
-    with FakeTensorMode(), LiveStorages() as live:
-        model = Toy()
-        adam = torch.optim.Adam(model.parameters(), fused=True)
-        with watched(model, adam, FakeMemory(live)) as found:
-            model(torch.empty(B, 100)).sum().backward()
-            adam.step()
-    by_name = {m.name: m for m in found}
-    assert list(by_name) == ["(outside modules)", "layers.0", "layers.1", "head"]
-    assert by_name["layers.0"].kept == B * 1000 * 4
-    assert by_name["layers.1"].kept == B * 50 * 4
-    weights = sum(p.numel() for p in model.parameters()) * 4
-    outputs = B * 4 * (1000 + 50 + 2)
-    inputs = B * 4 * 100
-    assert by_name["head"].peak_forward == pytest.approx(weights + inputs + outputs, rel=0.01)
-    # The gradients of its output and of its input, which is still there; its output is not.
-    want = weights + inputs + B * 4 * (50 + 1000 + 1000)
-    assert by_name["layers.1"].peak_backward == pytest.approx(want, rel=0.02)
-    assert max(found, key=lambda m: m.peak).name in ("layers.1", "layers.0")
-
-
-@pytest.mark.parametrize("name", SMALL_MODELS)
-def test_memory_of_every_model(noise: PackedSet, name: str) -> None:
-    case = Case(model=name, proc="A4", options=SMALL_MODELS[name], batch=3)
-    found = {m.name: m for m in memory_by_module(case, CPU, noise)}
-    model = case.create(noise.clip_samples, len(noise.classes))
-    with_weights = {n for n, module in called_modules(model) if [*module.parameters()]}
-    # Of the AST's projection only the weights are used; timm's ResNets have parts without any.
-    assert with_weights - {"patch_embed"} <= set(found)
-    weights = sum(p.numel() for p in model.parameters()) * 4
-    assert max(m.peak for m in found.values()) >= 3 * weights, "weights and both moments"
-    assert any(m.kept and m.peak_backward for m in found.values())
-
-
-def test_checkpointing_keeps_less(noise: PackedSet) -> None:
-    plain, less = (
-        sum(m.kept for m in memory_by_module(case, CPU, noise))
-        for case in (TINY, replace(TINY, activation_checkpointing=True))
-    )
-    assert less < 0.6 * plain
-
-
 # ---------------------------------------------------------------------------- the device
-def test_watts_of_rapl(tmp_path: Path) -> None:
-    zones = []
-    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
-        zone = tmp_path / name
-        zone.mkdir()
-        (zone / "energy_uj").write_text("900000000")
-        (zone / "max_energy_range_uj").write_text("1000000000")
-        zones.append(zone)
-    assert len(energy_counters(tmp_path)) == 2, "not the part of a package"
-    with PowerMeter(CPU, tmp_path) as power:
-        time.sleep(0.2)
-        (zones[0] / "energy_uj").write_text("910000000")  # 10 J
-        (zones[1] / "energy_uj").write_text("20000000")  # 120 J: the counter began anew
-    assert power.watts is not None and 130 / 2 < power.watts <= 130 / 0.2
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Stands for nvidia-ml-py."""
+    module = ModuleType("pynvml")
+    module.__spec__ = ModuleSpec("pynvml", None)
+    module.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
 
 
-def test_no_watts(tmp_path: Path) -> None:
-    with PowerMeter(CPU, tmp_path) as power:
-        pass
-    assert power.watts is None
+def test_watts_of_a_gpu(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 250_500)
+    assert gpu_watts(torch.device("cuda")) == 250.5
 
 
-def test_watts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", "print(' 250.5')"]
-    monkeypatch.setattr(device_module, "nvidia_smi", lambda device: command)
-    monkeypatch.setattr(device_module, "SAMPLE_SECONDS", 0.01)
-    with PowerMeter(torch.device("cuda")) as power:
-        time.sleep(0.5)
-    assert power.watts == 250.5
-    assert parse_watts("[N/A]\n") is None and parse_watts("") is None
-    assert parse_watts("68.32\n") == 68.32
+def test_no_watts(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_supported(device: torch.device) -> int:
+        raise nvml.NVMLError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "power_draw", not_supported)
+    assert gpu_watts(torch.device("cuda")) is None
+    monkeypatch.delitem(sys.modules, "pynvml")
+    monkeypatch.setattr(device_module, "find_spec", lambda name: None)
+    assert gpu_watts(torch.device("cuda")) is None
 
 
-# ---------------------------------------------------------------------------- traces
-def test_bytes_and_shares_of_operators() -> None:
-    a, b = torch.randn(300, 200), torch.randn(200, 100, dtype=torch.bfloat16)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(
-        activities=activities, record_shapes=True, profile_memory=True
-    ) as profiler:
-        c = a @ b.float()
-    shapes = {"Input Dims": [[300, 200], [200, 100]], "Input type": ["float", "float"]}
-    event = {"cat": "cpu_op", "name": "aten::mm", "args": shapes}
-    other = {"cat": "cpu_op", "name": "aten::mm", "args": {}}
-    read = input_bytes([event, event, other, {"name": "x"}])
-    assert read == {"aten::mm": 2 * 4 * (300 * 200 + 200 * 100)}
-    found = {o.name: o for o in operators(profiler.key_averages(), read, on_cpu=True)}
-    assert found["aten::mm"].bytes * 3 == pytest.approx(read["aten::mm"] + c.numel() * 4)
-    assert sum(o.share for o in found.values()) == pytest.approx(1)
+def test_a_cpu_has_no_watts(noise: PackedSet) -> None:
+    assert measure(TINY, CPU, noise, seconds=0.01).watts is None

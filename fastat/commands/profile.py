@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +28,9 @@ def profile(
     batch: Annotated[
         str | None,
         typer.Option(
-            help="Clips a step, or auto: as many as fit. Default: on a GPU the procedure's batch, "
-            "or where it does not fit, that over the paper's GPUs; on a CPU 4 of 64 x 400, 1 of "
-            "128 x 1024."
+            help="Clips a step, or auto: on a GPU, as many as fit. Default: on a GPU the "
+            "procedure's batch, or where it does not fit, that over the paper's GPUs; on a CPU 4 "
+            "of 64 x 400, 1 of 128 x 1024."
         ),
     ] = None,
     precision: Precision = "auto",
@@ -39,26 +38,16 @@ def profile(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile; default: on a GPU."),
     ] = None,
-    activation_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--activation-checkpointing", help="Compute activations again: less memory, slower."
-        ),
-    ] = False,
     seconds: Annotated[
         float | None,
-        typer.Option(help="That each case is timed, about; default: 8, on a GPU 3."),
+        typer.Option(help="Time to measure each case for, about; default: 8, on a GPU 3."),
     ] = None,
-    largest_batch: Annotated[
-        bool,
-        typer.Option(help="Look for the largest batch that fits; on a GPU that takes a while."),
-    ] = True,
     data: Annotated[
         Path | None, typer.Option(help="Packed set to take steps from; default: noise.")
     ] = None,
     clips: Annotated[
         int | None,
-        typer.Option(help="Of an epoch; default: AudioSet's, with --plan --data the set's."),
+        typer.Option(help="Clips of an epoch; default: those of --data, else AudioSet's."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this CSV.")] = None,
     plot: Annotated[
@@ -67,27 +56,18 @@ def profile(
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Of one case: write torch's trace (Chrome's JSON); the ten dearest operators."
+            help="Of one case: write torch's trace (Chrome's JSON); the ten slowest operators."
         ),
     ] = None,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="Of one case: the peak of memory by module.")
-    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="model.KEY=value, as for fastat train.")
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Rank what can be trained within a budget.")
-    ] = False,
     budget_hours: Annotated[
-        float | None, typer.Option(help="--plan: hours that a training may take; default: any.")
+        float | None, typer.Option(help="Rank what trains in so many hours by the paper's mAP.")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="--plan: memory it may take; default: what is free.")
+        float | None, typer.Option(help="Rank what takes no more memory by the paper's mAP.")
     ] = None,
-    measure_again: Annotated[
-        bool, typer.Option("--measure-again", help="--plan: forget the steps measured earlier.")
-    ] = False,
     json_: Json = False,
 ) -> None:
     """Measure what training costs on this machine, beside the paper's hours and mAP.
@@ -100,85 +80,68 @@ def profile(
 
     `fastat profile --proc A4 --model cnn_trans --model crnn --batch auto --json`
 
-    `fastat profile --proc A3 --model ast --trace step.json --memory`
+    `fastat profile --proc A3 --model ast --trace step.json`
 
-    `fastat profile --plan --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
+    `fastat profile --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
     from fastat.config import parse_field
     from fastat.outputs import check_output
-    from fastat.profile.cases import choices
-    from fastat.profile.plan_choices import check_options, parse_limits, planned
+    from fastat.profile.cases import Budget, at_paper_strides, choices
 
-    check_options(
-        plan,
-        {"--budget-hours": budget_hours is not None, "--memory-gib": memory_gib is not None,
-         "--measure-again": measure_again},
-        {"--strides": strides, "--batch": batch, "--csv": csv, "--plot": plot, "--trace": trace,
-         "--memory": memory, "--set": set_,
-         "--activation-checkpointing": activation_checkpointing},
-    )  # fmt: skip
-    budget = parse_limits(budget_hours, memory_gib)
+    budget = Budget(budget_hours, memory_gib)
+    ranked = budget_hours is not None or memory_gib is not None
     found = choices(proc or [], model or [], strides, set_ or [])
+    if ranked:
+        found = [at_stride for choice in found for at_stride in at_paper_strides(choice)]
     size = None if batch is None else parse_field("batch", batch, option="--batch")
     if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:
         raise UserError(f"--seconds must be a positive number, got {seconds}")
-    outputs = {"--csv": csv, "--plot": plot, "--trace": trace}
-    for option, path in outputs.items():
+    for option, path in (("--csv", csv), ("--plot", plot), ("--trace", trace)):
         check_output(option, path)
-    for option in [name for name, given in (("--trace", trace), ("--memory", memory)) if given]:
-        if len(found) != 1:
-            raise UserError(
-                f"{option} looks into one case: one --proc, one --model (and one of --strides), "
-                f"got {len(found)}"
-            )
-
-    if plan:
-        found = planned(found)
+    if trace is not None and len(found) != 1:
+        raise UserError(
+            "--trace looks into one case: one --proc, one --model (and one of --strides), "
+            f"got {len(found)}"
+        )
     if trace is not None:
         # Before torch is imported: its profiler writes lines of its own on standard error.
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from fastat.atomic import atomic_write_text
     from fastat.data.shards import sizes_of
+    from fastat.outputs import written
+    from fastat.profile.budget import rank
     from fastat.profile.rows import as_csv
-    from fastat.profile.run import Settings, look_inside
+    from fastat.profile.run import Settings
     from fastat.profile.run import profile as measure_all
     from fastat.profile.table import print_tables
     from fastat.system.device import choose_precision, default_device
 
-    if clips is None:  # the plan's command trains on --data: its hours are those of that set
-        clips = sizes_of(data)[0] if plan and data is not None else TRAIN_CLIPS
+    if clips is None:
+        clips = TRAIN_CLIPS if data is None else sizes_of(data)[0]
     device = default_device()
     settings = Settings(
         batch=size,
         precision=choose_precision(precision, device),
         compile=compile_,
-        activation_checkpointing=activation_checkpointing,
         seconds=seconds,
-        largest=largest_batch,
         data=data,
         clips=clips,
+        use_kept=ranked,
+        trace=trace,
     )
-    if plan:
-        from fastat.profile.plan import plan as make_plan
-        from fastat.profile.plan_table import print_plan
-
-        document = make_plan(found, device, settings, budget, measure_again=measure_again)
-        print(json.dumps(document)) if json_ else print_plan(document)
-        return
     document = measure_all(found, device, settings)
-    if trace is not None or memory:
-        settings = replace(settings, batch=document["rows"][0]["batch"])
-        document |= look_inside(found[0], device, settings, trace, memory)
+    if ranked:
+        document["budget"] = rank(document, budget, data)
     if csv is not None:
-        atomic_write_text(csv, as_csv(document))
+        with written(csv) as temporary:
+            temporary.write_text(as_csv(document))
     if plot is not None:
         from fastat.profile.plot import plot_profile
 
         plot_profile(plot, document)
     if json_:
         print(json.dumps(document))
-        return
-    print_tables(document, strides=strides is not None)
+    else:
+        print_tables(document, strides=strides is not None)

@@ -1,50 +1,71 @@
-"""What ``fastat profile`` is asked for: which models, procedures and strides, at which batch.
+"""What ``fastat profile`` is asked for: models, procedures, strides, the batch and the budget.
 
 Imports no torch, so that a mistake on the command line is answered at once.
 """
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastat.config import parse_settings, parse_stride
 from fastat.errors import UserError, nearest
 from fastat.paper import TABLE_2, TABLE_3
-from fastat.procedures import PROCEDURES, Procedure
+from fastat.procedures import AST_STRIDE, PROCEDURES, Procedure, small_set_sizes
 
 CPU_BATCH = {"logmel64": 4, "fbank128": 1}
-"""Clips a step by default on a CPU, by feature: about as many numbers in either."""
+"""Default number of clips in a step on a CPU, by feature: both are about 100,000 numbers."""
 
 MAX_STRIDE = 16
-"""A patch is as wide: farther apart they would leave gaps."""
+"""Width of a patch: a larger stride would leave gaps between patches."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A model under a procedure; the AST at a stride of its own."""
+    """A model under a procedure."""
 
     model: str
     proc: str
     options: dict[str, Any] = field(default_factory=dict)
-    """Of create_model, on top of the procedure's."""
+    """Keyword options of create_model, on top of the procedure's."""
 
     @property
     def procedure(self) -> Procedure:
-        """Table 1's."""
+        """The procedure of Table 1."""
         return PROCEDURES[self.proc]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a training may take; None: any amount.
+
+    Raises:
+        UserError: a limit is not a positive, finite number.
+    """
+
+    hours: float | None = None
+    memory_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = (("--budget-hours", self.hours), ("--memory-gib", self.memory_gib))
+        for option, value in limits:
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{option} takes a positive number, got {value:g}")
 
 
 def choices(
     procs: Sequence[str], models: Sequence[str], strides: str | None, settings: Sequence[str]
 ) -> list[Choice]:
-    """What there is to measure, by procedure.
+    """The cases to measure, sorted by procedure.
 
-    Without ``procs`` or ``models`` all, of which Table 2's filled cells remain; with ``strides``
-    the AST alone, under the procedures of Table 3.
+    Args:
+        procs, models: names; empty: all, of which the filled cells of Table 2 are taken.
+        strides: only the AST, under the procedures of Table 3, at each of these strides.
+        settings: ``model.KEY=value`` for every model.
 
     Raises:
-        UserError: an unknown or repeated name or stride, or nothing remains.
+        UserError: a name or stride is unknown or repeated, or nothing remains.
     """
     _known("--proc", procs, PROCEDURES)
     _known("--model", models, TABLE_2)
@@ -82,11 +103,24 @@ def trainable(model: str, proc: str) -> bool:
     return proc in TABLE_2[model].mAP or not TABLE_2[model].mAP
 
 
+def at_paper_strides(choice: Choice) -> list[Choice]:
+    """The paper's AST at its procedure's stride and at those for which Table 3 has an mAP; any
+    other model, or an AST with options of the user's, as it is."""
+    if choice.model != "ast" or choice.options.keys() - {"activation_checkpointing"}:
+        return [choice]
+    columns = TABLE_3.get(choice.proc, {})
+    scored = {stride for stride, column in columns.items() if column.mAP is not None}
+    return [
+        replace(choice, options=choice.options | {"fstride": stride, "tstride": stride})
+        for stride in sorted(scored | {AST_STRIDE[choice.proc]})
+    ]
+
+
 def parse_strides(text: str) -> list[dict[str, int]]:
-    """``4,6,8x10``: distances of patches, FxT or one number for both axes, as AST's options.
+    """``4,6,8x10``: strides of the patches, FxT or one number for both axes, as AST's options.
 
     Raises:
-        UserError: not of that form, not in 1..16, or the same twice.
+        UserError: another form, a number that is not in 1..16, or the same stride twice.
     """
     pairs: list[dict[str, int]] = []
     for word in text.split(","):
@@ -104,10 +138,16 @@ def parse_strides(text: str) -> list[dict[str, int]]:
     return pairs
 
 
-def default_batch(choice: Choice, device: str) -> int:
-    """Clips a step: on a GPU the procedure's batch, which ``fastat train`` takes on one."""
-    p = choice.procedure
-    return p.batch if device == "cuda" else CPU_BATCH[p.feature]
+def trained_batch(procedure: Procedure, clips: int) -> int:
+    """Clips in a step of ``fastat train`` without --batch, on a set of ``clips``."""
+    small = small_set_sizes(procedure, clips)
+    return procedure.batch if small is None else small.batch
+
+
+def trained_epochs(procedure: Procedure, clips: int) -> int:
+    """Epochs of ``fastat train`` without --epochs, on a set of ``clips``."""
+    small = small_set_sizes(procedure, clips)
+    return procedure.epochs if small is None else small.epochs
 
 
 def _known(option: str, names: Sequence[str], known: dict[str, Any]) -> None:

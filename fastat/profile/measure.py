@@ -1,18 +1,19 @@
-"""What a training step costs on a device, measured: its parts, the whole of it, memory, power.
+"""Measures what a training step costs on a device: time, also by part, memory and power.
 
 The step is the trainer's: rows of a packed set, read a step ahead; front end; model, loss, backward
-pass and Adam. On a GPU its parts are timed by events, in steps of their own whose kernels are
-launched one by one; the whole is the time from one step's end to the next, as a CUDA graph and with
-all that the trainer overlaps. On a CPU, where nothing overlaps, the same steps give both.
+pass and Adam. On a GPU two series of steps are timed. In the first, kernels are launched one by
+one, and CUDA events time the parts. In the second, the step is a CUDA graph and overlaps with the
+same work as in training; its duration is from one step's end to the next. On a CPU nothing
+overlaps, and one series gives both.
 """
 
-import gc
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import quantiles
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +22,29 @@ from fastat.data.loader import Batch, PackedSource, with_features
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.distributed import ALONE
-from fastat.environment import memory_is_full
-from fastat.errors import Failure
 from fastat.features import FEATURES
 from fastat.finetune import parameter_groups, train_mode
 from fastat.frontend import Frontend
-from fastat.host import free_memory
-from fastat.memory import Workload, step_bytes
+from fastat.memory import Workload
 from fastat.models.base import TaggingModel
 from fastat.nonfinite import BufferGuard
 from fastat.optim import create_adam
 from fastat.procedures import PROCEDURES, Procedure, model_options
-from fastat.profile.device import PowerMeter
+from fastat.profile.device import gpu_watts, out_of_memory, peak_bytes, restart_peak
 from fastat.readback import BEHIND
 from fastat.step import TrainingStep, why_not_captured
 
 SECONDS = {"cuda": 3.0, "cpu": 8.0}
-"""How long steps are timed, about."""
+"""Seconds for which steps are timed, by default."""
 
 ROUNDS = (2, 200)
-"""Steps that are timed, at least and at most: two of half a minute each say enough."""
+"""Least and largest number of steps that are timed."""
 
 WARM_UP = {"cuda": 5, "cpu": 1}
-"""Steps before; the first ones compile, choose algorithms, take memory, and capture a graph."""
+"""Steps before the timed ones. They compile, choose algorithms, allocate and capture a graph."""
 
 DATA_ROUNDS = 10
 PARTS = ("frontend", "forward", "backward", "optimizer")
-
-
-class OutOfMemory(Failure):
-    """The step does not fit the device's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +54,26 @@ class Case:
     model: str
     proc: str
     options: dict[str, Any] = field(default_factory=dict)
-    """Of create_model, on top of what the procedure asks for: fstride, tstride, ..."""
+    """Keyword options of create_model, on top of what the procedure asks for."""
     batch: int
-    """Clips a step, on one device."""
+    """Clips in a step, on one device."""
     precision: str = "fp32"
     compile: bool = False
-    activation_checkpointing: bool = False
 
     @property
     def procedure(self) -> Procedure:
+        """The procedure of Table 1."""
         return PROCEDURES[self.proc]
 
     @property
     def model_options(self) -> dict[str, Any]:
         """All keyword options of create_model."""
-        given = model_options(self.model, self.procedure) | self.options
-        return given | {"activation_checkpointing": self.activation_checkpointing}
+        return model_options(self.model, self.procedure) | self.options
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return bool(self.options.get("activation_checkpointing"))
 
     @property
     def strides(self) -> tuple[int, int] | tuple[None, None]:
@@ -87,7 +85,7 @@ class Case:
 
     @property
     def step(self) -> tuple[Any, ...]:
-        """Equal for cases whose step is the same work: procedures may differ in what costs nothing
+        """Equal for cases whose steps do the same work; procedures may differ in learning rate
         alone."""
         options = tuple(sorted(self.model_options.items()))
         feature = self.procedure.feature
@@ -122,7 +120,7 @@ class Spread:
 
     @classmethod
     def of(cls, ms: list[float]) -> "Spread":
-        """Of at least one measured duration."""
+        """The spread of at least one measured duration."""
         if len(ms) == 1:
             return cls(ms[0], ms[0], ms[0])
         low, median, high = quantiles(ms, n=4, method="inclusive")
@@ -131,17 +129,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a case's step takes."""
+    """What one step of a case takes."""
 
     ms: dict[str, Spread]
-    """Of one batch: data (reading it, which the step overlaps), frontend, forward, backward (and
-    the look for what is not finite), optimizer, and step: end to end."""
+    """Durations for one batch: data (reading it, while the step before runs), frontend, forward,
+    backward (with the check for non-finite values), optimizer, and step, from end to end."""
     rounds: int
-    """Steps timed."""
+    """Number of steps that were timed."""
     peak_bytes: int
-    """The allocator's peak; on a CPU, which has none, ``memory.step_bytes``' estimate."""
+    """Peak memory: of the allocator on a GPU, of the process on a CPU."""
     watts: float | None
-    """Drawn while steps ran; None where the driver tells none."""
+    """Power of the GPU while steps ran; None on a CPU, and where the driver has no reading."""
 
 
 def measure(
@@ -157,64 +155,32 @@ def measure(
         return _measure(case, device, packed, seconds or SECONDS[device.type])
 
 
-@contextmanager
-def out_of_memory(device: torch.device) -> Iterator[None]:
-    """Makes OutOfMemory of what torch raises; unused memory is given back before and after."""
-    give_back(device)
-    full = None
-    try:
-        yield
-    except RuntimeError as error:
-        if not memory_is_full(error):
-            raise
-        full = str(error)
-    finally:
-        give_back(device)
-    if full is not None:
-        raise OutOfMemory(full)
-
-
-def give_back(device: torch.device) -> None:
-    """What nobody refers to any more; after an error, its frames do until it is handled."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
     if case.compile:
         torch._dynamo.reset()  # or a shape after another would be compiled for any shape
-    peak = 0
-    if device.type == "cpu":
-        peak = step_bytes(
-            case.workload(packed.clip_samples, len(packed.classes)), case.batch, device
-        )
-        if peak > free_memory():  # the kernel would end this process, or others
-            raise torch.OutOfMemoryError(f"a step takes {peak / 2**30:.1f} GiB")
     torch.manual_seed(0)
+    restart_peak(device)
     training = Training(case, device, packed)
-    clock = Clock(device)
-    ms = {"data": _data_ms(training, clock)}
-    power = PowerMeter(device)
+    ms = {"data": _data_ms(training)}
     if device.type == "cuda":
-        _, parts = _timed_steps(training, clock, seconds / 3, marked=True)
-        torch.cuda.reset_peak_memory_stats(device)
-        steps, _ = _timed_steps(training, clock, seconds, marked=False, power=power)
-        peak = torch.cuda.max_memory_allocated(device)
+        parts = _timed_steps(training, seconds / 3, marked=True).parts
+        restart_peak(device)
+        timed = _timed_steps(training, seconds, marked=False)
     else:
-        steps, parts = _timed_steps(training, clock, seconds, marked=True, power=power)
-    ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(steps)}
-    return Measured(ms, len(steps), peak, power.watts)
+        timed = _timed_steps(training, seconds, marked=True)
+        parts = timed.parts
+    ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(timed.steps)}
+    return Measured(ms, len(timed.steps), peak_bytes(device), timed.watts)
 
 
 class Clock:
-    """Moments in the device's work; taking one does not wait for it."""
+    """Timestamps in the order of the device's work; taking one does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> Any:
-        """An event on a GPU's current stream; the time on a CPU, in s."""
+        """A timestamp: an event on a GPU's current stream, seconds on a CPU."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -222,24 +188,24 @@ class Clock:
         return event
 
     def ms(self, start: Any, end: Any) -> float:
-        """Between two moments, both over."""
+        """Milliseconds between two timestamps that the device has reached."""
         if self.device.type == "cpu":
             return float(end - start) * 1e3
         return float(start.elapsed_time(end))
 
     def wait_for(self, moment: Any) -> None:
-        """Until a moment is over, as on a CPU it is."""
+        """Waits until the device has reached a timestamp."""
         if self.device.type == "cuda":
             moment.synchronize()
 
     def wait(self) -> None:
-        """Until the device has done everything asked of it."""
+        """Waits until the device has done all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 class Training:
-    """What the trainer has on its device, without a run folder."""
+    """Model, front end, optimizer and data of a training, without a run folder."""
 
     def __init__(self, case: Case, device: torch.device, packed: PackedSet) -> None:
         self.case, self.device, self.packed = case, device, packed
@@ -264,9 +230,7 @@ class Training:
             device=device,
         )
         self.guard = BufferGuard(self.raw_model)
-        self.why_not_captured = why_not_captured(
-            device, ALONE, checkpointing=case.activation_checkpointing
-        )
+        self.why_not_captured = why_not_captured(device, ALONE, checkpointing=case.checkpointing)
         self.marks: list[Any] | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self.mark())
         self.model.mark = self.mark
@@ -285,12 +249,12 @@ class Training:
         )
 
     def mark(self) -> None:
-        """A part of the step ends here."""
+        """Records that a part of the step ends here, where parts are timed."""
         if self.marks is not None:
             self.marks.append(self.clock.now())
 
     def batches(self) -> Generator[Batch]:
-        """Without end."""
+        """Batches without end."""
         source = PackedSource(self.packed, self.device, sampler=self.sampler)
         return source.batches(self._plans())
 
@@ -303,7 +267,7 @@ class Training:
             i += 1
 
     def taker(self, *, graph: bool) -> TrainingStep:
-        """What takes steps; ``graph``: captured, where that is possible."""
+        """A function that takes steps; ``graph``: as a CUDA graph, where that is possible."""
         return TrainingStep(
             self.model,
             self.params,
@@ -315,7 +279,7 @@ class Training:
         )
 
     def step(self, batch: Batch) -> Tensor:
-        """One step, one part after the other, not captured; the loss."""
+        """Takes one step, part after part and not as a CUDA graph; returns the loss."""
         features = batch.features(self.frontend)
         self.mark()
         taken = self.one_by_one(features, batch.target, self.case.procedure.lr)
@@ -323,7 +287,7 @@ class Training:
         return taken.loss
 
     def steps(self, *, overlapped: bool) -> Generator[None]:
-        """A step each time; ``overlapped``: as the trainer takes them on a GPU."""
+        """Takes a step each time; ``overlapped``: as the trainer does on a GPU."""
         with closing(self.batches()) as batches:
             if overlapped:
                 take = self.taker(graph=True)
@@ -338,7 +302,7 @@ class Training:
 
 
 class Marked(nn.Module):
-    """A model whose end of the forward pass is marked."""
+    """A model that calls ``mark`` at the end of the forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -351,52 +315,55 @@ class Marked(nn.Module):
         return logits
 
 
-def _data_ms(training: Training, clock: Clock) -> Spread:
-    """A batch from the set to the device, with nothing else to do."""
+def _data_ms(training: Training) -> Spread:
+    """Duration of reading a batch to the device while nothing else runs."""
     with closing(training.batches()) as batches:
         next(batches)
         moments = [time.perf_counter()]
         for _ in range(DATA_ROUNDS):
             next(batches)
-            clock.wait()
+            training.clock.wait()
             moments.append(time.perf_counter())
-    return Spread.of([(b - a) * 1e3 for a, b in zip(moments, moments[1:], strict=False)])
+    return Spread.of([(b - a) * 1e3 for a, b in pairwise(moments)])
 
 
-def _timed_steps(
-    training: Training,
-    clock: Clock,
-    seconds: float,
-    *,
-    marked: bool,
-    power: PowerMeter | None = None,
-) -> tuple[list[float], dict[str, list[float]]]:
-    """Durations in ms: of steps from end to end, and of their parts.
+class Timed(NamedTuple):
+    """Steps that were timed."""
 
-    ``power`` is read while steps are timed, not while the warm-up compiles and captures.
-    """
+    steps: list[float]
+    """Durations from end to end, in ms."""
+    parts: dict[str, list[float]]
+    """Durations of each part, in ms; empty lists where parts were not marked."""
+    watts: float | None
+    """Power of the GPU during the last of them."""
+
+
+def _timed_steps(training: Training, seconds: float, *, marked: bool) -> Timed:
+    """Takes steps for about ``seconds``, after a warm-up; ``marked``: one part after another."""
+    clock = training.clock
     marks: list[list[Any]] = []
+    watts = None
     with closing(training.steps(overlapped=not marked)) as steps:
         for _ in range(WARM_UP[training.device.type]):
             next(steps)
         clock.wait()
         low, high = ROUNDS
-        with power or nullcontext():
-            start = time.perf_counter()
-            ends = [clock.now()]
-            while len(ends) <= low or (len(ends) <= high and time.perf_counter() - start < seconds):
-                if marked:
-                    training.marks = []
-                    marks.append(training.marks)
-                next(steps)
-                ends.append(clock.now())
-                if len(ends) > BEHIND:  # as the trainer: batches the host has ready take memory
-                    clock.wait_for(ends[-1 - BEHIND])
-            clock.wait()
+        start = time.perf_counter()
+        ends = [clock.now()]
+        while len(ends) <= low or (len(ends) <= high and time.perf_counter() - start < seconds):
+            if marked:
+                training.marks = []
+                marks.append(training.marks)
+            next(steps)
+            ends.append(clock.now())
+            if len(ends) > BEHIND:  # as the trainer: batches the host has ready take memory
+                clock.wait_for(ends[-1 - BEHIND])
+        if training.device.type == "cuda":
+            watts = gpu_watts(training.device)  # while steps still run
+        clock.wait()
         training.marks = None
-    durations = [clock.ms(a, b) for a, b in zip(ends, ends[1:], strict=False)]
     parts: dict[str, list[float]] = {name: [] for name in PARTS}
     for moments in marks:
-        for name, a, b in zip(PARTS, moments[:-1], moments[1:], strict=True):
+        for name, (a, b) in zip(PARTS, pairwise(moments), strict=True):
             parts[name].append(clock.ms(a, b))
-    return durations, parts
+    return Timed([clock.ms(a, b) for a, b in pairwise(ends)], parts, watts)

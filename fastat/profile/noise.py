@@ -11,7 +11,7 @@ from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.paper import NUM_CLASSES
 
 NUM_CLIPS = 256
-"""82 MB: in the page cache once written, as a set that fits the host's memory."""
+"""82 MB, which stay in the page cache."""
 
 
 def noise_set(

@@ -1,4 +1,4 @@
-"""The picture of ``fastat profile``: cost against stride, and the paper's mAP against cost.
+"""The chart of ``fastat profile``: cost against stride, and the paper's mAP against cost.
 
 matplotlib's Agg canvas, without pyplot: no display, no global state.
 """
@@ -18,18 +18,18 @@ from fastat.profile.rows import Document, Row, best_value
 
 INK, PALE = "#333333", "#777777"
 COLOURS = {"A1": "#0b5394", "A2": "#6fa8dc", "A3": "#b45309", "A4": "#e69f00"}
-"""Procedures; blue: 128 x 1024, orange: 64 x 400; dark: from ImageNet weights."""
+"""By procedure: blue for 128 x 1024, orange for 64 x 400; dark for ImageNet weights."""
 
 
 def plot_profile(path: Path, document: Document) -> None:
-    """Writes the picture as PNG. Raises Failure where it cannot be written."""
+    """Writes the chart as PNG. Raises Failure where it cannot be written."""
     figure = draw(document)
     with written(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def draw(document: Document) -> Figure:
-    """mAP against cost; to its left, of the AST at several strides, cost against stride."""
+    """Draws mAP against cost; with several strides of the AST also cost against stride."""
     rows = [row for row in document["rows"] if row["hours_per_epoch"] is not None]
     squares = [
         row for row in rows if row["fstride"] is not None and row["fstride"] == row["tstride"]
@@ -125,11 +125,11 @@ def _map_against_cost(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("mAP on AudioSet, the paper's", color=INK)
     if known:
         # in a frame, or its dots look like the rows'
-        axes.legend(edgecolor="#bbbbbb", fontsize=9, labelcolor=INK, loc="lower right")
+        axes.legend(edgecolor="#bbbbbb", fontsize=9, labelcolor=INK)
 
 
 def _hours(axes: Axes, which: str) -> None:
-    """Plain numbers on a logarithmic axis, also between the powers of ten."""
+    """Labels a logarithmic axis with plain numbers, also between the powers of ten."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = axis.get_view_interval()
     crowded = high > 300 * low

@@ -1,4 +1,4 @@
-"""A measured case as a row of ``fastat profile``: what it costs, and the paper's beside it.
+"""A measured case as a row of ``fastat profile``, beside the paper's figures.
 
 The rows' names are a promise: schema ``fastat.profile/1``.
 """
@@ -7,44 +7,45 @@ import csv
 import io
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fastat.costs import PASSES, count_parameters
+from fastat.costs import PASSES, count_parameters, gflop_by_module
 from fastat.environment import environment
 from fastat.features import FEATURES
 from fastat.models.conformer import STACKED_FRAMES
 from fastat.models.layers import TalNet
 from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS, PaperStride
 from fastat.procedures import AST_STRIDE
-from fastat.profile.measure import Case, Measured
-from fastat.profile.parts import PARTS, gflop_parts
+from fastat.profile.cases import trained_epochs
+from fastat.profile.measure import PARTS, Case, Measured
 from fastat.system.device import device_name
 
 SCHEMA = "fastat.profile/1"
-MS = ("data", "frontend", "forward", "backward", "optimizer", "step")
+MS = ("data", *PARTS, "step")
 Row = dict[str, Any]
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What is known of a case without a device."""
+    """What can be counted without running a case."""
 
     params: int
-    gflop_parts: dict[str, float]
-    """Of a clip's forward pass."""
+    gflop_by_module: dict[str, float]
+    """GFLOP of a clip's forward pass."""
     grid: tuple[int, int] | None
-    """AST: patches along the mel and the time axis."""
+    """Number of the AST's patches along the mel and the time axis; None for other models."""
     tokens: int | None
-    """That the attention layers see; None: there are none."""
+    """Length of the sequence in attention layers; None without such layers."""
 
     @property
     def gflop(self) -> float:
-        """Of all parts."""
-        return sum(self.gflop_parts.values())
+        """GFLOP of all modules."""
+        return sum(self.gflop_by_module.values())
 
 
 def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
@@ -62,7 +63,7 @@ def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
         "cnn_trans": frames // math.prod(pool for pool, _ in TalNet.POOLS),
     }.get(case.model)
     params = count_parameters(model)
-    return Counted(params, gflop_parts(model, frames, feature.num_mels), grid, tokens)
+    return Counted(params, gflop_by_module(model, frames, feature.num_mels), grid, tokens)
 
 
 def make_row(
@@ -73,7 +74,6 @@ def make_row(
     num_frames: int,
     clips: int = TRAIN_CLIPS,
     ceiling: float | None = None,
-    largest_batch: int | None = None,
 ) -> Row:
     """One row of the document.
 
@@ -98,14 +98,13 @@ def make_row(
         "tokens": counted.tokens,
         "params": counted.params,
         "gflop": counted.gflop,
-        "gflop_parts": counted.gflop_parts,
+        "gflop_by_module": counted.gflop_by_module,
         "precision": case.precision,
         "compiled": case.compile,
         "batch": case.batch,
-        "activation_checkpointing": case.activation_checkpointing,
+        "activation_checkpointing": case.checkpointing,
         "out_of_memory": measured is None,
         "peak_memory_gib": None,
-        "largest_batch": largest_batch,
         "ms": None,
         "clips_per_s": None,
         "tflops": None,
@@ -123,14 +122,15 @@ def make_row(
         return row
     clips_per_s = case.batch / measured.ms["step"].median * 1e3
     flop_per_s = PASSES * counted.gflop * 1e9 * clips_per_s
-    hours = clips / clips_per_s / 3600 * procedure.epochs
+    hours_per_epoch = clips / clips_per_s / 3600
+    hours = hours_per_epoch * trained_epochs(procedure, clips)
     return row | {
         "peak_memory_gib": measured.peak_bytes / 2**30,
         "ms": {name: asdict(measured.ms[name]) for name in MS},
         "clips_per_s": clips_per_s,
         "tflops": flop_per_s / 1e12,
         "percent_of_ceiling": None if ceiling is None else 100 * flop_per_s / ceiling,
-        "hours_per_epoch": hours / procedure.epochs,
+        "hours_per_epoch": hours_per_epoch,
         "hours": hours,
         "watts": measured.watts,
         "kwh": None if measured.watts is None else measured.watts * hours / 1000,
@@ -138,12 +138,12 @@ def make_row(
 
 
 def is_the_papers(case: Case) -> bool:
-    """Whether the model is the paper's, strides aside: no option of the user's changed it."""
-    return case.options.keys() <= {"fstride", "tstride"}
+    """Whether the model computes what the paper's does, strides aside."""
+    return case.options.keys() <= {"fstride", "tstride", "activation_checkpointing"}
 
 
 def paper_map(case: Case) -> float | None:
-    """Table 2's mAP; of an AST at another stride than there Table 3's. None: the paper has none."""
+    """The mAP in Table 2, or in Table 3 for an AST at another stride; None without one."""
     if not is_the_papers(case):
         return None
     stride = AST_STRIDE[case.proc]
@@ -154,7 +154,7 @@ def paper_map(case: Case) -> float | None:
 
 
 def paper_stride(case: Case) -> PaperStride | None:
-    """The column of Table 3 that an AST is, if any."""
+    """The column of Table 3 for an AST, if it has one."""
     fstride, tstride = case.strides
     if fstride is None or fstride != tstride:
         return None
@@ -179,34 +179,37 @@ def document(
     }
 
 
+def stride_of(row: Row) -> str:
+    """The stride as ``--stride`` takes it; empty for models without one."""
+    return "" if row["fstride"] is None else f"{row['fstride']}x{row['tstride']}"
+
+
 def as_csv(document: Document) -> str:
-    """The rows flat, one a line, with the device in front; a duration is its median, with _low and
-    _high."""
-    lines = []
-    for row in document["rows"]:
-        line: Row = {"device": document["device"]}
-        for name, value in row.items():
-            if name == "gflop_parts":
-                line |= {f"gflop_{part}": value[part] for part in PARTS}
-            elif name == "ms":
-                for key in MS:
-                    spread = value[key] if value else dict.fromkeys(("median", "low", "high"))
-                    line[f"ms_{key}"] = spread["median"]
-                    line |= {f"ms_{key}_{end}": spread[end] for end in ("low", "high")}
-            elif name == "grid":
-                line[name] = value and "x".join(map(str, value))
-            else:
-                line[name] = value
-        lines.append(line)
+    """The rows, one a line, with the device in front. Nested values get columns such as ms_step_low
+    and gflop_by_module_head; ms_step is the median."""
+    device = {"device": document["device"]}
+    lines = [device | dict(_flat(row)) for row in document["rows"]]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
 
 
+def _flat(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        column = prefix.removesuffix("_") if name == "median" else prefix + name
+        if isinstance(value, dict):
+            yield from _flat(value, f"{column}_")
+        elif name == "grid":
+            yield column, value and "x".join(map(str, value))
+        elif name != "ms":  # a step that did not fit has none
+            yield column, value
+
+
 def best_value(rows: list[Row]) -> list[Row]:
-    """The rows for which no other has as high a paper's mAP in as few hours; by hours."""
+    """The rows such that no other has as high an mAP in the paper in as few hours; by hours."""
     known = [r for r in rows if r["hours"] is not None and r["paper_map"] is not None]
     found: list[Row] = []
     for row in sorted(known, key=lambda r: (r["hours"], -r["paper_map"])):

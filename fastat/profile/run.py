@@ -1,9 +1,9 @@
-"""Measures every case that ``fastat profile`` was asked for, and writes what came out."""
+"""Measures every case that ``fastat profile`` was asked for."""
 
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 
 from fastat.compiling import keep_compiled
 from fastat.data.shards import PackedSet
+from fastat.environment import environment
+from fastat.errors import UserError
 from fastat.features import FEATURES
 from fastat.launch import cache_folder
 from fastat.memory import largest_batch, memory_limit
-from fastat.profile.cases import Choice, default_batch
-from fastat.profile.device import matmul_flop_per_s
-from fastat.profile.measure import Case, Measured, OutOfMemory, measure
-from fastat.profile.modules import memory_by_module
+from fastat.profile.cases import CPU_BATCH, Choice, trained_batch
+from fastat.profile.device import OutOfMemory, matmul_flop_per_s
+from fastat.profile.kept import KeptSteps
+from fastat.profile.measure import Case, Measured, measure
 from fastat.profile.noise import noise_set
 from fastat.profile.rows import Document, count, document, make_row
-from fastat.profile.trace import SHOWN, trace
+from fastat.profile.trace import trace
 from fastat.progress import progress
 from fastat.system.device import supports_triton
 
@@ -30,23 +32,25 @@ class Settings:
     """How steps are taken."""
 
     batch: int | str | None = None
-    """Clips a step; "auto": as many as fit; None: ``default_batch``."""
+    """Clips in a step; "auto": as many as fit a GPU; None: ``default_batch``."""
     precision: str = "fp32"
     compile: bool | None = None
-    """None: as the trainer, on a GPU."""
-    activation_checkpointing: bool = False
+    """None: as ``fastat train``, which compiles on a GPU."""
     seconds: float | None = None
-    """That each case is timed; None: ``measure.SECONDS``."""
-    largest: bool = True
-    """Also looks for the largest batch that fits."""
+    """Time for which each case is measured; None: ``measure.SECONDS``."""
     data: Path | None = None
     """A packed set; None: noise."""
     clips: int
-    """Of the epoch that hours are of."""
+    """Clips of an epoch, to compute hours."""
+    use_kept: bool = False
+    """Steps that were measured earlier, with the same settings and versions, are not measured
+    again."""
+    trace: Path | None = None
+    """A file to write a trace of the only case to."""
 
 
 def opened(data: Path | None, stack: ExitStack) -> PackedSet:
-    """The set that steps are taken from; noise goes with ``stack``.
+    """The set that steps are taken from; noise is removed with ``stack``.
 
     Raises:
         UserError, Failure: ``data`` is no packed set, or is damaged.
@@ -60,64 +64,78 @@ def opened(data: Path | None, stack: ExitStack) -> PackedSet:
     return packed
 
 
+def default_batch(choice: Choice, device: torch.device, clips: int) -> int:
+    """Clips in a step: the batch of ``fastat train``, on a CPU at most CPU_BATCH."""
+    trained = trained_batch(choice.procedure, clips)
+    if device.type == "cuda":
+        return trained
+    return min(trained, CPU_BATCH[choice.procedure.feature])
+
+
 def make_case(choice: Choice, device: torch.device, settings: Settings) -> Case:
-    """A choice as a step; where the batch is "auto", of one clip for now."""
-    compiled = settings.compile
-    batch = settings.batch or default_batch(choice, device.type)
-    options = dict(choice.options)
-    less_memory = options.pop("activation_checkpointing", False)  # by --set, as for fastat train
+    """The step of a choice; with a single clip where the batch is "auto", which is found later."""
+    batch = settings.batch or default_batch(choice, device, settings.clips)
     return Case(
         model=choice.model,
         proc=choice.proc,
-        options=options,
+        options=choice.options,
         batch=batch if isinstance(batch, int) else 1,
         precision=settings.precision,
-        compile=supports_triton(device) if compiled is None else compiled,
-        activation_checkpointing=settings.activation_checkpointing or less_memory,
+        compile=supports_triton(device) if settings.compile is None else settings.compile,
     )
 
 
-def of_memory(case: Case) -> tuple[Any, ...]:
-    """Equal for cases that take the same memory at the same batch."""
-    return replace(case, batch=1).step
-
-
-def largest_batches(
-    cases: Sequence[Case], size: tuple[int, int], device: torch.device, settings: Settings
-) -> dict[tuple[Any, ...], int | None]:
-    """The largest batch that fits, by ``of_memory``; None where not one clip does.
-
-    Without ``--batch auto`` it is only shown: then no step is compiled for it, which would take
-    minutes and saves some memory.
+def with_largest_batches(
+    cases: Sequence[Case], size: tuple[int, int], device: torch.device
+) -> list[Case]:
+    """Each case at the largest batch that fits the GPU, at one clip where none does.
 
     Args:
         size: samples of a clip, and classes.
     """
-    auto = settings.batch == "auto"
-    different = {of_memory(case): case for case in cases}
-    found: dict[tuple[Any, ...], int | None] = {}
-    with progress("looking for the largest batch", len(different), "models") as advance:
-        for key, case in different.items():
-            work = replace(case.workload(*size), compile=case.compile and auto)
-            found[key] = largest_batch(work, device, memory_limit(device))
-            advance()
-    return found
+    found: dict[tuple[Any, ...], int] = {}
+    same = [replace(case, batch=1).step for case in cases]  # the same memory at any batch
+    with progress("looking for the largest batch", len(set(same)), "models") as advance:
+        for key, case in zip(same, cases, strict=True):
+            if key not in found:
+                work = case.workload(*size)
+                found[key] = largest_batch(work, device, memory_limit(device)) or 1
+                advance()
+    return [replace(case, batch=found[key]) for key, case in zip(same, cases, strict=True)]
 
 
-def fitting(case: Case, most: int) -> Case:
-    """A step at a default batch: of more clips than fit, what each of the paper's GPUs had."""
-    if case.batch <= most:
-        return case
+def measure_case(
+    case: Case, device: torch.device, packed: PackedSet, settings: Settings
+) -> tuple[Case, Measured | None]:
+    """Measures a step; a default batch that does not fit becomes what one of the paper's GPUs had
+    of it.
+
+    Returns:
+        the case that was measured, and None where it does not fit.
+    """
     share = case.procedure.batch // case.procedure.paper_gpus
-    return replace(case, batch=min(case.batch, share))
+    try:
+        return case, measure(case, device, packed, seconds=settings.seconds)
+    except OutOfMemory:
+        if settings.batch is not None or share >= case.batch:
+            return case, None
+    smaller = replace(case, batch=share)
+    try:
+        return smaller, measure(smaller, device, packed, seconds=settings.seconds)
+    except OutOfMemory:
+        return smaller, None
 
 
 def profile(choices: Sequence[Choice], device: torch.device, settings: Settings) -> Document:
     """Measures ``choices``; a step that several procedures share is measured once.
 
     Raises:
-        UserError: a model's options are impossible.
+        UserError: a model's options are impossible, or the batch is "auto" on a CPU.
+        OutOfMemory: there is no trace, as the step does not fit.
+        Failure: a kept step is damaged, or a file cannot be written.
     """
+    if settings.batch == "auto" and device.type != "cuda":
+        raise UserError("--batch auto needs a GPU: on a CPU give a number of clips, as --batch 4")
     with ExitStack() as stack:
         packed = opened(settings.data, stack)
         size = packed.clip_samples, len(packed.classes)
@@ -125,65 +143,43 @@ def profile(choices: Sequence[Choice], device: torch.device, settings: Settings)
         counted = [count(case, *size) for case in cases]  # finds options that are impossible
         if cases[0].compile:
             keep_compiled(cache_folder() / "compiled")
-        fits = {}
-        if settings.batch == "auto" or settings.largest:
-            fits = largest_batches(cases, size, device, settings)
         if settings.batch == "auto":
-            cases = [replace(case, batch=fits[of_memory(case)] or 1) for case in cases]
-        elif settings.batch is None and fits:
-            cases = [fitting(case, fits[of_memory(case)] or 0) for case in cases]
+            cases = with_largest_batches(cases, size, device)
         ceiling = matmul_flop_per_s(device, settings.precision)
-        measured: dict[tuple[Any, ...], Measured | None] = {}
-        steps = {case.step: case for case in reversed(cases)}  # the first of equal ones
-        with progress("measuring", len(steps), "steps") as advance:
-            for key, case in reversed(steps.items()):
-                try:
-                    measured[key] = measure(case, device, packed, seconds=settings.seconds)
-                except OutOfMemory:
-                    measured[key] = None
-                advance()
+        data = settings.data and str(settings.data.resolve())
+        setup = {"environment": environment(device), "size": size, "data": data}
+        kept = KeptSteps(cache_folder() / "profile", setup)
+        measured: dict[tuple[Any, ...], tuple[Case, Measured | None]] = {}
+        if settings.use_kept:
+            measured = {c.step: (c, found) for c in cases if (found := kept.read(c)) is not None}
+        missing: dict[tuple[Any, ...], Case] = {}
+        for case in cases:
+            if case.step not in measured:
+                missing.setdefault(case.step, case)
+        if missing:
+            with progress("measuring", len(missing), "steps") as advance:
+                for step, case in missing.items():
+                    taken, found = measured[step] = measure_case(case, device, packed, settings)
+                    if found is not None:
+                        kept.write(taken, found)
+                    advance()
         # Again: other work on the machine may have come between, and a ceiling is the most.
         ceiling = max(ceiling, matmul_flop_per_s(device, settings.precision))
-        rows = [
-            make_row(
-                case,
+        rows = []
+        for case, of_model in zip(cases, counted, strict=True):
+            taken, found = measured[case.step]
+            row = make_row(
+                replace(case, batch=taken.batch),
+                of_model,
                 found,
-                measured[case.step],
                 num_frames=FEATURES[case.procedure.feature].num_frames(packed.clip_samples),
                 clips=settings.clips,
                 ceiling=ceiling,
-                largest_batch=fits.get(of_memory(case)),
             )
-            for case, found in zip(cases, counted, strict=True)
-        ]
-        return document(rows, device, clips=settings.clips, ceiling=ceiling)
-
-
-def look_inside(
-    choice: Choice, device: torch.device, settings: Settings, trace_file: Path | None, memory: bool
-) -> dict[str, Any]:
-    """What ``--trace`` and ``--memory`` add to the document; ``settings.batch``: a number.
-
-    Raises:
-        UserError: the model's options are impossible.
-        OutOfMemory: the step does not fit.
-        Failure: the trace cannot be written.
-    """
-    found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        packed = opened(settings.data, stack)
-        size = packed.clip_samples, len(packed.classes)
-        case = make_case(choice, device, settings)
-        count(case, *size)
-        if case.compile:
-            keep_compiled(cache_folder() / "compiled")
-        if memory:
-            modules = memory_by_module(case, device, packed)
-            found["memory"] = {
-                "estimated": device.type == "cpu",
-                "modules": [asdict(m) | {"peak": m.peak} for m in modules],
-            }
-        if trace_file is not None:
-            operators = trace(case, device, packed, trace_file)[:SHOWN]
-            found["trace"] = {"file": str(trace_file), "operators": [asdict(o) for o in operators]}
-    return found
+            rows.append(row)
+        result = document(rows, device, clips=settings.clips, ceiling=ceiling)
+        if settings.trace is not None:
+            taken, _ = measured[cases[0].step]
+            table = trace(taken, device, packed, settings.trace)
+            result["trace"] = {"file": str(settings.trace), "table": table}
+        return result
