@@ -1,10 +1,12 @@
-"""Table 4 for one model: what each part of a procedure is worth; ``fastat ablate``.
+"""The paper's Table 4 for one model, what each part of a procedure is worth: ``fastat ablate``.
 
-A baseline and a run without each part, with the same seed, each by ``fastat train --resume`` in a
-process of its own, one after the other: started again, an ablation goes on where it was stopped.
+It trains a baseline and one run without each part, all with the same seed, one after the other.
+Each is a ``fastat train --resume`` in a process of its own, so that the same command continues an
+ablation that was stopped.
 """
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -28,19 +30,21 @@ OFF: dict[str, tuple[str, dict[str, Any]]] = {
     "SpecAugment": ("no-specaug", {"time_mask": 0, "freq_mask": 0}),
     "normalisation": ("no-normalisation", {"normalize": False}),
 }
-"""The parts of Table 4: the folder of the run without it, and the settings that switch it off."""
+"""The parts of Table 4, each with the run folder's name and the settings that switch it off."""
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""To the training under way; SIGHUP only where nohup does not have it ignored."""
+"""Signals that are passed on to the running training; SIGHUP only if nohup did not ignore it."""
 STOPPED = (130, 143)
-"""Exit codes of a training that a signal ended, and that saved."""
+"""Exit codes of a training that saved a checkpoint and ended because of a signal."""
 
 RESULT_FILE = "ablate.json"
 TRAIN = [sys.executable, "-m", "fastat.cli", "train"]
 
+log = logging.getLogger(__name__)
+
 
 class Stopped(Exception):
-    """A training ended early, and has said why."""
+    """A training ended early, after reporting the reason itself."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -48,7 +52,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Without:
+class AblationRow:
     """A row of Table 4."""
 
     part: str
@@ -57,11 +61,11 @@ class Without:
     difference: Estimate
     """mAP without the part minus the baseline's."""
     lost_percent: Estimate
-    """Of the baseline's mAP; negative where the run without the part is better."""
+    """The loss in percent of the baseline's mAP; negative if the run without the part is better."""
     p: float
-    """Two-sided, of the difference."""
+    """Two-sided p-value of the difference."""
     paper_lost_percent: tuple[float, float]
-    """The paper's, under A4: mean and spread over the models."""
+    """Mean and spread over the models that the paper reports for A4."""
 
 
 @dataclass(frozen=True)
@@ -73,54 +77,58 @@ class Ablation:
     data: str
     eval: str
     clips: int
-    """Of the evaluation set; the table's intervals come from them."""
+    """Clips of the evaluation set, which the bootstrap resamples."""
+    classes: int
     classes_scored: int
+    """Classes with a positive clip."""
     baseline: str
     baseline_mAP: Estimate
-    rows: tuple[Without, ...]
+    rows: tuple[AblationRow, ...]
     resamples: int
     seed: int
-    """Of the training runs."""
+    """Seed of the training runs."""
 
 
 def run_folders(out: Path) -> dict[str, Path]:
-    """Where the baseline and the run without each part are."""
+    """The folders of the baseline and of the run without each part."""
     return {BASELINE: out / BASELINE} | {part: out / name for part, (name, _) in OFF.items()}
 
 
 def train_all(arguments: list[str], out: Path, *, auto_batch: bool) -> None:
-    """Trains what is not trained yet.
+    """Trains the runs that are not finished yet.
 
     Args:
-        arguments: of ``fastat train``, without --out and --resume.
-        auto_batch: they have --batch auto: the batch that the baseline finds serves all.
+        arguments: arguments of ``fastat train`` without --out and --resume.
+        auto_batch: whether they contain --batch auto. All runs then use the batch that was found
+            for the baseline.
 
     Raises:
-        Stopped: a training ended with an exit code, or a signal came.
+        Stopped: a training ended with an exit code, or a signal arrived.
         Failure: a training was killed.
     """
     found: dict[str, Any] = {}
     with _Trainings() as trainings:
         for i, (part, run) in enumerate(run_folders(out).items(), start=1):
             off: list[str] = []
-            if part != BASELINE:  # whose mistakes are to be one line
-                print(f"ablate: {i} of {len(OFF) + 1}, without {part}", file=sys.stderr)
-                # Settings come last: they win over all that is in the arguments.
+            if part != BASELINE:  # nothing before the baseline: a user's mistake stays one line
+                log.info(f"ablate: {i} of {len(OFF) + 1}, without {part}")
+                # The settings come last, so that they override the arguments.
                 for key, value in (OFF[part][1] | found).items():
                     text = value if isinstance(value, str) else json.dumps(value)
                     off += ["--set", f"{key}={text}"]
             trainings.run([*arguments, *off, "--resume", "--out", str(run)])
-            if part == BASELINE:  # whose device chose for all
+            if part == BASELINE:  # all runs use what was chosen for its device
                 config = TrainConfig.load(run / "config.json")
                 found = {"precision": config.precision}
-                found |= {"batch": config.batch} if auto_batch else {}
+                if auto_batch:
+                    found["batch"] = config.batch
 
 
 class _Trainings:
-    """Trainings one after the other, which get the signals that come to this process.
+    """Runs trainings one after the other, and passes on the signals that this process receives.
 
-    They are in a process group of their own: Ctrl-C reaches the whole group of a terminal, and
-    forwarded as well it would be two, of which the second ends a training without saving.
+    Every training is in a process group of its own. Otherwise Ctrl-C would reach it twice, from the
+    terminal and from here, and the second one ends a training without saving.
     """
 
     def __init__(self) -> None:
@@ -143,38 +151,40 @@ class _Trainings:
             self._process.send_signal(signum)
 
     def run(self, arguments: list[str]) -> None:
-        """One training. Its output goes to standard error, as what it shows does."""
-        self._leave_if_stopped()
+        """Runs one training. Its standard output goes to standard error."""
+        self._check_signal()
         command = [*TRAIN, *arguments]
         process = subprocess.Popen(command, stdout=2, process_group=0)
         self._process = process
-        if self._received is not None:  # while it was started
+        if self._received is not None:  # it arrived while the process was starting
             process.send_signal(self._received)
         try:
             code = process.wait()
         finally:
             self._process = None
-        if code > 0 and code not in STOPPED:  # it failed, also if it was while it stopped
+        if code > 0 and code not in STOPPED:  # it failed, perhaps while it was stopping
             raise Stopped(code)
-        self._leave_if_stopped()
+        self._check_signal()
         if code < 0:
             name = signal.Signals(-code).name
             raise Failure(
-                f"the training in {arguments[-1]} was killed ({name}): the same command goes on"
+                f"the training in {arguments[-1]} was killed ({name}): run the same command again "
+                "to continue"
             )
         if code:
             raise Stopped(code)
 
-    def _leave_if_stopped(self) -> None:
+    def _check_signal(self) -> None:
         if self._received is not None:
             raise Stopped(130 if self._received == signal.SIGINT else 143)
 
 
 def table_4(out: Path, *, resamples: int) -> Ablation:
-    """The trained runs in ``out``, compared; also written to ``ablate.json`` there.
+    """Compares the trained runs in ``out``, and writes the result to ``ablate.json`` there.
 
     Raises:
-        Failure: a run was not scored, or a file is damaged.
+        UserError: a run was not scored.
+        Failure: a file is damaged, or the result cannot be written.
     """
     runs = run_folders(out)
     config = TrainConfig.load(runs[BASELINE] / "config.json")
@@ -195,6 +205,7 @@ def table_4(out: Path, *, resamples: int) -> Ablation:
         data=config.data,
         eval=config.eval,
         clips=first.clips,
+        classes=first.classes,
         classes_scored=first.classes_scored,
         baseline=str(runs[BASELINE]),
         baseline_mAP=first.map_a,
@@ -207,6 +218,27 @@ def table_4(out: Path, *, resamples: int) -> Ablation:
     return result
 
 
-def _row(part: str, run: Path, c: Comparison) -> Without:
+def read_ablation(path: Path) -> Ablation:
+    """The ``ablate.json`` that ``table_4`` wrote. Raises Failure when it is damaged."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        rows = tuple(
+            AblationRow(
+                **row
+                | {name: Estimate(**row[name]) for name in ("difference", "lost_percent")}
+                | {"paper_lost_percent": tuple(row["paper_lost_percent"])}
+            )
+            for row in document["rows"]
+        )
+        baseline_map = Estimate(**document["baseline_mAP"])
+        result = Ablation(**document | {"baseline_mAP": baseline_map, "rows": rows})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{path} is damaged: {error}") from error
+    if [row.part for row in rows] != list(OFF):
+        raise Failure(f"{path} is damaged: expected one row for each of {', '.join(OFF)}")
+    return result
+
+
+def _row(part: str, run: Path, c: Comparison) -> AblationRow:
     lost = Estimate(-c.percent.value, -c.percent.high, -c.percent.low)
-    return Without(part, str(run), c.map_b.value, c.difference, lost, c.p, TABLE_4[part])
+    return AblationRow(part, str(run), c.map_b.value, c.difference, lost, c.p, TABLE_4[part])

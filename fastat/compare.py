@@ -1,13 +1,14 @@
-"""Two models on the same clips: is one better, or were the clips kind to it? ``fastat compare``.
+"""Is the difference in mAP between two models statistically significant? ``fastat compare``.
 
 A paired bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993): the clips of
-the evaluation set are drawn anew with replacement, as many as there are, and both models are scored
-on each draw. The spread of the difference over the draws is what another evaluation set of the same
-kind would change about it. What another training seed would change is not in it.
+the evaluation set are resampled with replacement, and both models are scored on each resample. The
+spread of the difference over the resamples estimates how much it would vary between evaluation sets
+of this kind. It does not include the variation between training seeds.
 
-Resamples score higher than sets of their size do: a positive that is drawn twice ranks above
-itself. With AudioSet's rare classes that is as much as the spread, so that only the spread about
-the resamples' mean is taken of them, and laid about the score of the set itself.
+The mAP of a resample is biased upwards, because a positive that was drawn twice raises the
+precision at its own score. With AudioSet's rare classes the bias is as large as the spread.
+Therefore the resamples are centred: only their spread about their own mean is used, around the
+score of the set.
 """
 
 import math
@@ -24,12 +25,12 @@ from fastat.errors import UserError
 from fastat.predictions import Predictions
 
 BLOCK = 500
-"""Resamples computed at a time: their weights of AudioSet's evaluation clips are 40 MB."""
+"""Resamples computed at a time: for the 20,126 evaluation clips of AudioSet, 40 MB of weights."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What two files of predictions share, in one order."""
+    """The clips and classes that two files of predictions share, in the same order."""
 
     a: NDArray[np.float32]  # [N, K] logits
     b: NDArray[np.float32]  # [N, K] logits
@@ -37,14 +38,15 @@ class Pair:
     ids: list[str]
     class_names: list[str]
     clips_left_out: tuple[int, int]
-    """Of each file, the clips that the other does not have."""
+    """Number of clips in each file that the other file does not have."""
     classes_left_out: tuple[int, int]
+    """Number of classes in each file that the other file does not have."""
 
 
 def pair(a: Predictions, b: Predictions) -> Pair:
-    """Clips matched by name, classes by id.
+    """Matches clips by name and classes by id.
 
-    Clips of one name are matched in their order, where both have as many of them.
+    Several clips of the same name are matched in order, if both files have equally many of them.
 
     Raises:
         UserError: they share no clip or class, labels differ, or no shared class has a positive.
@@ -84,7 +86,7 @@ def pair(a: Predictions, b: Predictions) -> Pair:
 
 
 def _keys(names: list[str]) -> list[tuple[str, int, int]]:
-    """Every clip as name, which of that name, and how many there are."""
+    """For every clip: its name, its index among the clips of that name, and their number."""
     counts, seen = Counter(names), Counter[str]()
     keys = []
     for name in names:
@@ -101,28 +103,29 @@ def _shared(a: list[Any], b: list[Any]) -> list[tuple[int, int]]:
 def weighted_average_precision(
     scores: NDArray[np.float32], positive: NDArray[np.bool_], weights: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Average precision of one class under many weightings of its clips, [R].
+    """Average precision [R] of one class under R weightings of its clips.
 
-    Equal to scikit-learn's ``average_precision_score(..., sample_weight=weights[:, r])``, ties
-    included. Precision is needed only where recall rises, at the distinct scores of positives: the
-    clips are counted into the gaps between those, which is one sparse product for all weightings.
+    Equals scikit-learn's ``average_precision_score(..., sample_weight=weights[:, r])``, also for
+    tied scores. Precision is needed only where recall rises, that is at the distinct scores of the
+    positives. The clips are counted between those scores by one sparse product for all weightings,
+    which is what makes a thousand resamples of 527 classes affordable.
 
     Args:
         scores, positive: [N].
-        weights: [N, R], whole numbers >= 0, of sums below 2^24.
+        weights: [N, R] whole numbers >= 0 whose columns sum to less than 2^24.
 
     Returns:
-        NaN where no positive has weight.
+        [R], NaN where no positive has weight.
     """
-    steps = np.unique(scores[positive])[::-1]  # [G], from the highest
+    steps = np.unique(scores[positive])[::-1]  # [G], falling
     if not len(steps):
         return np.full(weights.shape[1], np.nan)
-    # The step at which a clip is first counted; beyond the last one it never is.
+    # The step from which on a clip is counted; len(steps) for a clip that never is.
     step = len(steps) - np.searchsorted(steps[::-1], scores, side="right")
     counted = _sums_by(step, len(steps), weights)
     found = _sums_by(np.where(positive, step, len(steps)), len(steps), weights)
     clips, hits = counted.cumsum(0, np.float64), found.cumsum(0, np.float64)
-    # Where no clip has weight yet, none is found either.
+    # Where no clip has weight yet, ``found`` is 0 too.
     total = (found * (hits / np.maximum(clips, 1.0))).sum(0)
     out = np.full(weights.shape[1], np.nan)
     np.divide(total, hits[-1], out=out, where=hits[-1] > 0)
@@ -134,7 +137,7 @@ def _sums_by(
     num_groups: int,
     weights: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """[num_groups, R]: the sums of the rows of ``weights`` in each group; others are left out."""
+    """Sums of the rows of ``weights`` by group, [num_groups, R], without rows of other groups."""
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(num_groups + 1))
     order = order[: starts[-1]]
@@ -146,9 +149,9 @@ def _sums_by(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval: the percentiles 2.5 and 97.5 over the centred resamples.
+    """A number with its 95 % interval: percentiles 2.5 and 97.5 of the centred resamples.
 
-    NaN where there is nothing to take them of.
+    The interval is NaN if no resample has the number.
     """
 
     value: float
@@ -158,7 +161,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """How a class fares under both models."""
+    """Average precision of one class under both models."""
 
     id: str
     name: str
@@ -166,25 +169,26 @@ class ClassChange:
     ap_a: float
     ap_b: float
     difference: Estimate
-    """b minus a. The interval is the class's own: of 527 classes, 26 exclude 0 by chance."""
+    """b minus a. The interval is not corrected for the number of classes: of 527 classes without a
+    difference, about 26 exclude 0."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Model b against model a on the clips and classes that both scored."""
+    """Model b compared with model a on the clips and classes that both were scored on."""
 
     map_a: Estimate
     map_b: Estimate
     difference: Estimate
-    """mAP of b minus that of a."""
+    """mAP of b minus mAP of a."""
     percent: Estimate
-    """The same in percent of a's mAP."""
+    """The difference in percent of a's mAP."""
     p: float
-    """Two-sided: twice the share of centred resamples with the difference across 0."""
+    """Two-sided p-value: twice the share of centred resamples whose difference is across 0."""
     clips: int
     classes: int
     classes_scored: int
-    """Those that have a positive clip."""
+    """Classes with a positive clip."""
     clips_left_out: tuple[int, int]
     classes_left_out: tuple[int, int]
     resamples: int
@@ -203,10 +207,10 @@ def compare(
 ) -> Comparison:
     """The paired bootstrap of b against a.
 
-    A class without a positive in a resample is left out of that resample's mean for both.
+    A class without a positive in a resample is left out of that resample's mean for both models.
 
     Args:
-        advance: hears of classes done, ``passes(resamples)`` times each.
+        advance: called with 1 for every class and block; each class has ``passes(resamples)``.
 
     Raises:
         UserError: as ``pair``.
@@ -225,7 +229,7 @@ def compare(
         ap[..., block] = _average_precision(both, scored, weights, advance)
     drawn = np.isfinite(ap[0])  # [K, R], the same for both models
     classes_drawn = drawn.sum(0)
-    kept = classes_drawn > 0  # of a handful of clips, a resample may have no positive at all
+    kept = classes_drawn > 0  # with a handful of clips, a resample may have no positive at all
     map_a, map_b = np.where(drawn, ap, 0.0).sum(1)[:, kept] / classes_drawn[kept]
     difference = map_b - map_a
     changes = []
@@ -262,7 +266,7 @@ def _average_precision(
     weights: NDArray[np.float32],  # [N, R]
     advance: Callable[[int], object] = lambda classes: None,
 ) -> NDArray[np.float64]:
-    """[2, len(classes), R]: of model a and of model b."""
+    """Average precision of models a and b, [2, len(classes), R]."""
     ap = np.empty((2, len(classes), weights.shape[1]))
     for i, k in enumerate(classes):
         for model, scores in enumerate((both.a, both.b)):
@@ -272,7 +276,7 @@ def _average_precision(
 
 
 def passes(resamples: int) -> int:
-    """How often ``compare`` comes by each class."""
+    """Number of blocks in which ``compare`` computes the resamples."""
     return -(-resamples // BLOCK)
 
 
@@ -284,6 +288,6 @@ def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
 
 
 def _centred(value: float, resampled: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``resampled`` without its bias: about ``value``."""
+    """``resampled`` shifted so that its mean is ``value``."""
     centred: NDArray[np.float64] = resampled - resampled.mean() + value
     return centred

@@ -1,4 +1,4 @@
-"""Scores of a model on a packed set, matched to its classes by id; ``fastat eval``."""
+"""Scores a model on a packed set, whose classes are matched by id: ``fastat eval``."""
 
 import logging
 from collections.abc import Callable
@@ -31,16 +31,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """Where the classes of a model stand in a set, matched by id."""
+    """Classes that a model and a set share, matched by id."""
 
     model_columns: NDArray[np.int64]  # [M] columns of the model's output
     set_columns: NDArray[np.int64]  # [M] columns of the set's targets
     note: str | None
-    """What did not match, in one line."""
+    """One line about classes that do not match; None if all do."""
 
 
 def match_classes(model: tuple[ClassInfo, ...], packed: PackedSet) -> ClassMatch:
-    """Raises UserError when the two lists share no class, or none that the set has a clip of."""
+    """Matches the classes of a model to those of a set.
+
+    Raises:
+        UserError: they share no class, or none that the set has a clip of.
+    """
     where = {c.id: k for k, c in enumerate(packed.classes)}
     shared = [(i, where[c.id]) for i, c in enumerate(model) if c.id in where]
     if not shared:
@@ -62,7 +66,7 @@ def match_classes(model: tuple[ClassInfo, ...], packed: PackedSet) -> ClassMatch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation set says about a model."""
+    """Scores of a model on an evaluation set: N clips, M shared classes."""
 
     loss: float
     """Binary cross-entropy, mean over clips and shared classes."""
@@ -88,10 +92,10 @@ def evaluate(
     on_batch: Callable[[int], object] = lambda clips: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Every clip (or those in ``rows``) once, in order, un-augmented.
+    """Scores every clip (or those in ``rows``) once, in order, without augmentation.
 
-    Each rank takes a stretch of the clips, and all of them get the whole result. Leaves the model
-    in evaluation mode.
+    Each rank scores consecutive clips, and all ranks get the whole result. Leaves the model in
+    evaluation mode.
 
     Args:
         on_batch: called after each batch with its number of clips.
@@ -134,12 +138,13 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """``fastat eval``: the metrics of a run or checkpoint on a packed set, by name.
 
-    With ``label_quality``, also ``label_quality``: mAP over the classes whose labels are right at
-    least so often (``QualityPoint``), and how many scored classes the table does not have.
+    With ``label_quality``, the result has an entry ``label_quality``: mAP over the classes whose
+    labels are at least so often right (``QualityPoint``), and the number of scored classes that the
+    table lacks.
 
     Raises:
-        UserError: a value out of range, an output that cannot be, no checkpoint, no packed set, or
-            no class that both have.
+        UserError: a value is out of range, an output cannot be written, there is no checkpoint or
+            packed set, or they share no class.
         Failure: a damaged checkpoint or row.
     """
     if batch < 1:
@@ -216,7 +221,7 @@ def _by_quality(
 
 
 def _write_per_class(path: Path, result: Evaluation, classes: list[ClassInfo]) -> None:
-    """CSV: id, name, positives, AP and AUC; empty where a class has no positive."""
+    """Writes a CSV: id, name, positives, AP and AUC, both empty for a class without positives."""
     positives = result.targets.sum(0)
     ap, auc = result.metrics.average_precision, result.metrics.auc
     rows = [

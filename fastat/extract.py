@@ -1,4 +1,4 @@
-"""Whole files, whatever their length: samples, log-mel, and ``fastat extract --feature``."""
+"""Samples and log-mels of whole files of any length: ``fastat extract --feature``."""
 
 import logging
 import os
@@ -22,13 +22,13 @@ from fastat.progress import progress
 log = logging.getLogger(__name__)
 
 BLOCK_FRAMES = 1024
-"""Frames computed at a time: 20 MB of spectrum at 4096 points."""
+"""Number of frames computed at a time: 20 MB of spectrum at 4096 points."""
 
 
 def read_waveform(path: Path) -> NDArray[np.int16]:
     """All samples of a file, [S], mono at 16 kHz, as packing stores them.
 
-    What is worth knowing about the file goes to standard error. Raises BadAudio.
+    Remarks about the file go to standard error. Raises BadAudio.
     """
     try:
         audio = decode(path)
@@ -40,7 +40,7 @@ def read_waveform(path: Path) -> NDArray[np.int16]:
 
 
 class BadFiles:
-    """Files that a command leaves out: one line each on standard error, a Failure at the end."""
+    """Reports files that a command leaves out: one line each on standard error, then a Failure."""
 
     def __init__(self, files: list[Path]) -> None:
         if len(files) == 1 and not os.path.isfile(files[0]):
@@ -50,7 +50,7 @@ class BadFiles:
         self.lines: list[str] = []
 
     def add(self, path: Path, reason: object) -> None:
-        """Reports ``path``; the only file of a command is left to ``finish``."""
+        """Reports ``path``. If it is the only file of the command, ``finish`` does."""
         self.lines.append(one_line(f"{path}: {reason}"))
         if self.num_files > 1:
             log.warning(self.lines[-1])
@@ -140,7 +140,7 @@ def write_arrays(
     out: Path,
     compute: Callable[[Path, NDArray[np.int16]], NDArray[np.float32]],
 ) -> None:
-    """What ``compute`` makes of each file's samples, [S], to ``out``/<stem>.npy.
+    """Writes ``compute`` of each file's samples, [S], to ``out``/<stem>.npy.
 
     Raises:
         UserError: two files of one stem, or the only file does not exist.

@@ -1,7 +1,7 @@
-"""mAP over the classes whose labels can be trusted: the paper's Figure 2.
+"""mAP over the classes with reliable labels: the paper's Figure 2.
 
-AudioSet's quality table, ``qa_true_counts.csv``, says of each class how many of its labels experts
-listened to again, and how many of them were right.
+AudioSet's quality table, ``qa_true_counts.csv``, gives for each class how many of its labels were
+checked by experts, and how many of those were right.
 """
 
 import math
@@ -17,7 +17,7 @@ from fastat.errors import UserError
 
 ID_COLUMNS = ("label_id", "id", "mid")
 QUANTILES = tuple(i / 10 for i in range(10))
-"""Of the label quality over the scored classes, at whose values ``fastat eval`` scores."""
+"""Quantiles of the label quality over the scored classes: the thresholds of Figure 2."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,21 @@ class QualityPoint:
     """A point of Figure 2."""
 
     threshold: float
-    """Classes count whose share of right labels is at least this."""
+    """The smallest label quality of the classes in the mean."""
     classes: int
     mAP: float
-    """Unweighted mean of their average precision; NaN when there is none."""
+    """Unweighted mean of their average precision; NaN without any class."""
 
 
 def read_quality(path: Path) -> dict[str, float]:
-    """The share of each class's sampled labels that were right, 0..1, by class id.
+    """By class id, the share of the sampled labels that were right, from 0 to 1.
 
-    Columns, in any order: AudioSet's ``label_id, num_rated, num_true``, where a class of which
-    nothing was rated is left out; or an id (``label_id``, ``id`` or ``mid``) and ``quality``.
+    The columns, in any order, are either AudioSet's ``label_id, num_rated, num_true``, where a
+    class without a rated label is left out, or an id (``label_id``, ``id`` or ``mid``) and
+    ``quality``.
 
     Raises:
-        UserError: no such file or not such a table; names the line.
+        UserError: the file does not exist or is not such a table; the message names the line.
     """
     what = f"label quality {path}"
     rows = list(csv_rows(read_text(path, what), what))
@@ -59,7 +60,7 @@ def read_quality(path: Path) -> dict[str, float]:
             raise UserError(f"{where}: expected {len(header)} cells, got {len(cells)}")
         name = cells[ids]
         if not name or name in seen:
-            raise UserError(f"{where}: class {name!r} is there twice or empty")
+            raise UserError(f"{where}: class {name!r} occurs twice or is empty")
         seen.add(name)
         if shares is not None:
             quality[name] = _share(cells[shares], where)
@@ -67,13 +68,13 @@ def read_quality(path: Path) -> dict[str, float]:
         rated, right = (cells[c] for c in columns)
         if not (rated.isdecimal() and right.isdecimal() and int(right) <= int(rated)):
             raise UserError(
-                f"{where}: expected whole numbers, at most as many right as rated, "
+                f"{where}: expected whole numbers with num_true at most num_rated, "
                 f"got num_rated {rated!r}, num_true {right!r}"
             )
         if int(rated):
             quality[name] = int(right) / int(rated)
     if not quality:
-        raise UserError(f"label quality {path}: it has no rated class")
+        raise UserError(f"label quality {path}: no class was rated")
     return quality
 
 
@@ -90,7 +91,7 @@ def _share(text: str, where: str) -> float:
 def quality_of(
     average_precision: NDArray[np.float64], ids: Sequence[str], quality: Mapping[str, float]
 ) -> NDArray[np.float64]:
-    """[K]: the label quality of the scored classes; NaN for those without AP or quality."""
+    """The label quality of K classes, [K]; NaN for a class without AP or quality."""
     known = np.array([quality.get(name, math.nan) for name in ids], np.float64)
     return np.where(np.isfinite(average_precision), known, math.nan)
 
@@ -99,18 +100,17 @@ def quantile_thresholds(
     average_precision: NDArray[np.float64],
     ids: Sequence[str],
     quality: Mapping[str, float],
-    quantiles: Sequence[float] = QUANTILES,
 ) -> list[float]:
-    """The label quality at ``quantiles`` of the scored classes, ascending, each value once.
+    """The label quality at QUANTILES of the scored classes, rising and without repetitions.
 
-    Every value is a class's own, so that there is a class at the highest. Empty where no scored
-    class has a quality.
+    Every value is the quality of a class, so that the highest threshold has a class. Empty if no
+    scored class has a quality.
     """
     known = quality_of(average_precision, ids, quality)
     known = known[np.isfinite(known)]
     if not len(known):
         return []
-    found: NDArray[np.float64] = np.unique(np.quantile(known, quantiles, method="higher"))
+    found: NDArray[np.float64] = np.unique(np.quantile(known, QUANTILES, method="higher"))
     return [float(x) for x in found]
 
 
@@ -124,8 +124,8 @@ def map_above(
 
     Args:
         average_precision: [K], NaN for a class that is not scored.
-        ids: of the K classes; one that ``quality`` does not have counts nowhere.
-        quality: as ``read_quality`` gives it.
+        ids: ids of the K classes. A class that is not in ``quality`` is left out.
+        quality: from ``read_quality``.
 
     Source: "AudioTagging Done Right", Figure 2.
     """

@@ -1,4 +1,4 @@
-"""The picture of ``fastat landscape``: slices through the loss, and how sharp the minima are."""
+"""The picture of ``fastat landscape``: slices through the loss beside the sharpness."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from fastat.landscape import Landscape
 from fastat.plot import INK, printable_name, save_png
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which the colour-blind tell apart."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
 
 LOG_FROM = 20.0
-"""The axis of the loss is logarithmic where the largest is more than so many times the smallest."""
+"""Ratio of the largest to the smallest loss above which the axis of the loss is logarithmic."""
 
 
 def plot_landscapes(path: Path, found: Sequence[Landscape]) -> None:
@@ -25,7 +25,7 @@ def plot_landscapes(path: Path, found: Sequence[Landscape]) -> None:
 
 
 def draw(found: Sequence[Landscape]) -> Figure:
-    """Left the slices, one curve a run; right their sharpness, in the same colours."""
+    """Slices on the left, one curve per run; sharpness on the right, in the same colours."""
     names = _names(found)
     figure = Figure(figsize=(11.0, 4.6), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -68,7 +68,7 @@ def draw(found: Sequence[Landscape]) -> Figure:
 
 
 def _names(found: Sequence[Landscape]) -> list[str]:
-    """The runs' folders; with their model where the folder does not say it."""
+    """The names of the run folders, with the model where the name does not contain it."""
     names = []
     for result in found:
         name = printable_name(Path(result.run).name)
@@ -78,7 +78,7 @@ def _names(found: Sequence[Landscape]) -> list[str]:
 
 def _without_mathtext(texts: Sequence[object]) -> None:
     for text in texts:
-        text.set_parse_math(False)  # type: ignore[attr-defined]  # a dollar sign is a dollar sign
+        text.set_parse_math(False)  # type: ignore[attr-defined]  # names may contain dollar signs
 
 
 def _tidy(axes: Axes) -> None:

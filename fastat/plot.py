@@ -1,4 +1,4 @@
-"""The picture of a prediction: the file's log-mel over a timeline of its strongest tags.
+"""The picture of a prediction: the log-mel of the file above a timeline of its strongest tags.
 
 matplotlib's Agg canvas, without pyplot: no display, no global state.
 """
@@ -23,10 +23,11 @@ from fastat.outputs import written
 from fastat.predict import Prediction, clock
 
 COLUMNS = 1600
-"""Widest a file is drawn: a column is then its share's mean power, or largest probability."""
+"""Largest number of columns. A column of a longer file shows the mean power of its frames, or the
+largest probability of its windows."""
 
 MAX_TAGS = 30
-"""Rows of the timeline at most."""
+"""Largest number of rows of the timeline."""
 
 DYNAMIC_RANGE_DB = 80.0
 TICKS_HZ = (125, 250, 500, 1000, 2000, 4000, 8000)
@@ -42,7 +43,7 @@ def plot_prediction(
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes ``figure``; characters of names that matplotlib's font lacks are boxes in it.
+    """Writes ``figure`` as PNG. Characters that matplotlib's font lacks are drawn as boxes.
 
     Raises:
         Failure: it cannot be written.
@@ -53,7 +54,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: int) -> Figure:
-    """The log-mel of ``waveform`` [S] over the ``top`` tags, both over time."""
+    """The log-mel of ``waveform`` [S] above the ``top`` strongest tags, on the same time axis."""
     feature = FEATURES[meta.feature]
     tags = found.strongest(min(top, MAX_TAGS))
     tag_height = 0.30 * len(tags) + 0.05
@@ -103,7 +104,7 @@ def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: i
         names = [f"{name}  {found.overall[k]:.2f}" for name, k in zip(names, tags, strict=True)]
     tag_axes.set_yticks(np.arange(len(tags)) + 0.5, names)
     for label in tag_axes.get_yticklabels():
-        label.set_parse_math(False)  # a dollar sign is a dollar sign
+        label.set_parse_math(False)  # names may contain dollar signs
     for row in range(1, len(tags)):
         tag_axes.axhline(row, color="white", linewidth=2.0)
     bar = figure.colorbar(
@@ -135,9 +136,11 @@ def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: i
 
 
 def mel_image(waveform: NDArray[np.int16], feature: Feature) -> tuple[NDArray[np.float32], float]:
-    """Mean power of [S] samples in at most COLUMNS columns, [C, F] dB below the peak; seconds.
+    """The log-mel [C, F] of a waveform [S] in dB relative to its peak, and its seconds.
 
-    Silence is at the bottom of the scale, not at its own peak.
+    There are at most COLUMNS columns; each is the mean power of its frames. The peak is at least
+    DYNAMIC_RANGE_DB above the floor of the feature, so that silence is at the bottom of the
+    scale.
     """
     num_frames = max(1, feature.real_frames(len(waveform), len(waveform)))
     columns = min(num_frames, COLUMNS)
@@ -157,10 +160,10 @@ def mel_image(waveform: NDArray[np.int16], feature: Feature) -> tuple[NDArray[np
 
 
 def timeline(found: Prediction, tags: list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Probabilities of ``tags`` over time: [len(tags), cells], and the cells' edges in seconds.
+    """Probabilities of ``tags`` over time, [len(tags), cells], and the cells' edges in seconds.
 
-    Where windows overlap, a moment shows the window whose middle is nearest; where they leave a
-    gap, NaN. More than COLUMNS windows are drawn as the largest of each share.
+    Where windows overlap, the one with the nearest middle is shown; a gap between windows is NaN.
+    If there are more than COLUMNS windows, a cell is the maximum over several of them.
     """
     values = found.probabilities[:, tags].astype(np.float64).T
     starts, ends = found.starts, found.ends
@@ -187,7 +190,7 @@ def timeline(found: Prediction, tags: list[int]) -> tuple[NDArray[np.float64], N
 def _write_values(
     axes: Axes, values: NDArray[np.float64], edges: NDArray[np.float64], seconds: float
 ) -> bool:
-    """Numbers in the cells if all are wide enough for two digits; whether they are."""
+    """Writes the numbers into the cells if all are wide enough. Returns whether they are."""
     if (np.diff(edges) < seconds / 24).any():
         return False
     axes.vlines(edges[1:-1], 0, len(values), color="white", linewidth=1.0)
@@ -202,7 +205,7 @@ def _write_values(
 
 
 def _bin_of(hz: float, feature: Feature) -> float:
-    """Where a frequency lies on the axis of mel bins, at most the axis's end."""
+    """The position of a frequency on the axis of mel bins, clipped to the end of the axis."""
     scale: Literal["htk", "slaney"] = "htk" if feature.kaldi else "slaney"
     low, at, high = hz_to_mel(np.array([feature.min_hz, hz, feature.max_hz]), scale)
     place = (at - low) / (high - low) * (feature.num_mels + 1) - 1
@@ -219,7 +222,7 @@ def _short(name: str, length: int = NAME_LENGTH) -> str:
 
 
 def printable_name(name: str) -> str:
-    """A name of a file or class as a picture can show it."""
+    """The name of a file or class in a form that a picture can show."""
     return one_line(name).encode(errors="replace").decode()
 
 
@@ -228,7 +231,7 @@ def _length(seconds: float) -> str:
 
 
 def _time_ticks(axes: Axes, seconds: float) -> None:
-    """Seconds as plain numbers; from a minute on as min:s at steps of the clock."""
+    """Ticks in seconds; from a minute on as min:s at round steps."""
     if seconds < 60:
         axes.xaxis.set_major_locator(MaxNLocator(10))
         return

@@ -1,10 +1,10 @@
 """Tags and embeddings of audio files of any length, rate and format: ``fastat predict`` and
 ``fastat extract --embedding``.
 
-A file is rounded to int16 as in packing and cut into windows of the length the model was trained
-on. A window is scored as an evaluation clip is. The file's score of a class is the largest of its
-windows': AudioSet tags a clip with what is heard anywhere in it, and so is a file tagged. The mean
-over the windows, which says how much of the file a tag fills, stands beside it.
+A file is rounded to int16, as in packing, and cut into windows of the length that the model was
+trained on. A window is scored like a clip of an evaluation set. A class's score in the file is the
+largest one of the windows, because AudioSet tags a clip with what is heard anywhere in it. The mean
+over the windows is given too: it says how much of the file has the tag.
 """
 
 import json
@@ -40,10 +40,10 @@ from fastat.progress import progress
 from fastat.system.device import autocast, choose_precision, default_device, set_products
 
 BATCH = 16
-"""Windows scored at a time."""
+"""Number of windows scored at a time."""
 
 LONG_FILE = 4 * BATCH
-"""Windows from which a file gets a progress display of its own."""
+"""Number of windows from which a file gets a progress display of its own."""
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
@@ -52,8 +52,8 @@ SPARKLINE_WIDTH = 32
 def window_starts(num_samples: int, window: int, hop: int) -> NDArray[np.int64]:
     """First samples of the windows over ``num_samples``, [W], at least one.
 
-    Every ``hop`` samples, as long as the window ends before the file does; the last window ends
-    with the file, so that it too is full. A file of up to a window has one, which it may not fill.
+    Windows start every ``hop`` samples as long as they end before the file; the last one ends with
+    the file, so that it is full too. A file of up to a window's length has one window.
     """
     last = num_samples - window
     if last <= 0:
@@ -63,14 +63,14 @@ def window_starts(num_samples: int, window: int, hop: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about a file. W windows, K classes."""
+    """Scores of a file: W windows, K classes."""
 
     path: Path
     seconds: float
     starts: NDArray[np.float64]  # [W] seconds
     ends: NDArray[np.float64]  # [W] seconds
     logits: NDArray[np.float32]  # [W, K]
-    """What is ranked: float32 probabilities of logits above 17 are all 1."""
+    """Classes are ranked by logits: float32 probabilities of logits above 17 are all 1."""
 
     @cached_property
     def probabilities(self) -> NDArray[np.float32]:
@@ -109,7 +109,7 @@ class Tagger:
     """A trained model, ready for waveforms of any length."""
 
     def __init__(self, run: Path, precision: str = "auto") -> None:
-        """Raises UserError where there is no checkpoint, Failure for a damaged one."""
+        """Raises UserError if there is no checkpoint, Failure if it is damaged."""
         self.device = default_device()
         self.precision = choose_precision(precision, self.device)
         set_products(self.precision)
@@ -189,7 +189,7 @@ class Tagger:
 
 
 def check_hop(hop_seconds: float | None) -> None:
-    """Raises UserError for a --hop-seconds that is no distance."""
+    """Raises UserError for a --hop-seconds that is not positive and finite."""
     if hop_seconds is not None and not 0 < hop_seconds < math.inf:
         raise UserError(f"--hop-seconds must be a positive number, got {hop_seconds}")
 
@@ -273,7 +273,7 @@ def embed_files(
 
 
 def _pictures(files: list[Path], plot: Path) -> list[Path]:
-    """Where each file's picture goes; an impossible place is found before any work is done."""
+    """Paths of the files' pictures, checked before any work is done."""
     if plot.suffix.lower() != ".png":
         raise UserError(f"--plot writes PNG: expected a name that ends in .png, got {plot}")
     if len(files) == 1:
@@ -287,7 +287,7 @@ def _pictures(files: list[Path], plot: Path) -> list[Path]:
 
 # --------------------------------------------------------------------------------------- output
 def as_document(found: Prediction, meta: ModelMeta, top: int) -> dict[str, Any]:
-    """What ``--json`` says about a file: its ``top`` tags, and those of every window."""
+    """The entry of a file in ``--json``: its ``top`` tags, and those of every window."""
 
     def tags(logits: NDArray[np.float32]) -> list[dict[str, Any]]:
         probabilities = _probabilities(logits)
@@ -313,7 +313,7 @@ def as_document(found: Prediction, meta: ModelMeta, top: int) -> dict[str, Any]:
 
 
 def clock(seconds: float) -> str:
-    """A time in a file: 0:07, 12:30, 1:02:03; with tenths below ten seconds, if there are any."""
+    """A time in a file: 0:07, 12:30, 1:02:03; below ten seconds with tenths, unless they are 0."""
     if seconds < 9.95 and round(seconds, 1) % 1:
         return f"0:{seconds:04.1f}"
     return display.clock(seconds)

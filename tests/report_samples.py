@@ -1,6 +1,7 @@
-"""Run folders, profiles and benchmark results for the tests of the report, without training."""
+"""Run folders, ablations and profiles for the tests of the report, without training."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from fastat.ablate import BASELINE, OFF, RESULT_FILE, Ablation, AblationRow
+from fastat.compare import Estimate
 from fastat.config import resolve
-from fastat.paper import TABLE_3
+from fastat.paper import TABLE_3, TABLE_4
 
 EVIL = "</script><b>Evil & <img src=x onerror=hacked()>"
 """A name that would break a page that trusts it."""
@@ -91,7 +94,7 @@ def profile_row(model: str, proc: str, **values: Any) -> dict[str, Any]:
         "tokens": None, "params": 12_097_662, "gflop": 8.96, "gflop_parts": {}, "precision": "bf16",
         "compiled": True, "batch": 448, "activation_checkpointing": False, "peak_memory_gib": 3.2,
         "largest_batch": None, "clips_per_s": 10_000.0, "tflops": 268.8, "percent_of_ceiling": 39.0,
-        "ms": dict.fromkeys(parts, spread),
+        "ms": dict.fromkeys(parts, spread), "out_of_memory": False,
         "hours_per_epoch": 0.0555, "hours": 0.555, "watts": None, "kwh": None,
         "paper_hours_per_epoch": None, "paper_hours": 8.84, "paper_gpus": 2, "paper_map": 0.411,
     }  # fmt: skip
@@ -125,18 +128,37 @@ def write_profile(path: Path) -> Path:
     return path
 
 
-def write_bench(path: Path) -> Path:
-    """Two cases with peers, ahead in one and behind in the other, and one without a peer."""
-    times = {
-        ("attention", "ours"): 2.0, ("attention", "eager"): 9.0, ("attention", "sdpa"): 3.0,
-        ("log_mel", "kernels"): 4.0, ("log_mel", "ours split"): 0.5, ("log_mel", "torchaudio"): 3.0,
-        ("dropout", "ours"): 1.0,
-    }  # fmt: skip
-    rows = [
-        {"op": op, "impl": impl, "passes": "fwd", "shape": "8x16", "ms": ms, "device": "A device"}
-        for (op, impl), ms in times.items()
-    ]
-    path.write_text(json.dumps({"device": "A device", "ceilings": {}, "results": rows}))
+def write_ablation(folder: Path, lost_percent: dict[str, float], **values: Any) -> Path:
+    """The ``ablate.json`` of an ablation whose baseline has an mAP of 0.4."""
+    rows = tuple(
+        AblationRow(
+            part=part,
+            run=str(folder / OFF[part][0]),
+            mAP=0.4 * (1 - lost / 100),
+            difference=Estimate(-0.4 * lost / 100, -0.1, 0.1),
+            lost_percent=Estimate(lost, lost - 1, lost + 1),
+            p=0.1,
+            paper_lost_percent=TABLE_4[part],
+        )
+        for part, lost in lost_percent.items()
+    )
+    ablation = Ablation(
+        proc="A4",
+        model="cnn_trans",
+        data="/sets/tiny/train",
+        eval="/sets/tiny/eval",
+        clips=60,
+        classes=5,
+        classes_scored=4,
+        baseline=str(folder / BASELINE),
+        baseline_mAP=Estimate(0.4, 0.3, 0.5),
+        rows=rows,
+        resamples=1000,
+        seed=0,
+    )
+    folder.mkdir(parents=True)
+    path = folder / RESULT_FILE
+    path.write_text(json.dumps(asdict(replace(ablation, **values))))
     return path
 
 

@@ -149,6 +149,7 @@ def test_fastat_train_takes_every_command(clips: int, monkeypatch: pytest.Monkey
         done = CliRunner().invoke(app, shlex.split(command)[1:])
         assert done.exit_code == 0, done.output
         proc, model, overrides, _ = given.pop()
+        overrides["data"] = str(overrides["data"])
         config = resolve(proc, model, overrides, num_clips=clips, clip_seconds=10.0)
         assert (config.proc, config.model, config.batch) == (case.proc, case.model, case.batch)
         assert config.model_options.get("fstride") == f

@@ -1,4 +1,4 @@
-"""The command that shows results side by side: report."""
+"""The command that shows results on one page: report."""
 
 import logging
 from pathlib import Path
@@ -13,16 +13,16 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders or folders of runs, JSON of `fastat profile`, bench/results/*.json."
+            help="Run folders, folders of runs and ablations, JSON of `fastat profile`."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The page to write, an .html file.")],
+    out: Annotated[Path, typer.Option(help="The .html file to write.")],
     label_quality: Annotated[
         Path | None,
         typer.Option(help="For Figure 2: AudioSet's qa_true_counts.csv, or CSV of id and quality."),
     ] = None,
 ) -> None:
-    """Make one HTML page of runs, profiles and benchmark results, beside the paper's tables.
+    """Make one HTML page of runs, ablations and profiles beside the paper's tables.
 
     The page is self-contained and needs no network: copy it, mail it, print it.
 

@@ -1,9 +1,8 @@
-"""The commands that ask what a choice costs: compare, ablate, landscape."""
+"""The commands that show what a choice is worth: compare, ablate, landscape."""
 
 import json
 import logging
 import shlex
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,16 +30,18 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Run folder, or predictions.h5.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Run folder, or predictions.h5.")],
     resamples: Annotated[
-        int, typer.Option(min=100, max=100_000, help="Resamples of the evaluation clips.")
+        int, typer.Option(min=100, max=100_000, help="Number of resamples.")
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
-    top: Annotated[int, typer.Option(min=0, help="How many classes to show, by change.")] = 10,
+    top: Annotated[
+        int, typer.Option(min=0, help="Number of classes to show, by difference in AP.")
+    ] = 10,
     json_: Json = False,
 ) -> None:
     """Compare two models on the same clips: difference in mAP with its 95 % interval.
 
-    A paired bootstrap over the evaluation clips. A run is compared by the scores of its best epoch;
-    `fastat eval RUN --data SET --predictions OUT.h5` writes those of any other set.
+    A paired bootstrap over the evaluation clips. For a run, the scores of its best epoch are
+    compared; `fastat eval RUN --data SET --predictions OUT.h5` writes those on any other set.
 
     Example: `fastat compare runs/with-mixup runs/without --top 20`
     """
@@ -68,11 +69,11 @@ def compare(
     note = (
         f"p = {c.p:.3g}, twice the share of the {c.resamples:,} resamples whose difference is on "
         f"the other side of 0; {c.clips:,} clips, {c.classes_scored} classes with a positive. "
-        "How much training with another seed would change is not part of it."
+        "The interval does not include the variation between training seeds."
     )
     console.print(Text(note))
     if left_out:
-        console.print(Text(f"Not shared, and left out: {', '.join(left_out)}."))
+        console.print(Text(f"Left out, because only one file has them: {', '.join(left_out)}."))
     if c.changes:
         console.print(_changes_table(c.changes))
 
@@ -80,7 +81,7 @@ def compare(
 def ablate(
     context: typer.Context,
     proc: Annotated[str, typer.Option(help="A1, A2, A3 or A4.")],
-    model: Annotated[str, typer.Option(help="As `fastat models` lists them.")],
+    model: Annotated[str, typer.Option(help="A model that `fastat models` lists.")],
     data: Annotated[
         Path | None, typer.Option(help="Packed training set; without it, the practice set.")
     ] = None,
@@ -89,15 +90,15 @@ def ablate(
         Path | None, typer.Option(help="Folder of the runs; default: runs/ablate-PROC-MODEL-TIME.")
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=100, max=100_000, help="Resamples of the evaluation clips.")
+        int, typer.Option(min=100, max=100_000, help="Number of resamples.")
     ] = 1000,
     json_: Json = False,
 ) -> None:
     """Train one model with and without each part of a procedure: the paper's Table 4.
 
-    The baseline, then a run without balancing, mixup, SpecAugment and normalisation, all with the
-    same seed. Every other option is passed on to `fastat train`. The same command with the same
-    --out goes on where it was stopped.
+    It trains the baseline, then a run without each of balancing, mixup, SpecAugment and
+    normalisation, all with the same seed. Every other option is passed on to `fastat train`. The
+    same command with the same --out continues an ablation that was stopped.
 
     Examples:
 
@@ -110,7 +111,9 @@ def ablate(
     from fastat.launch import launched
 
     if launched():
-        raise UserError("ablate starts its trainings itself, and this runs under torchrun: --gpus")
+        raise UserError(
+            "ablate starts its trainings itself and cannot run under torchrun: use --gpus"
+        )
     if data is not None and eval_ is None:
         raise UserError("the runs are compared by their scores: --data needs --eval")
     if out is not None and (out / "config.json").exists():
@@ -130,7 +133,7 @@ def ablate(
             remove_if_unused(out)
         if stop.exit_code in STOPPED and out.is_dir():
             again = f"--out {shlex.quote(str(out))}"
-            log.warning(f"stopped; go on with the same command and {again}")
+            log.warning(f"stopped; to continue, run the same command with {again}")
         raise typer.Exit(stop.exit_code) from None
     result = table_4(out, resamples=resamples)
     if json_:
@@ -139,8 +142,9 @@ def ablate(
     console = table_console()
     console.print(_ablation_table(result))
     note = (
-        f"{result.clips:,} clips, {result.classes_scored} classes; intervals: 95 %, from "
-        f"{resamples:,} resamples of the clips. What another seed would change is not in them."
+        f"{result.clips:,} clips, {result.classes_scored} classes; 95 % intervals from "
+        f"{resamples:,} resamples of the clips. They do not include the variation between "
+        "training seeds."
     )
     console.print(Text(note))
     console.print(Text(f"runs: {run_folders(out)['baseline'].parent}"))
@@ -150,7 +154,8 @@ def _overrides(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
     """The fields of the configuration that ``fastat train ARGUMENTS`` would set.
 
     Raises:
-        UserError: an impossible option, or one that does what ablate does itself.
+        UserError: an option has an impossible value, or is one that ablate sets itself.
+        typer.Exit, click.UsageError: as ``fastat train`` would raise them.
     """
     from fastat.ablate import OFF
     from fastat.commands.train import overrides_of
@@ -158,18 +163,16 @@ def _overrides(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
     assert context.parent is not None
     group: Any = context.parent.command
     train = group.commands["train"]
-    # As the command would parse them; nothing is run.
+    # This only parses the arguments; it does not run the command.
     given: dict[str, Any] = train.make_context(
         "train", list(arguments), parent=context.parent
     ).params
     if given["resume"]:
-        raise UserError("ablate takes no --resume: the same command and --out go on")
+        raise UserError("ablate sets --resume itself: leave it out")
     overrides = overrides_of(given)
     for part, (_, off) in OFF.items():
         if all(overrides.get(key) == value for key, value in off.items()):
-            raise UserError(
-                f"these options leave the baseline without {part}: ablate itself trains without it"
-            )
+            raise UserError(f"the options leave the baseline without {part}, which ablate removes")
     return overrides
 
 
@@ -203,20 +206,17 @@ def landscape(
         list[Path], typer.Argument(metavar="RUN...", help="Run folders or checkpoints.")
     ],
     data: Annotated[
-        Path | None, typer.Option(help="Packed set; default: what each run was scored on.")
+        Path | None, typer.Option(help="Packed set; default: each run's own evaluation set.")
     ] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Random ones, the same for every run.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Clips at a time: memory.")] = 16,
-    tolerance: Annotated[
-        float, typer.Option(min=1e-5, max=1.0, help="Relative, of the eigenvalue.")
-    ] = 0.02,
-    max_iterations: Annotated[int, typer.Option(min=1, help="Products with the Hessian.")] = 100,
-    trace: Annotated[
-        int, typer.Option(min=0, help="Also the Hessian's trace, from so many random vectors.")
-    ] = 0,
-    points: Annotated[int, typer.Option(min=3, max=1001, help="Of the slice.")] = 41,
-    seed: Annotated[int, typer.Option(min=0, help="Of clips and directions.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="PNG of slices and sharpness.")] = None,
+    clips: Annotated[
+        int, typer.Option(min=1, help="Number of random clips, the same for every run.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Clips per batch; limits the memory.")] = 16,
+    max_iterations: Annotated[
+        int, typer.Option(min=1, help="Largest number of products with the Hessian.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the clips and directions.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the slices and the sharpness.")] = None,
     precision: Precision = "auto",
     json_: Json = False,
 ) -> None:
@@ -229,45 +229,31 @@ def landscape(
     """
     from fastat.checkpoint import find_checkpoint
     from fastat.data.shards import read_index
-    from fastat.landscape import evaluation_set_of, slice_points
+    from fastat.landscape import evaluation_set_of
     from fastat.landscape import landscape as landscape_of
     from fastat.system.device import choose_precision, default_device
 
     check_output("--plot", plot)
-    if points % 2 == 0:
-        raise UserError(f"--points must be odd, so that the weights are one, got {points}")
     sets = []
-    for run in runs:  # before any work is done
+    for run in runs:  # mistakes are reported before any work is done
         find_checkpoint(run)
         sets.append(data if data is not None else evaluation_set_of(run))
         read_index(sets[-1])
     chosen = choose_precision(precision, default_device())
     if (precision, chosen) == ("auto", "fp16"):
-        chosen = "fp32"  # second derivatives are smaller than float16's least numbers
-    found = []
-    for run, packed in zip(runs, sets, strict=True):
-
-        def show(iteration: int, eigenvalue: float, residual: float, run: Path = run) -> None:
-            print(
-                f"{run}: iteration {iteration}, eigenvalue {eigenvalue:.4g}, "
-                f"residual {residual:.2g}",
-                file=sys.stderr,
-            )
-
-        result = landscape_of(
+        chosen = "fp32"  # second derivatives would underflow in float16
+    found = [
+        landscape_of(
             run,
             packed,
             clips=clips,
             batch=batch,
             seed=seed,
-            tolerance=tolerance,
             max_iterations=max_iterations,
-            trace_samples=trace,
-            alphas=slice_points(points),
             precision=chosen,
-            on_iteration=show,
         )
-        found.append(result)
+        for run, packed in zip(runs, sets, strict=True)
+    ]
     if plot is not None:
         from fastat.landscape_plot import plot_landscapes
 
@@ -278,17 +264,14 @@ def landscape(
     console = table_console()
     console.print(_landscape_table(found))
     if len({result.data for result in found}) > 1:
-        console.print(Text("The runs have different evaluation sets: --data takes one for all."))
+        console.print(Text("The runs have different evaluation sets: --data gives one for all."))
     for result in found:
-        if (sums := result.trace) is not None:  # in the table, 80 columns would not hold the rest
-            error = f" +- {sums.standard_error:.2g}" if sums.samples > 1 else ""
-            vectors = f"from {sums.samples} random vector{'s' * (sums.samples > 1)}"
-            console.print(Text(f"{result.run}: trace {sums.value:.4g}{error}, {vectors}"))
         if not result.sharpness.converged:
             console.print(
                 Text(
                     f"{result.run}: not converged after {len(result.sharpness.estimates)} "
-                    f"iterations (residual {result.sharpness.residual:.2g}): --max-iterations"
+                    f"iterations (residual {result.sharpness.residual:.2g}); "
+                    "increase --max-iterations"
                 )
             )
 
@@ -296,8 +279,8 @@ def landscape(
 def _landscape_table(found: "list[Landscape]") -> Table:
     r = found[0]
     table = Table(
-        caption=f"loss: of {r.clips:,} clips; at -1, at +1: every filter moved by its own norm; "
-        "residual: an eigenvalue is at most so far off, relatively; iterations: products with the "
+        caption=f"loss: mean over {r.clips:,} clips; at -1 and +1: every filter moved by its own "
+        "norm; residual: relative error of the eigenvalue, at most; iterations: products with the "
         "Hessian",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -335,8 +318,8 @@ def _comparison_table(a: str, b: str, c: "Comparison") -> Table:
 
 def _changes_table(changes: "tuple[ClassChange, ...]") -> Table:
     table = Table(
-        title="Classes that moved most",
-        caption="each interval is its class's own: of 20 alike, one excludes 0",
+        title="Classes with the largest differences",
+        caption="95 % intervals per class: without any difference, one in 20 excludes 0",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )

@@ -14,11 +14,11 @@ NOT_AUDIO = frozenset(
     " .cue .nfo .sfv .md5 .sha256 .pdf .doc .docx .xls .xlsx .ini .db .lnk .url .part .tmp .zip"
     " .tar .gz .py".split()
 )
-"""Extensions of what lies beside audio. Anything else is taken for audio, and tried."""
+"""Extensions of files that are no audio. Any other file is taken for audio, and tried."""
 
 
 def is_audio_name(name: str) -> bool:
-    """Whether a file of that name is taken for audio."""
+    """Whether a file of this name is taken for audio."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() not in NOT_AUDIO
 
 
@@ -103,7 +103,7 @@ def _stems(ytid: str, start: float, end: float) -> Iterator[str]:
 
 @lru_cache(1 << 16)  # the 22,160 clips of AudioSet's balanced set have 134 different times
 def _times(start: float, end: float) -> tuple[str, ...]:
-    """What stands behind a video's id in the names of a clip of it."""
+    """Suffixes that follow a video's id in the names of its clips."""
     start_ms, end_ms = round(start * 1000), round(end * 1000)
     return (
         f"_{start_ms}",

@@ -1,14 +1,14 @@
-"""Why an audio file cannot be used, and what was noticed in one that can."""
+"""Reasons why an audio file cannot be used, and remarks on files that can."""
 
 from typing import Literal, NamedTuple
 
 Reason = Literal[
     "missing", "unreadable", "empty", "non-finite", "truncated", "clipped", "label unknown"
 ]
-"""Why a file is bad; what bad.csv says."""
+"""Why a file is bad, as in bad.csv."""
 
 Remark = Literal["clipped", "wrong length"]
-"""What is worth knowing of a file that was read; what notes.csv says."""
+"""A remark on a file that was read, as in notes.csv."""
 
 
 class BadAudio(ValueError):

@@ -1,4 +1,4 @@
-"""What the readers of audio files hand on: mono blocks, each with its sample rate."""
+"""Mono blocks of samples, each with its sample rate, which the readers of audio files give."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 
 class Block(NamedTuple):
-    """Samples that follow those of the block before."""
+    """Consecutive samples of a file."""
 
     rate: int
-    """Hz; joined files may change it."""
+    """Hz; it may change where files were joined."""
     samples: NDArray[np.float32]  # [n]
     """Full scale is 1."""
 

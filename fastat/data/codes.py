@@ -1,9 +1,9 @@
-"""Log-mels in 8 or 16 bits, and mixup on them: what ``fastat.data.cache`` keeps and computes.
+"""Log-mels in 8 or 16 bits, and mixup of them, for ``fastat.data.cache``.
 
-``float16`` keeps the value itself. ``uint8`` keeps evenly spaced values of each clip: even steps of
-a logarithm are even ratios of power, so a quiet band is as exact as a loud one. The scale is the
-clip's own, and code 0 is the feature's floor, which takes no part in the scale: silence, padding
-included, would stretch it. Measured on ESC-10 (64 x 400, clips padded to ten seconds), the median
+``float16`` stores the values themselves. ``uint8`` quantises each clip evenly between its own
+extremes: even steps of a logarithm are even ratios of power, so a quiet band is as exact as a loud
+one. Code 0 is the feature's floor and takes no part in the scale, which silence, padding included,
+would stretch. Measured on ESC-10 (64 x 400, clips padded to ten seconds), the median
 error in bands within 60 dB of their frame's peak is 0.06 dB; with the floor in the scale it was
 0.11, with one scale for the set 0.12. ``bench/cache_error.py`` measures what is kept here.
 
@@ -20,13 +20,13 @@ from fastat.frontend import Augment
 
 DTYPES = {"float16": torch.float16, "uint8": torch.uint8}
 STEPS = 254
-"""Codes 1..255 lie so many steps apart."""
+"""Number of steps between the codes 1 and 255."""
 FLOOR_TOLERANCE = 1e-3
-"""In the feature's units: what is this near to the floor is silence."""
+"""In the feature's units: values that are this close to the floor are silence."""
 
 
 def units_per_neper(feature: Feature) -> float:
-    """The feature's units (decibels or natural logarithm of power) in a natural logarithm of it."""
+    """Units of the feature (decibels, or natural logarithm of power) for a factor e of power."""
     return 1.0 if feature.kaldi else 10.0 / math.log(10.0)
 
 
@@ -36,7 +36,7 @@ def log_floor(feature: Feature) -> float:
 
 
 def row_bytes(feature: Feature, clip_samples: int, dtype: str) -> int:
-    """Bytes that a clip takes, its scale included."""
+    """Bytes of a clip, its scale included."""
     values = feature.num_frames(clip_samples) * feature.num_mels
     return values * DTYPES[dtype].itemsize + 2 * torch.float32.itemsize
 
@@ -44,8 +44,8 @@ def row_bytes(feature: Feature, clip_samples: int, dtype: str) -> int:
 def encode(log_mel: Tensor, dtype: torch.dtype, floor: float) -> tuple[Tensor, Tensor]:
     """log_mel [R, T, F] float32 -> codes [R, T, F] of ``dtype``, scales [R, 2] float32.
 
-    A scale is the value that code 0 would have, were it not the floor, and the distance of
-    neighbouring codes; float16 has no use of it.
+    A scale holds the value that code 0 would have if it were not the floor, and the distance of
+    neighbouring codes. float16 does not use it.
     """
     if dtype == torch.float16:
         return log_mel.to(dtype), log_mel.new_zeros(len(log_mel), 2)
@@ -58,7 +58,7 @@ def encode(log_mel: Tensor, dtype: torch.dtype, floor: float) -> tuple[Tensor, T
 
 
 def decode(codes: Tensor, scales: Tensor, floor: float) -> Tensor:
-    """What ``encode`` made, back as [R, T, F] float32."""
+    """The inverse of ``encode``: [R, T, F] float32."""
     values = codes.float()
     if codes.dtype == torch.float16:
         return values
@@ -67,7 +67,7 @@ def decode(codes: Tensor, scales: Tensor, floor: float) -> Tensor:
 
 
 def mix(log_mel: Tensor, augment: Augment, feature: Feature) -> Tensor:
-    """log_mel [B + M, T, F], the last M being mixup partners -> [B, T, F].
+    """Mixes log_mel [B + M, T, F], of which the last M are mixup partners -> [B, T, F].
 
     Mel powers add up with the squares of the amplitudes' weights, lam^2 P + (1 - lam)^2 Q, in
     float32. Mixed waveforms also have a cross term, 2 lam (1 - lam) |X| |Y| cos(phase): zero in

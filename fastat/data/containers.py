@@ -1,11 +1,11 @@
-"""Where the samples of WAV, AIFF, AU, CAF and Wave64 files lie, and how many there are; where MP4
-and Matroska files end.
+"""Finds where the samples of WAV, AIFF, AU, CAF and Wave64 files lie and how many there are, and
+where MP4 and Matroska files end.
 
 The headers of PCM files state a number of bytes, which is often wrong: a recorder that lost its
 power leaves 0 or an old number, a program that writes to a pipe cannot know it, and a field of 32
-bits wraps at 4 GiB. libsndfile believes most of these numbers. Here they are compared with the size
-of the file and with what lies behind the samples, and where they are wrong libsndfile gets a header
-with the right one.
+bits wraps at 4 GiB. libsndfile trusts most of these numbers. Here they are compared with the size
+of the file and with what follows the samples; if one is wrong, libsndfile gets a header with the
+right one.
 """
 
 import io
@@ -13,22 +13,21 @@ import struct
 from typing import BinaryIO, NamedTuple
 
 SLACK_BYTES = 128
-"""A number that is wrong by no more than this includes parts of the header, or a byte of
-padding."""
+"""A number that is wrong by no more than this counts parts of the header, or a byte of padding."""
 _UNKNOWN_SIZES = (range(1), range(0x7F000000, 0x80010000), range(0xFFFF0000, 0x100000000))
-"""What programs that write to a pipe state in 32 bits: 0, -1, or a number close to 2 or 4 GiB."""
+"""Sizes that programs which write to a pipe state in 32 bits: 0, -1, or close to 2 or 4 GiB."""
 MAX_BOXES = 100_000
-"""Chunks or boxes of a file that are looked at."""
+"""Limit of the chunks or boxes of a file that are read."""
 _TRAILERS = (
     b"TAG", b"ID3", b"APETAGEX", b"LIST", b"id3 ", b"_PMX", b"bext", b"iXML", b"axml", b"cue ",
     b"smpl", b"fact", b"PEAK", b"JUNK",
 )  # fmt: skip
-"""What follows the samples in many files, and is no audio even where it is cut short."""
+"""Tags and chunks that follow the samples in many files, and are no audio even if cut short."""
 _MAX_32_BITS = 0xFFFFFFFF
 
 
 class _Form(NamedTuple):
-    """How a format is made of chunks."""
+    """How a format consists of chunks."""
 
     first: int
     """Byte of the first chunk."""
@@ -54,31 +53,31 @@ _FORMS = {
 }
 _AU_ORDERS = {b".snd": ">", b"dns.": "<"}
 _AU = _Form(0, ">4sI", b"", align=1)
-"""AU has no chunks; nothing but another file can follow its samples."""
+"""AU has no chunks: only another file can follow its samples."""
 
 
 class Samples(NamedTuple):
     """Where the samples lie."""
 
     first: int
-    """Byte of the first one, where ``head`` is not empty."""
+    """Byte of the first sample; only used if ``head`` is not empty."""
     head: bytes
-    """A header with the right number, for what begins there; empty when the file's own is right."""
+    """A header with the right number for these samples; empty if the file's own is right."""
     note: str
-    """What was wrong; empty when nothing was, or when the header states no number."""
+    """What was wrong; empty if nothing was, or the header states no number."""
     next_file: int | None
-    """Where another file was joined to this one."""
+    """Byte where another file was joined to this one."""
     missing: str = ""
-    """What of the stated samples is not there; empty when nothing is missing."""
+    """Which of the stated samples are missing; empty if none are."""
 
 
 UNKNOWN = Samples(0, b"", "", None)
 
 
 def find_samples(file: BinaryIO, start: int) -> Samples:
-    """Looks at the header of the file that begins at byte ``start``.
+    """Reads the header of the file at byte ``start``.
 
-    Returns ``UNKNOWN`` for other formats, and where there is no chunk of samples.
+    Returns ``UNKNOWN`` for other formats, and if there is no chunk of samples.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(start)
@@ -123,7 +122,7 @@ def find_samples(file: BinaryIO, start: int) -> Samples:
 
 
 def _next_mp4(file: BinaryIO, start: int) -> int | None:
-    """Where a second file begins among the boxes of an MP4 file."""
+    """Byte where a second file begins among the boxes of an MP4 file; None if there is none."""
     place = start
     for _ in range(MAX_BOXES):
         file.seek(place)
@@ -140,7 +139,7 @@ def _next_mp4(file: BinaryIO, start: int) -> int | None:
 
 
 def _missing_of_matroska(file: BinaryIO, start: int, size: int) -> str:
-    """What is missing at the end of the Matroska or WebM file that begins at ``start``."""
+    """What is missing at the end of the Matroska or WebM file at ``start``; empty if nothing is."""
     place = start
     for element in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):  # its header, and the segment
         file.seek(place)
@@ -150,7 +149,7 @@ def _missing_of_matroska(file: BinaryIO, start: int, size: int) -> str:
         width = 9 - head[4].bit_length()  # the first bit set says how many bytes the size has
         stated = int.from_bytes(head[4 : 4 + width], "big") & (1 << 7 * width) - 1
         place += 4 + width + stated
-        if stated == (1 << 7 * width) - 1:  # live: not known
+        if stated == (1 << 7 * width) - 1:  # unknown, as in a live stream
             return ""
     return f"{size - start:,} of {place - start:,} bytes of the file" if place > size else ""
 
@@ -170,7 +169,7 @@ class _SizeField(NamedTuple):
 
     @property
     def overhead(self) -> int:
-        """Bytes that it counts beside the samples."""
+        """Bytes that the number counts beside the samples."""
         head = struct.calcsize(self.form.head) if self.form.counts_head else 0
         return self.form.data_offset + head
 
@@ -182,7 +181,7 @@ class _SizeField(NamedTuple):
         return any(self.stated in sizes for sizes in _UNKNOWN_SIZES)
 
     def check(self, file: BinaryIO, size: int) -> Samples:
-        """The number against what lies behind the first sample."""
+        """Compares the number with what follows the first sample."""
         available = max(0, size - self.first)
         if self.is_unknown:
             if self.stated == 0 and (

@@ -1,10 +1,11 @@
 """The DALI source: a packed set's original files, decoded by DALI while training.
 
-The same batches as the packed source from the same plans, without reading the packed waveforms:
-DALI's threads decode on the CPU (its audio decoder has no GPU version), then downmix, cut, resample
-and round to int16. For ``logmel64`` mixup and the log-mel are in DALI's graph too, on the GPU where
-there is one; for other features the batch holds waveforms and ``Frontend`` does the rest. From
-16 kHz files both sources give the same features; at other rates their resamplers differ.
+It gives the same batches as the packed source for the same plans, without reading the packed
+waveforms: DALI's threads decode on the CPU (its audio decoder has no GPU version), then downmix,
+cut, resample and round to int16. For ``logmel64``, mixup and the log-mel are computed in DALI's
+graph too, on the GPU if there is one; for other features a batch holds waveforms and ``Frontend``
+does the rest. For 16 kHz files both sources give the same features; at other rates their resamplers
+differ.
 """
 
 import io
@@ -28,11 +29,11 @@ from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.errors import Failure, UserError
 
 READ_THREADS = 8
-"""Reading files ahead of DALI waits for the disk, not for a processor."""
+"""Threads that read files ahead of DALI: they wait for the disk, not for a core."""
 
 
 class _File(NamedTuple):
-    """A clip as DALI gets it; the fields are those of ``dali_check.Clips``."""
+    """A clip as DALI reads it; for the fields see ``dali_check.Clips``."""
 
     encoded: NDArray[np.uint8]
     first: int
@@ -47,26 +48,26 @@ class DaliSource:
     """Batches of the original files of ``packed``, decoded by DALI.
 
     Args:
-        feature: ``logmel64``: batches hold log-mels, already mixed; others and None: int16
+        feature: with ``logmel64`` batches hold log-mels, already mixed; with others and None, int16
             waveforms.
-        batch: clips in the largest plan.
-        threads: of DALI.
-        device: where batches land, and with CUDA where DALI does all but decoding.
+        batch: number of clips in the largest plan.
+        threads: number of DALI's threads.
+        device: the device of the batches, on which DALI does all but decoding.
         max_bad: share of the set's clips that DALI may be unable to take.
         remove_mean: as ``Frontend``'s; only log-mels need it.
-        queue: steps that DALI works ahead.
+        queue: number of steps that DALI works ahead.
 
-    DALI decodes every file once first (``dali_check``). With several processes, start this in one
-    of them before the others: they then find its result.
+    At construction, DALI decodes every file once (``dali_check``). With several processes, one has
+    to construct this before the others, which then find its result.
 
     Raises:
         UserError: DALI is not installed, or more than ``max_bad`` of the clips are bad.
     """
 
     bad: list[BadClip]
-    """Rows it cannot deliver, with path and reason."""
+    """Rows that DALI cannot deliver, with path and reason."""
     usable: NDArray[np.bool_]
-    """[N] the others, the only ones a plan may hold."""
+    """[N] whether a plan may hold the row, because it is not bad."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class DaliSource:
             clip_samples=packed.clip_samples,
             remove_mean=remove_mean,
             resample=bool((rates != SAMPLE_RATE).any()),
-            # At low rates the images of the sound lie close above it: more lobes keep them out.
+            # At low rates the spectral images are close above the signal, and need more lobes.
             quality=100.0 if (rates < 22_050).any() else 50.0,
             add_channels=0 if np.isin(channels, (1, 2, 4, 8)).all() else int(channels.max()),
             gpu=cuda,
@@ -119,7 +120,7 @@ class DaliSource:
         """One batch a plan, in order, on the device; plans hold usable rows only.
 
         Raises:
-            Failure: a file is gone, or was damaged after the check; names it.
+            Failure: a file was removed or damaged after the check; names it.
         """
         # DALI's own queue works ahead of this one.
         for batch in prefetch(self._produce(plans), 1):
@@ -143,11 +144,11 @@ class DaliSource:
                 augment=augment_of(plan),
                 **{"log_mel" if self.log_mel else "waveform": output},
             )
-        # Only a run that came to its end has nothing under way; the others are dropped.
+        # A run that did not come to its end still holds batches, and is not used again.
         self._idle = run
 
     def inputs(self, plan: StepPlan) -> list[Any]:
-        """What the graph reads for a plan, see ``dali_graph``."""
+        """The inputs of the graph for a plan, see ``dali_graph``."""
         rows = np.concatenate([plan.rows, plan.partners])
         if not self.usable[rows].all():
             raise ValueError(f"rows: DALI cannot take {rows[~self.usable[rows]].tolist()}")
@@ -165,7 +166,7 @@ class DaliSource:
         files = [_File(*column) for column in columns]
         if not self.log_mel:
             return self._stream(files)
-        # A static graph needs a partner for every clip: mostly silence, which costs nothing.
+        # A static graph needs a partner for every clip: most are silence, which is cheap.
         B = len(plan.rows)
         partners = [self._silence] * B
         lam = np.ones(B, np.float32)
@@ -175,7 +176,7 @@ class DaliSource:
         return [*self._stream(files[:B]), *self._stream(partners), lam]
 
     def _stream(self, files: list[_File]) -> list[Any]:
-        """``Spec.stream`` of these files."""
+        """The inputs that ``Spec.stream`` names, of these files."""
         values = {
             "encoded": [file.encoded for file in files],
             "first": np.array([file.first for file in files], np.int32),
@@ -196,7 +197,7 @@ class DaliSource:
             raise Failure(f"cannot read {error.filename}: {error.strerror}") from error
 
     def explain(self, plans: Iterable[StepPlan], error: RuntimeError) -> Failure:
-        """Which file of ``plans`` made DALI fail."""
+        """An error that names the file of ``plans`` at which DALI failed."""
         rows = np.concatenate([rows for plan in plans for rows in (plan.rows, plan.partners)])
         paths = [path for path, _ in self.packed.sources(rows)]
         decoder = Decoder(self._graph, self._readers, threads=1)
@@ -207,13 +208,13 @@ class DaliSource:
                 return Failure(f"{path} changed after it was checked: {found.reason}")
             if found != Header(*self.clips.headers[row].tolist()):
                 changed.append(path)
-        if changed:  # perhaps merely touched
+        if changed:  # not certain to be the cause: it may have been touched only
             return Failure(f"{changed[0]} changed after it was checked: it is another file now")
         return Failure(f"DALI failed: {self._graph.reason_of(error)} (files {paths[0]}, ...)")
 
 
 class _Run:
-    """A DALI pipeline, its input and what it is working on."""
+    """A DALI pipeline, its input, and the plans that it is working on."""
 
     def __init__(self, source: DaliSource) -> None:
         self.source = source
@@ -228,7 +229,7 @@ class _Run:
         self.plans = plans
         cuda = self.source.device.type == "cuda"
         while True:
-            # On this stream DALI also takes the memory back, after what reads it there.
+            # DALI also reclaims its memory on this stream, after the work that reads it.
             stream = torch.cuda.current_stream(self.source.device) if cuda else None
             try:
                 (output,) = self.pipe.run(stream)
@@ -242,7 +243,7 @@ class _Run:
             yield self.under_way.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor())
 
     def _next(self) -> list[Any]:
-        """DALI's call for a step's input; StopIteration ends the run."""
+        """Called by DALI for the inputs of the next step; StopIteration ends the run."""
         plan = next(self.plans)
         inputs = self.source.inputs(plan)
         self.under_way.append(plan)
@@ -264,7 +265,7 @@ def _cuda_index(device: torch.device) -> int:
 
 
 def _silent_file() -> _File:
-    """A WAV file of one sample of silence."""
+    """A WAV file that holds one sample of silence."""
     file = io.BytesIO()
     sf.write(file, np.zeros(1, np.int16), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     encoded = np.frombuffer(file.getvalue(), np.uint8)

@@ -1,11 +1,10 @@
-"""Which files of a packed set DALI can take, found before its pipeline starts.
+"""Finds which files of a packed set DALI can decode, before its pipeline starts.
 
-DALI ends the pipeline at the first file that it cannot decode, so DALI itself is asked to decode
-every file here once. It has a libsndfile of its own, and reads some files otherwise than packing
-did: a file that it makes shorter than the packed row is bad too. What was found good is kept in
-the set's folder (``dali_checked.npz``) with each file's size and time of change, so that the next
-run only looks at files that changed since; the bad ones are listed in ``dali_bad.csv``, as packing
-does in ``bad.csv``.
+DALI ends the pipeline at the first file that it cannot decode, so here DALI decodes every file
+once. It has a libsndfile of its own and reads some files differently from packing: a file that it
+makes shorter than the packed row is bad too. The result is kept in the set's folder
+(``dali_checked.npz``) with each file's size and time of change, so that the next run only looks at
+files that changed since. Bad files are listed in ``dali_bad.csv``, in the form of ``bad.csv``.
 """
 
 import logging
@@ -33,16 +32,16 @@ log = logging.getLogger(__name__)
 CHECKED_FILE = "dali_checked.npz"
 BAD_FILE = "dali_bad.csv"
 MAX_VALUES = 2**31 - 1
-"""Samples times channels of a file, which DALI holds decoded as a whole."""
+"""Limit of samples times channels of a file, which DALI decodes as a whole."""
 BATCH, BATCH_VALUES = 64, 2**26
-"""Files decoded at a time, and their samples times channels (256 MB), unless one has more."""
+"""Limits of a batch: number of files, and their samples times channels (256 MB in float32)."""
 CHUNK_ROWS = 2048
 MARGIN_SECONDS = 1
-"""Read beyond a cut at other rates than 16 kHz, for the resampler, as ``decode`` does."""
+"""Audio beyond a cut that the resampler reads at other rates than 16 kHz, as in ``decode``."""
 
 
 class Header(NamedTuple):
-    """A file that DALI can take, as it was when it was checked."""
+    """A file that DALI can decode, as it was when it was checked."""
 
     size: int
     mtime_ns: int
@@ -52,12 +51,12 @@ class Header(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A file that DALI cannot take."""
+    """A file that DALI cannot decode, or that the set cannot use."""
 
     reason: str
     size: int = 0
     mtime_ns: int = 0
-    """Of the file when DALI refused it; zeros when DALI was not asked."""
+    """Size and time of change when DALI refused the file; zeros if DALI did not see it."""
 
 
 class BadClip(NamedTuple):
@@ -70,19 +69,19 @@ class BadClip(NamedTuple):
 
 @dataclass(frozen=True)
 class Clips:
-    """Where each of N rows lies in its file; zeros for bad rows."""
+    """Where each of N rows lies in its file. Bad rows have zeros."""
 
     first: NDArray[np.int32]
-    """Samples at the file's rate before what has to be resampled: whole seconds."""
+    """Samples at the file's rate, a whole number of seconds, before the part to resample."""
     length: NDArray[np.int32]
-    """Samples of it."""
+    """Samples of the part to resample, at the file's rate."""
     skip: NDArray[np.int32]
-    """Samples at 16 kHz between there and the start of the clip."""
+    """Samples at 16 kHz between the start of that part and the start of the clip."""
     rate: NDArray[np.int32]
     """Hz."""
     channels: NDArray[np.int32]
     headers: NDArray[np.int64]
-    """[N, 5] of the files, as ``Header``."""
+    """[N, 5] the files' headers, in the order of ``Header``."""
     bad: list[BadClip]
 
     @property
@@ -91,10 +90,10 @@ class Clips:
 
 
 def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
-    """Has DALI decode the original file of every row of ``packed``, on ``threads`` threads.
+    """Lets DALI decode the original file of every row of ``packed``, on ``threads`` threads.
 
     Args:
-        graph: ``dali_graph``, which only a machine with DALI can import.
+        graph: the module ``dali_graph``, which can only be imported if DALI is installed.
     """
     N = packed.num_clips
     fingerprint = f"{packed.fingerprint} DALI {graph.DALI_VERSION}"
@@ -134,15 +133,15 @@ def check(packed: PackedSet, graph: ModuleType, threads: int) -> Clips:
 
 
 class Checked(NamedTuple):
-    """What a check keeps for the next one."""
+    """Results that a check keeps for the next one."""
 
     headers: NDArray[np.int64]
-    """[N, 5] of the files of the rows, as ``Header``; zeros for files that are not good."""
+    """[N, 5] the header of each row's file, in the order of ``Header``; zeros for bad files."""
     refusals: dict[int, Refusal]
-    """Of files that DALI refused, by their first rows."""
+    """Files that DALI refused, by their first rows."""
 
     def of(self, row: int) -> Header | Refusal | None:
-        """What is known of the file whose first row is ``row``."""
+        """The kept result for the file whose first row is ``row``."""
         header = Header(*self.headers[row].tolist())
         return header if header.rate else self.refusals.get(row)
 
@@ -154,11 +153,11 @@ class FileToCheck(NamedTuple):
     size: int
     mtime_ns: int
     values: int
-    """Samples times channels by its header; 0 where our libsndfile cannot read it."""
+    """Samples times channels by its header; 0 if our libsndfile cannot read it."""
 
 
 class Decoder:
-    """Asks DALI what it makes of files, which ``readers`` read."""
+    """Decodes files with DALI to see whether it can. The threads of ``readers`` read them."""
 
     def __init__(self, graph: ModuleType, readers: ThreadPoolExecutor, threads: int) -> None:
         self._graph, self._readers, self._threads = graph, readers, threads
@@ -167,11 +166,10 @@ class Decoder:
     def look(
         self, paths: Sequence[str], known: Sequence[Header | Refusal | None]
     ) -> list[Header | Refusal]:
-        """Each file's header, or why DALI cannot take it; up to ``BATCH`` files.
+        """Each file's header, or why DALI cannot decode it; up to ``BATCH`` files.
 
         Args:
-            known: what an earlier look found; a file that did not change since is not decoded
-                again.
+            known: earlier results; a file that did not change since is not decoded again.
         """
         found = list(self._readers.map(_examine, paths, known))
         decoded = iter(self._decode([file for file in found if isinstance(file, FileToCheck)]))
@@ -216,7 +214,7 @@ class Decoder:
 
 
 def _examine(path: str, known: Header | Refusal | None) -> FileToCheck | Header | Refusal:
-    """What there is to know about a file without decoding it; ``known`` if it did not change."""
+    """Looks at a file without decoding it; returns ``known`` if it did not change."""
     if is_row(path):
         return Refusal("unreadable: a row of an HDF5 file, DALI reads audio files")
     try:
@@ -247,7 +245,7 @@ def _bytes(file: FileToCheck) -> NDArray[np.uint8]:
 
 
 def _header(file: FileToCheck, samples: NDArray[np.float32], rate: float) -> Header | Refusal:
-    """The header of a file that DALI decoded to ``samples`` [n, C], or what is wrong with them."""
+    """The header of a file that DALI decoded to ``samples`` [n, C], or why they are no use."""
     frames, channels = samples.shape
     if frames == 0:
         return Refusal("empty: no samples", file.size, file.mtime_ns)
@@ -257,7 +255,7 @@ def _header(file: FileToCheck, samples: NDArray[np.float32], rate: float) -> Hea
 
 
 def _by_file(packed: PackedSet) -> Iterator[tuple[str, list[tuple[int, float]]]]:
-    """Each file with its rows, which are neighbours, and their start in seconds."""
+    """Yields each file with its rows, which are neighbours, and their starts in seconds."""
     for start in range(0, packed.num_clips, CHUNK_ROWS):
         rows = np.arange(start, min(start + CHUNK_ROWS, packed.num_clips))
         sources = zip(rows.tolist(), packed.sources(rows), strict=True)
@@ -266,9 +264,9 @@ def _by_file(packed: PackedSet) -> Iterator[tuple[str, list[tuple[int, float]]]]
 
 
 def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, header: Header) -> str:
-    """Notes where the row lies in its file; why not, if DALI does not find there what was packed.
+    """Records in ``clips`` where the row lies in its file; returns why DALI cannot deliver it.
 
-    The file changed since packing, or packing read it with another decoder.
+    That is so if the file changed since packing, or packing read it with another decoder.
     """
     rate = header.rate
     start = round(start_seconds * SAMPLE_RATE)
@@ -280,7 +278,7 @@ def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, head
             f"length differs: DALI decodes {max(there, 0) / SAMPLE_RATE:.4f} s from "
             f"{start_seconds:g} s on, packed were {packed_samples / SAMPLE_RATE:.4f} s"
         )
-    # From a whole second: there the resampled grid has a sample at any rate.
+    # From a whole second on, where a sample falls on the 16 kHz grid at any rate.
     first_second = max(0, int(start_seconds) - MARGIN_SECONDS)
     seconds = start_seconds - first_second + packed.clip_samples / SAMPLE_RATE + MARGIN_SECONDS
     clips.first[row] = first_second * rate
@@ -292,7 +290,7 @@ def _place(clips: Clips, packed: PackedSet, row: int, start_seconds: float, head
 
 
 def _load(packed: PackedSet, fingerprint: str) -> Checked:
-    """What an earlier check kept."""
+    """The results of an earlier check."""
     path = packed.directory / CHECKED_FILE
     nothing = Checked(np.zeros((packed.num_clips, len(Header._fields)), np.int64), {})
     if not path.exists():
@@ -323,7 +321,7 @@ def _save(packed: PackedSet, fingerprint: str, checked: Checked) -> None:
 
 
 def _list_bad(packed: PackedSet, bad: list[BadClip]) -> None:
-    """Writes the list, or removes an earlier one."""
+    """Writes dali_bad.csv, or removes an earlier one if there are no bad clips."""
     path = packed.directory / BAD_FILE
     if not bad:
         path.unlink(missing_ok=True)

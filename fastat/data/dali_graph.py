@@ -36,7 +36,7 @@ attenuation: soxr HQ's, fitted to its response to tones, which this follows to 1
 amplitude."""
 
 _SAID = re.compile(r"encountered:\s+(?:Failed to open encoded data: |.* audio file \. )?(.+)")
-"""The reason inside DALI's report."""
+"""Finds the reason in DALI's report."""
 
 DataNode = Any
 Source = Callable[[], Sequence[list[NDArray[np.uint8]] | NDArray[Any]]]
@@ -56,14 +56,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a graph is built for: the same for every step."""
+    """Parameters of a graph, the same for every step."""
 
     clip_samples: int
     remove_mean: bool
     resample: bool
-    """Some files have another rate than 16 kHz."""
+    """Whether some files have another rate than 16 kHz."""
     quality: float
-    """Of DALI's resampler, 0 to 100: 50 is 16 lobes, 100 is 64."""
+    """Quality of DALI's resampler, 0 to 100: 50 is 16 lobes, 100 is 64."""
     add_channels: int
     """Channels of the widest file, where some file has a number of them whose reciprocal float32
     does not hold, as 3 or 6; else 0."""
@@ -71,7 +71,7 @@ class Spec:
 
     @property
     def stream(self) -> tuple[str, ...]:
-        """What a graph reads about each file of a step, in this order.
+        """The inputs of a graph for each file of a step, in this order.
 
         encoded: the file's bytes (uint8); first, length: what of it is resampled, in samples at
         its own rate; skip: where in that the clip starts, samples: how long it is, at 16 kHz (all
@@ -126,7 +126,7 @@ def decode_pipeline(dtype: Literal["int16", "float32"], **options: Any) -> Pipel
 
 
 def reason_of(error: RuntimeError) -> str:
-    """What DALI's error says went wrong, without where in the graph."""
+    """The reason of DALI's error, without its place in the graph."""
     match = _SAID.search(str(error))
     return match[1] if match else first_line(error)
 
@@ -253,7 +253,7 @@ def _clip(spec: Spec, file: dict[str, DataNode]) -> DataNode:
     if spec.gpu:
         x = x.gpu()
     if spec.resample:
-        # At 16 kHz nothing: DALI's resampler still errs by 2e-7 there, enough to turn a tie.
+        # Not at 16 kHz, where DALI's resampler still errs by 2e-7, enough to break a tie.
         if file["rate"] != float(SAMPLE_RATE):
             x = _resample(spec, x, file["rate"], file["lowpass"])
         else:

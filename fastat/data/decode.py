@@ -1,14 +1,14 @@
-"""One audio file, or the bytes of one -> float32 mono at 16 kHz, or the reason why not.
+"""Decodes an audio file, or a file's bytes, to float32 mono at 16 kHz, or says why it cannot.
 
-Which library reads what:
+The libraries:
 
 - MPEG audio (MP3): FFmpeg's decoder, frame by frame (``mpeg``).
-- WAV, FLAC, Ogg, AIFF, AU, CAF and whatever else libsndfile knows: libsndfile. How much a file
-  holds is not taken from its header alone (``containers``, ``integrity``).
-- What libsndfile refuses, such as MP4, WebM, ADTS, 20-bit FLAC and FLAC in Ogg: FFmpeg
+- WAV, FLAC, Ogg, AIFF, AU, CAF and other formats that libsndfile knows: libsndfile. A file's length
+  is not taken from its header alone (``containers``, ``integrity``).
+- Formats that libsndfile refuses, such as MP4, WebM, ADTS, 20-bit FLAC and FLAC in Ogg: FFmpeg
   (``ffmpeg``).
 
-All that a file holds is read, also where several files were joined. Channels are averaged and
+A file is read to its end, also if several files were joined. Channels are averaged and
 soxr HQ resamples, in blocks: a long file costs the memory of its 16 kHz samples, and the result is
 bit-identical to resampling it in one piece.
 """
@@ -30,18 +30,18 @@ from fastat.data.blocks import Block
 from fastat.data.reader import MARGIN_SECONDS, Reader
 
 MAX_CLIPPED = 0.01
-"""Share of samples beyond full scale above which a file that stores floats is bad: its scale is
-another one. Lossy codecs overshoot wherever the recording was clipped before, in most samples of a
-clipped sine: a file of theirs is never bad, and is noted above this share."""
+"""Share of samples beyond full scale above which a file that stores floats is bad, because it was
+written with another scale. Lossy codecs overshoot wherever the recording was clipped (in most
+samples of a clipped sine), so their files are never bad, and get a remark above this share."""
 
 
 class Audio(NamedTuple):
-    """What a file holds."""
+    """Samples of a file, with remarks."""
 
     samples: NDArray[np.float32]  # [S]
     """Mono, full scale 1."""
     notes: tuple[Note, ...]
-    """What is worth knowing about it."""
+    """Remarks on the file."""
 
 
 def decode(source: Path | bytes, sample_rate: int = 16_000, seconds: float | None = None) -> Audio:
@@ -67,8 +67,8 @@ def decode(source: Path | bytes, sample_rate: int = 16_000, seconds: float | Non
         raise
     except OSError as error:
         raise BadAudio("unreadable", error.strerror or str(error)) from error
-    # Four libraries read files that anybody may have made. Whatever one of them raises is the
-    # fault of this file, and must not cost the others of the command.
+    # Four libraries parse files that anybody may have made. Any exception of theirs means that this
+    # file is bad, and must not end the command, which goes on with the other files.
     except Exception as error:
         raise BadAudio("unreadable", f"{type(error).__name__}: {error}") from error
 
@@ -87,8 +87,8 @@ def _check_file(path: Path) -> None:
 def resample_clip(
     x: NDArray[np.int16], rate: int, sample_rate: int = 16_000, seconds: float | None = None
 ) -> NDArray[np.float32]:
-    """Samples that need no decoding, [n] at ``rate`` -> as ``decode`` gives them, at most
-    ``seconds``; raises BadAudio as it does."""
+    """Resamples samples that need no decoding, [n] at ``rate``, to at most ``seconds``, like
+    ``decode``; raises BadAudio as it does."""
     end = None if seconds is None else math.ceil((seconds + MARGIN_SECONDS) * rate)
     blocks = iter([Block(rate, x[:end] * np.float32(1 / 32768))])
     return _cut(blocks, sample_rate, seconds)
@@ -117,7 +117,7 @@ def _resampled(reader: Reader, sample_rate: int, seconds: float | None) -> Audio
 
 
 class _Level:
-    """How far the samples of the first ``seconds`` go beyond full scale."""
+    """Measures how far the samples of the first ``seconds`` go beyond full scale."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds_left = math.inf if seconds is None else seconds
@@ -125,7 +125,7 @@ class _Level:
         self.peak = 0.0
 
     def measured(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        """The blocks as they are."""
+        """Yields the blocks unchanged."""
         for block in blocks:
             x = block.samples
             if self.seconds_left * block.rate < len(x):
@@ -141,7 +141,7 @@ class _Level:
 
 
 def _cut(blocks: Iterator[Block], sample_rate: int, seconds: float | None) -> NDArray[np.float32]:
-    """Blocks of any rate -> [S] at ``sample_rate``, at most ``seconds``."""
+    """Resamples blocks of any rate to ``sample_rate`` -> [S], at most ``seconds``."""
     resampled = (
         part
         for rate, group in itertools.groupby(blocks, key=lambda block: block.rate)
@@ -161,7 +161,7 @@ def _cut(blocks: Iterator[Block], sample_rate: int, seconds: float | None) -> ND
 def _at_rate(
     blocks: Iterator[NDArray[np.float32]], rate: int, sample_rate: int
 ) -> Iterator[NDArray[np.float32]]:
-    """Resamples blocks; bit for bit what resampling them in one piece gives."""
+    """Resamples blocks; bit-identical to resampling them in one piece."""
     if rate == sample_rate:
         yield from blocks
         return

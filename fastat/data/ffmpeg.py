@@ -13,11 +13,11 @@ from fastat.data.integrity import NO_MD5, StreamInfo
 from fastat.data.window import Window
 
 STRICT = {"err_detect": "crccheck+explode"}
-"""FFmpeg would make something up for a damaged packet."""
+"""Damaged packets are errors: FFmpeg would otherwise conceal them."""
 NO_PROTOCOLS = {"protocol_whitelist": "none"}
-"""Some formats, such as playlists, name other files, and even addresses."""
+"""Formats such as playlists name other files and addresses, which are not opened."""
 TOLERANCE_SECONDS = 0.5
-"""How much shorter than stated the audio of an MP4 file may be."""
+"""By how much the audio of an MP4 file may be shorter than stated."""
 
 
 class FFmpegFile:
@@ -70,8 +70,8 @@ class FFmpegFile:
         for frame in self.container.decode(stream):
             if flac is not None:
                 flac.update(frame)
-                # FFmpeg drops a damaged frame, and has no time for those next to it; nor for some
-                # last frames.
+                # FFmpeg drops a damaged frame and gives its neighbours no timestamp; some last
+                # frames have none either.
                 if uncertain:
                     raise BadAudio("unreadable", f"a FLAC frame near {seconds:.1f} s is damaged")
                 uncertain = frame.pts is None and self.format == "flac"
@@ -91,7 +91,7 @@ class FFmpegFile:
 
 
 def _stated_seconds(container_format: str, stream: Any) -> float | None:
-    """The length by MP4's index; other containers estimate it, or are checked in other ways."""
+    """The length by MP4's index; None for other containers, which only estimate it."""
     if "mp4" not in container_format or stream.duration is None:
         return None
     return float((stream.duration - max(stream.start_time or 0, 0)) * stream.time_base)
@@ -100,8 +100,8 @@ def _stated_seconds(container_format: str, stream: Any) -> float | None:
 class _FlacCheck:
     """Compares the samples of a FLAC stream, in any container, with length and MD5 in its header.
 
-    FLAC files that FFmpeg has joined have the header of the first: the MD5 is that of as many
-    samples as the header states, and there are more behind.
+    Files that FFmpeg has joined have the header of the first one, whose MD5 covers only as many
+    samples as it states.
     """
 
     def __init__(self, codec: Any) -> None:
@@ -111,7 +111,7 @@ class _FlacCheck:
         self.md5_at_stated = b""
 
     def update(self, frame: Any) -> None:
-        """Takes a decoded frame, whose samples stand at the upper end of 16 or 32 bits."""
+        """Adds a decoded frame, whose samples are the upper bits of 16 or 32."""
         x = frame.to_ndarray()
         x = x.reshape(-1) >> (8 * x.itemsize - self.info.bits)
         lowest = x.view(np.uint8).reshape(len(x), -1)[:, : -(-self.info.bits // 8)]
@@ -121,7 +121,7 @@ class _FlacCheck:
             self.md5_at_stated = self.digest.digest()
 
     def finish(self) -> Iterator[Note]:
-        """Notes a length that is more than stated.
+        """Yields a remark if there are more samples than stated.
 
         Raises:
             BadAudio: samples are missing, or differ.

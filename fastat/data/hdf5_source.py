@@ -27,11 +27,11 @@ from fastat.errors import UserError, first_line
 
 SUFFIXES = (".h5", ".hdf5", ".hdf")
 DEFAULT_RATE = 32_000
-"""Of PANNs' waveforms without the attribute, Hz."""
+"""Rate of PANNs' waveforms without the attribute, Hz."""
 BLOCK_ROWS = 16_384
-"""Targets of so many rows are read at once."""
+"""Number of rows whose targets are read at once."""
 CACHE_BYTES = 64 << 20
-"""Of decompressed chunks: HDF5's default is less than one chunk of many compressed files."""
+"""Cache for decompressed chunks: HDF5's default is smaller than one chunk of many files."""
 _ROW = re.compile(r"(.+\.(?:h5|hdf5|hdf))#(\d+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -48,7 +48,7 @@ def is_row(path: str) -> bool:
 
 
 def file_of(path: str) -> str:
-    """The file that an entry's path names, for a row that which holds it."""
+    """The file of an entry's path; for a row, the HDF5 file that holds it."""
     match = _ROW.fullmatch(path)
     return match[1] if match else path
 
@@ -78,14 +78,14 @@ def read_rows(source: Path, num_classes: int) -> Iterator[Row]:
 
 
 class Hdf5Rows:
-    """Decodes rows of HDF5 files; the last file stays open. One process, one thread."""
+    """Decodes rows of HDF5 files and keeps the last file open. Not thread-safe."""
 
     def __init__(self) -> None:
         self._path = ""
         self._file: Any = None
 
     def decode(self, path: str, sample_rate: int = 16_000, seconds: float | None = None) -> Audio:
-        """The row ``path`` (``file.h5#row``), as ``decode`` gives those of a file.
+        """Decodes the row ``path`` (``file.h5#row``), like ``decode`` a file.
 
         Raises:
             BadAudio: no such file or row, or no audio in it.
@@ -113,7 +113,7 @@ class Hdf5Rows:
 
 
 def rate_of(file: Any) -> int:
-    """Of the waveforms, Hz: one whole number, also as an array; ValueError for anything else."""
+    """Rate of the waveforms in Hz: one whole number, also as an array; else ValueError."""
     given = file.attrs.get("sample_rate", DEFAULT_RATE)
     rate = np.asarray(given).reshape(-1)
     if len(rate) == 1 and rate.dtype.kind in "iuf" and float(rate[0]).is_integer():
@@ -125,7 +125,7 @@ def rate_of(file: Any) -> int:
 
 @contextmanager
 def _bad_audio() -> Iterator[None]:
-    """Raises what h5py raises for a damaged file as BadAudio."""
+    """Turns what h5py raises for a damaged file into BadAudio."""
     try:
         yield
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def _bad_audio() -> Iterator[None]:
 
 
 def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
-    """Audio, target and names, checked against each other."""
+    """The datasets of audio, targets and names, checked against each other."""
     found = [name for name in ("waveform", "mp3") if isinstance(file.get(name), h5py.Dataset)]
     missing = [n for n in ("target", "audio_name") if not isinstance(file.get(n), h5py.Dataset)]
     if len(found) != 1 or missing:
@@ -170,7 +170,7 @@ def _datasets(source: Path, file: Any) -> tuple[Any, Any, Any]:
 
 
 def _is_packed(source: Path, target: Any, num_classes: int) -> bool:
-    """Whether the targets are bits in bytes; UserError when they are not of ``num_classes``."""
+    """Whether the targets are packed bits; UserError if they are not of ``num_classes``."""
     if target.dtype in (np.bool_, np.uint8):
         if target.shape[1] == num_classes:
             return False
@@ -184,5 +184,5 @@ def _is_packed(source: Path, target: Any, num_classes: int) -> bool:
 
 
 def _form(dataset: Any) -> str:
-    """Its dtype and shape, for a message; one without data has no shape."""
+    """A dataset's dtype and shape for a message; one without data has no shape."""
     return f"{dataset.dtype} {list(dataset.shape or ())}"

@@ -15,7 +15,7 @@ from fastat.data.bad_audio import BadAudio
 
 STREAMINFO_BYTES = 34
 NO_MD5 = bytes(16)
-"""What an encoder writes that could not go back to the header."""
+"""The MD5 field if the encoder could not go back to the header to write it."""
 OGG_FIRST, OGG_LAST = 2, 4
 _FLAC_RATES = {
     1: 88_200, 2: 176_400, 3: 192_000, 4: 8_000, 5: 16_000, 6: 22_050, 7: 24_000, 8: 32_000,
@@ -24,7 +24,7 @@ _FLAC_RATES = {
 _FLAC_BEGINNING = rb"fLaC[\x00\x80]\x00\x00\x22"
 """Matches the first eight bytes of every native FLAC file: its name, the head of STREAMINFO."""
 _FRAME_HEAD_BYTES = 5
-"""The sync code, how the frame is coded, and the frame's number, as far as it takes one byte."""
+"""Bytes of the sync code, of how the frame is coded, and of a frame number of one byte."""
 _SEARCH_BYTES = 1 << 20
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -35,38 +35,38 @@ class StreamInfo(NamedTuple):
     rate: int
     """Hz."""
     bits: int
-    """Of a sample."""
+    """Bits of a sample."""
     num_samples: int
-    """0 where the encoder did not know it."""
+    """0 if the encoder did not know it."""
     md5: bytes
 
     @classmethod
     def parse(cls, block: bytes) -> Self:
-        """From its bytes; a shorter block knows neither length nor MD5."""
+        """Parses its bytes; a block that is cut short has neither length nor MD5."""
         block = block[:STREAMINFO_BYTES].ljust(STREAMINFO_BYTES, b"\0")
         number = int.from_bytes(block[10:18], "big")
         return cls(number >> 44, (number >> 36 & 31) + 1, number & (1 << 36) - 1, block[18:])
 
 
 class FlacHeader(NamedTuple):
-    """What a native FLAC file says of itself that libsndfile does not pass on."""
+    """Header fields of a native FLAC file that libsndfile does not give."""
 
     info: StreamInfo
     frame_rate: int | None
-    """Hz, by the first frame; None where the frame leaves it to the header."""
+    """Hz, by the first frame; None if the frame refers to the header."""
     first_frame: int
-    """Byte where it begins."""
+    """Byte where the first frame begins."""
     frame_head: bytes
-    """The first bytes of it."""
+    """Its first bytes."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether length and MD5 are known; a program that writes to a pipe knows neither."""
+        """Whether length and MD5 are known; an encoder that writes to a pipe knows neither."""
         return self.info.num_samples > 0 and self.info.md5 != NO_MD5
 
 
 def read_flac_header(file: BinaryIO, start: int) -> FlacHeader | None:
-    """Reads the header of the native FLAC file that begins at byte ``start``; None without one."""
+    """Reads the header of the native FLAC file at byte ``start``; None if there is none."""
     file.seek(start)
     head = file.read(8)
     if not re.match(_FLAC_BEGINNING, head):
@@ -85,23 +85,23 @@ def read_flac_header(file: BinaryIO, start: int) -> FlacHeader | None:
 
 
 def find_next_flac(file: BinaryIO, start: int) -> int | None:
-    """Where another FLAC file was joined to the one that begins at ``start``; None: nowhere."""
+    """Byte where another FLAC file was joined to the one at ``start``; None if there is none."""
     return _find(file, start + 8, _FLAC_BEGINNING)
 
 
 def begins_again(file: BinaryIO, flac: FlacHeader, end: int | None) -> bool:
-    """Whether the numbers of frames begin again before byte ``end``: FFmpeg joins files so."""
+    """Whether frame numbers start again before byte ``end``, as in files that FFmpeg joined."""
     head = flac.frame_head
     if not head or head[4] != 0:
         return False
-    # Byte 3 says how the channels are coded, which may be otherwise.
+    # Byte 3 says how the channels are coded, which may differ from frame to frame.
     pattern = re.escape(head[:3]) + rb"[\x00-\xff]\x00"
     place = _find(file, flac.first_frame + len(head), pattern)
     return place is not None and (end is None or place < end)
 
 
 def _find(file: BinaryIO, start: int, pattern: bytes) -> int | None:
-    """Where ``pattern``, which matches up to eight bytes, is first found from ``start`` on."""
+    """First byte from ``start`` on where ``pattern``, of up to eight bytes, matches."""
     place, tail = start, b""
     file.seek(start)
     while data := file.read(_SEARCH_BYTES):
@@ -114,10 +114,10 @@ def _find(file: BinaryIO, start: int, pattern: bytes) -> int | None:
 
 
 def check_ogg(file: BinaryIO, start: int, seconds: float) -> int | None:
-    """Follows the pages of the Ogg file that begins at byte ``start`` over its first ``seconds``.
+    """Checks the pages of the Ogg file at byte ``start``, as far as its first ``seconds``.
 
-    Returns where another file begins that was chained to it; None when there is none, when the
-    ``seconds`` end before, and for other formats.
+    Returns the byte where a file that was chained to it begins; None if there is none in the first
+    ``seconds``, and for other formats.
 
     Raises:
         BadAudio: a page is damaged or missing, or the file stops before its last page.
@@ -152,8 +152,8 @@ def check_ogg(file: BinaryIO, start: int, seconds: float) -> int | None:
 
 
 def _position_rate(packet: bytes) -> int | None:
-    """Hz of the positions that pages carry, by a stream's first packet; None for a codec that is
-    not known."""
+    """Rate in Hz of the positions in page headers, by a stream's first packet; None for an unknown
+    codec."""
     if packet.startswith(b"\x01vorbis"):
         return int.from_bytes(packet[12:16], "little")
     if packet.startswith(b"OpusHead"):
@@ -173,7 +173,7 @@ class _Page(NamedTuple):
 
 
 def _read_page(file: BinaryIO, ended: bool) -> _Page | None:
-    """The next page; None at the end, and where another thing follows a whole stream."""
+    """Reads the next page; None at the file's end, or if something else follows a whole stream."""
     start = file.tell()
     head = file.read(27)
     if not head or (ended and head[:4] != b"OggS"):

@@ -23,7 +23,7 @@ NOT_LABELS = re.compile(
     r"|\{[^}]*:"  # a dict
     rf"|[\[({{]\s*{OTHER}(?:{COMMA}{OTHER})*\s*(?:,\s*)?[\])}}]\Z"
 )
-"""How a value begins, or is, that Python wrote and that is no list of labels."""
+"""Matches values that Python wrote and that are no list of labels."""
 SEVERAL = (";", ",")
 
 
@@ -31,9 +31,9 @@ class LabelCells(NamedTuple):
     """How the label cells of a table are read."""
 
     separators: tuple[str, ...] = ()
-    """The first of these that a cell holds separates its labels; none: one label a cell."""
+    """The first of these that a cell holds separates its labels; empty: one label a cell."""
     verbatim: bool = False
-    """Nothing but ``separators`` counts: a cell that is written as a list is not read as one."""
+    """Only ``separators`` separate labels: a cell that is written as a list is not read as one."""
 
     @classmethod
     def of_column(cls, name: str, separator: str | None) -> "LabelCells":

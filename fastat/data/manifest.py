@@ -1,7 +1,7 @@
-"""Tables of labelled audio as one list of files and class numbers: what ``fastat pack`` packs.
+"""Reads tables of labelled audio into one list of files and class numbers for ``fastat pack``.
 
-Nothing is decoded here; what is decided is which files exist and which classes they carry. Rows of
-one file are one clip, with the labels of all of them.
+Nothing is decoded here: only which files exist and which classes they have is found out. Rows of
+one file are one clip, with the labels of all these rows.
 """
 
 import os
@@ -19,7 +19,7 @@ from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 
 MAX_VALUES = 10
-"""Number of a column's values that a message lists."""
+"""Limit of a column's values that a message lists."""
 
 
 class Entry(NamedTuple):
@@ -30,9 +30,9 @@ class Entry(NamedTuple):
     path: str
     """Absolute; a row of an HDF5 file is ``/path/file.h5#row``."""
     labels: tuple[int, ...]
-    """Classes, by their place in the class list."""
+    """Numbers of its classes in the class list."""
     line: int
-    """Where the table names it; 0 for a folder."""
+    """Line of the table; 0 for a folder."""
     group: str
     """What ``--group-by`` keeps together, or the value that ``--holdout COLUMN=VALUE`` looks at;
     otherwise the file itself."""
@@ -48,11 +48,11 @@ class BadFile(NamedTuple):
     line: int
     size: int = 0
     mtime_ns: int = 0
-    """Of the file when it was tried; zeros when it was not there, or not looked at."""
+    """Size and time of change when the file was tried; zeros if it was missing or not tried."""
 
 
 class Manifest(NamedTuple):
-    """What a table says, in its order."""
+    """Content of a table, in its order."""
 
     classes: ClassList
     entries: list[Entry]
@@ -124,7 +124,7 @@ def read_manifest(
 
 
 def _labelled(source: Path, table: Table, classes: ClassList) -> Manifest:
-    """The rows of ``table`` with their classes, or what is wrong with them."""
+    """Looks up the classes of the rows of ``table``; rows that cannot be packed are bad."""
     entries: list[Entry] = []
     bad: list[BadFile] = []
     for row in table.rows:
@@ -157,7 +157,7 @@ def _check_holdout(source: Path, rows: Sequence[Row], holdout: Holdout) -> None:
 
 
 def _one_a_clip(source: Path, table: Table, holdout: Holdout | None) -> list[Row]:
-    """One row for each clip, in the order of their first rows.
+    """Merges rows of one clip, in the order of their first rows.
 
     Raises:
         UserError: the rows of a clip are to be on different sides of --holdout.
@@ -186,7 +186,7 @@ def _one_a_clip(source: Path, table: Table, holdout: Holdout | None) -> list[Row
 
 
 def _names(source: Path, row: Row, table: Table, classes: ClassList | None) -> list[str]:
-    """The labels of a clip. A cell that is a class of the list as a whole is one label."""
+    """Labels of a clip. A cell that as a whole is a class of the list is one label."""
     names: list[str] = []
     for part in (row, *row.more):
         if classes is not None and part.labels in classes and not table.cells.verbatim:

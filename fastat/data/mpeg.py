@@ -2,11 +2,10 @@
 
 An MPEG audio file has no header that states its length. Some encoders begin with a frame that
 holds the number of frames instead of audio (Xing or Info, VBRI); without it, readers estimate the
-length and may stop there. Here every frame of the file is decoded. This module finds the frames,
+length and may stop there. Here every frame of the file is decoded: this module finds the frames,
 and FFmpeg's decoder decodes them. Between frames only tags and a few zeros are accepted, and the
-number of frames is compared with the number stated. The samples that the encoder added (LAME's tag)
-are removed.
-Files that were joined are decoded one after the other.
+number of frames is compared with the stated one. The samples that the encoder added are removed, if
+LAME's tag states them. Files that were joined are decoded one after the other.
 """
 
 import io
@@ -38,13 +37,13 @@ _KBIT = {
 }
 """Bit rates 1 to 14 in kbit/s, by (MPEG-1, layer)."""
 _HEADER = re.compile(rb"(?=\xff[\xe2-\xff][\x10-\xef])")
-"""Matches where a header may be."""
+"""Matches a possible header."""
 DECODER_DELAY = 529
 """Samples that a decoder of layer 3 adds in front."""
 PACKET_FRAMES = 64
-"""Frames that FFmpeg decodes in one call; single frames take half as long again."""
+"""Frames that FFmpeg decodes in one call; decoding them singly takes half as long again."""
 SEARCH_BYTES, SEARCH_FRAMES = 1 << 20, 3
-"""Bytes read at a time where something else lies, and frames that must follow one found there."""
+"""Bytes read at a time in search of a frame, and frames that must follow the one found."""
 MAX_JUNK_BYTES = 1 << 14
 """Bytes that are neither frame nor tag and may lie behind the last frame of a file that does not
 state how many it has: more may be lost audio."""
@@ -72,11 +71,11 @@ class _Frame(NamedTuple):
     data: bytes
     """Shorter than the header says at the end of a truncated file."""
     begins: bool
-    """Whether it begins a stream: the first frame, or the first one behind a tag."""
+    """Whether it begins a stream: it is the first frame, or the first one after a tag."""
 
 
 class _Info(NamedTuple):
-    """What the frame without audio at the beginning of a stream states."""
+    """What the frame without audio at the start of a stream states."""
 
     num_frames: int | None
     encoder_delay: int
@@ -93,18 +92,18 @@ def begins_with_frame(file: BinaryIO, start: int) -> bool:
 
 
 def contains_frames(file: BinaryIO, start: int) -> bool:
-    """Whether there are frames behind byte ``start``, with something in front of them."""
+    """Whether there are frames after byte ``start``, with something in front of them."""
     return _search(file, start) is not None
 
 
 class MpegFile:
-    """A file of MPEG audio, from where ``file`` stands."""
+    """A file of MPEG audio, from the position of ``file`` on."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.notes: list[Note] = []
         self.junk_bytes = 0
-        """Behind the last frame so far, tags left out."""
+        """Bytes after the last frame so far, without tags."""
 
     def blocks(self) -> Iterator[Block]:
         """All samples, in blocks.
@@ -138,7 +137,7 @@ class MpegFile:
             self.notes.append(Note("wrong length", detail))
 
     def _frames(self) -> Iterator[_Frame]:
-        """The frames in order; what lies in front of the first is passed over."""
+        """Yields the frames in order; whatever precedes the first one is skipped."""
         file, last = self.file, None
         behind_tag = False
         while True:
@@ -166,7 +165,7 @@ class MpegFile:
             if following is None:
                 self.junk_bytes += file.seek(0, io.SEEK_END) - start - zeros
                 return
-            # A header where the file begins, and no frame behind it: a damaged frame, not junk.
+            # A header at the start of the file without a frame after it is a damaged frame.
             if last is not None or header is not None:
                 raise BadAudio(
                     "unreadable",
@@ -192,7 +191,7 @@ class _Stream:
         """The last ``padding`` samples so far."""
 
     def add(self, frame: _Frame) -> Iterator[Block]:
-        """Takes the next frame."""
+        """Adds the next frame; yields a block when a packet is full."""
         if len(frame.data) < frame.header.length:
             self.cut = True
             return
@@ -203,11 +202,11 @@ class _Stream:
 
     @property
     def tolerance_frames(self) -> int:
-        """By how many frames their number may differ from the one stated."""
+        """By how many frames their number may differ from the stated one."""
         return math.ceil(TOLERANCE_SECONDS * self.header.rate / self.header.num_samples)
 
     def finish(self) -> Iterator[Block]:
-        """Checks that nothing is missing, and gives what is left."""
+        """Checks that no frame is missing, and yields the last samples."""
         stated = self.info.num_frames
         if stated is not None:
             if self.num_frames < stated - self.tolerance_frames * (not self.cut):
@@ -269,7 +268,7 @@ def _confirmed(file: BinaryIO, start: int, header: _Header, num_frames: int = 1)
 
 
 def _skip_tag(file: BinaryIO) -> bool:
-    """Moves behind a tag where ``file`` stands; False when there is none."""
+    """Seeks past a tag at the position of ``file``; False if there is none."""
     start = file.tell()
     skip_id3(file)
     place = file.tell()
@@ -284,7 +283,7 @@ def _skip_tag(file: BinaryIO) -> bool:
 
 
 def _count_zeros(file: BinaryIO) -> int:
-    """How many zeros lie where ``file`` stands."""
+    """Number of zeros at the position of ``file``."""
     count = 0
     while data := file.read(SEARCH_BYTES):
         zeros = len(data) - len(data.lstrip(b"\0"))
@@ -295,7 +294,7 @@ def _count_zeros(file: BinaryIO) -> int:
 
 
 def _search(file: BinaryIO, start: int) -> int | None:
-    """Where frames begin behind byte ``start``; a few in a row, since two happen by chance."""
+    """Byte after ``start`` where a few frames in a row begin, since two may occur by chance."""
     place = start + 1
     while True:
         file.seek(place)
@@ -312,7 +311,7 @@ def _search(file: BinaryIO, start: int) -> int | None:
 
 
 def _read_info(frame: _Frame) -> _Info | None:
-    """What a frame states that holds no audio; None for any other."""
+    """What a frame without audio states; None for other frames."""
     header, data = frame.header, frame.data
     if header.layer != 3:
         return None

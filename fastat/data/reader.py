@@ -1,5 +1,4 @@
-"""Reads the samples of an audio file with the library that reads it best, and of files joined to
-it."""
+"""Reads the samples of an audio file, and of files joined to it, with the library that suits it."""
 
 import hashlib
 import math
@@ -30,16 +29,16 @@ from fastat.data.window import Window, open_source, skip_id3
 BLOCK_SECONDS = 30
 """soundfile seeks after every read, which costs FLAC dearly: few, long blocks."""
 BLOCK_VALUES = 16 << 20
-"""Most values of a block, over all channels: a damaged header promises any number of them."""
+"""Limit of a block's values, over all channels: a damaged header may state any number."""
 MARGIN_SECONDS = 1
-"""Read beyond a cut: the resampler's filter (a few hundred taps) sees what the whole file has."""
+"""Audio read beyond a cut, for the resampler's filter of a few hundred taps."""
 SAMPLE_RATES = range(1_000, 1_000_001)
 """Hz; a header that says something else is damaged."""
 UNKNOWN_FRAMES = 1 << 48
-"""libsndfile reports a huge number when a stream's header promises none."""
+"""libsndfile reports more than this if a stream's header states no number."""
 _FLOATS = ("FLOAT", "DOUBLE")
 _FLAC_WIDTHS = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}
-"""Bytes of a sample as FLAC's MD5 takes it."""
+"""Bytes of a sample in FLAC's MD5."""
 _TRY_FFMPEG = (1, 4, 18, 64)
 """libsndfile's errors: format not recognised, encoding not supported, format not implemented, and
 what it says of a WAV file with a codec that it does not know. Any other is damage, which FFmpeg
@@ -54,7 +53,7 @@ class Reader:
         self.seconds_read = 0.0
         self.notes: list[Note] = []
         self.stores_floats = False
-        """Whether any of its samples are stored as floats, which may be of any size."""
+        """Whether any samples are stored as floats, which may be of any size."""
 
     def blocks(self) -> Iterator[Block]:
         """The samples up to a little beyond ``seconds``."""
@@ -63,7 +62,7 @@ class Reader:
             start = yield from self._file_at(start)
 
     def _file_at(self, start: int) -> Generator[Block, None, int | None]:
-        """The samples of the file that begins at byte ``start``; returns where the next begins."""
+        """Yields the samples of the file at byte ``start``; returns where a joined file begins."""
         with ExitStack() as stack:
             file = stack.enter_context(open_source(self.source))
             file.seek(start)
@@ -92,7 +91,7 @@ class Reader:
             return end
 
     def _goes_on(self, file: BinaryIO, start: int, flac: FlacHeader) -> bool:
-        """Whether a FLAC file, if all of it is needed, has frames behind the last one stated."""
+        """Whether a FLAC file that is read to its end has frames behind the last one stated."""
         if flac.info.num_samples > self._seconds_left() * flac.info.rate:
             return False
         return begins_again(file, flac, find_next_flac(file, start))
@@ -156,13 +155,13 @@ class Reader:
             yield stack.enter_context(sf.SoundFile(file, closefd=False))
 
     def _seconds_left(self) -> float:
-        """How many seconds more to read."""
+        """Number of seconds still to read."""
         if self.seconds is None:
             return math.inf
         return self.seconds + MARGIN_SECONDS - self.seconds_read
 
     def _until_enough(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        """The blocks as they are, until there are enough."""
+        """Yields the blocks, until there are enough."""
         for block in blocks:
             if block.rate not in SAMPLE_RATES:
                 raise BadAudio("unreadable", f"a sample rate of {block.rate} Hz")
@@ -174,7 +173,7 @@ class Reader:
     def _sound_blocks(
         self, sound: sf.SoundFile, start: int, samples: Samples, flac: FlacHeader | None
     ) -> Iterator[Block]:
-        """What libsndfile reads; BadAudio at a frame that the header states and the file lacks."""
+        """Yields what libsndfile reads; BadAudio if frames that the header states are missing."""
         rate: int = sound.samplerate
         if rate not in SAMPLE_RATES:
             raise BadAudio("unreadable", f"a sample rate of {rate} Hz")
@@ -209,7 +208,7 @@ class Reader:
             checked.check()
 
     def _has_last_frame(self, start: int, samples: Samples) -> bool:
-        """Whether a file that failed to decode has its end: then it is damaged, not cut short."""
+        """Whether a file that failed to decode still has its end: it is damaged, not truncated."""
         try:
             with self._sound(start, None, samples) as again:  # the first one's decoder gave up
                 again.seek(again.frames - 1)
@@ -219,7 +218,7 @@ class Reader:
 
 
 class _FlacSamples:
-    """Reads a FLAC file and compares what was read with what its header says."""
+    """Reads a FLAC file and compares its rate and its samples' MD5 with the header."""
 
     def __init__(self, sound: sf.SoundFile, header: FlacHeader) -> None:
         self.sound, self.header = sound, header
@@ -242,6 +241,6 @@ class _FlacSamples:
         return samples
 
     def check(self) -> None:
-        """Raises BadAudio unless the whole file has the MD5 of its header."""
+        """Raises BadAudio unless the samples of the whole file have the header's MD5."""
         if self.header.info.md5 != self.digest.digest():
             raise BadAudio("unreadable", "the samples differ from their checksum (MD5)")

@@ -51,12 +51,12 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The lines of a table and how its label cells are to be read."""
+    """The lines of a table, and how to read its label cells."""
 
     rows: list[Row]
     cells: LabelCells
     unit: str = "line"
-    """What ``Row.line`` counts, as an error is to name it."""
+    """What ``Row.line`` counts, for messages."""
 
 
 class Grouping(NamedTuple):
@@ -88,7 +88,7 @@ def read_table(
 
 
 def require_no_columns(what: str, columns: ColumnNames, grouping: Grouping | None) -> None:
-    """Raises UserError when an option names a column of a source that has none."""
+    """Raises UserError if an option names a column of a source without columns."""
     options = [f"--path-column {columns.path}"] if columns.path is not None else []
     options += [f"--label-column {columns.label}"] if columns.label is not None else []
     options += ["--label-separator"] if columns.separator is not None else []
@@ -98,7 +98,7 @@ def require_no_columns(what: str, columns: ColumnNames, grouping: Grouping | Non
 
 
 def _require_own_columns(source: Path, own: Sequence[str], columns: ColumnNames) -> None:
-    """Raises UserError when an option names columns of a form that has its own."""
+    """Raises UserError if an option names columns of a form with fixed columns."""
     if columns.path is not None or columns.label is not None:
         option = "--label-column" if columns.path is None else "--path-column"
         raise UserError(f"{option}: {source} needs none, its columns are {', '.join(own)}")

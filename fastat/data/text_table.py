@@ -11,16 +11,16 @@ from fastat.errors import UserError
 LINE_END = re.compile(rb"\r\n|\r|\n")
 CELL_LINE_END = re.compile(r"\r\n|\r|\n")
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
-"""Bytes that no text in an encoding of one byte a character has."""
+"""Bytes that do not occur in text with one byte a character."""
 HEAD_BYTES = 4096
-"""What the kind of a file is told by."""
+"""Number of bytes by which the kind of a file is recognised."""
 
 
 def read_text(path: Path, what: str) -> str:
     """The text of a UTF-8 file, with or without a byte order mark.
 
     Args:
-        what: the file, as an error is to name it.
+        what: the file's name in error messages.
 
     Raises:
         UserError: no such file, or not UTF-8; names the encoding it seems to have.
@@ -58,7 +58,7 @@ def _is_utf16(head: bytes) -> bool:
 
 
 def delimiter_of(text: str) -> str:
-    """What stands between the cells, judged by the first line that is not a comment."""
+    """The delimiter of cells, by the first line that is not a comment."""
     lines = io.StringIO(text, newline="")
     line = next((line for line in lines if line.strip() and not line.startswith("#")), "")
     if "\t" in line:
@@ -73,7 +73,7 @@ def csv_rows(text: str, what: str) -> Iterator[tuple[int, list[str]]]:
     belongs to a text would take the rows up to the next one into its cell.
 
     Args:
-        what: the table, as an error is to name it.
+        what: the table's name in error messages.
 
     Raises:
         UserError: not CSV; names the line.

@@ -9,12 +9,12 @@ ID3_HEAD = 10
 
 
 class Window(io.RawIOBase):
-    """``head``, and behind it the bytes from ``start`` to ``end`` of ``file``; owns ``file``."""
+    """Reads ``head``, then the bytes from ``start`` to ``end`` of ``file``, which it closes."""
 
     def __init__(
         self, file: BinaryIO, start: int = 0, end: int | None = None, head: bytes = b""
     ) -> None:
-        """``end`` None is the end of the file."""
+        """With ``end`` None, up to the end of the file."""
         super().__init__()
         self.file, self.start, self.head = file, start, head
         size = file.seek(0, io.SEEK_END)
@@ -50,12 +50,12 @@ class Window(io.RawIOBase):
 
 
 def open_source(source: Path | bytes) -> BinaryIO:
-    """Opens a file, or the bytes of one, for reading."""
+    """Opens a file, or a file's bytes, for reading."""
     return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
 def skip_id3(file: BinaryIO) -> None:
-    """Moves behind the ID3v2 tags that begin where ``file`` stands."""
+    """Seeks past the ID3v2 tags at the position of ``file``."""
     while True:
         start = file.tell()
         head = file.read(ID3_HEAD)

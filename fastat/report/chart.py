@@ -1,4 +1,4 @@
-"""Charts of the page: what the script there gives to plotly."""
+"""Charts of the page, as its script passes them to plotly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,32 +9,29 @@ from fastat.report.runs import Run
 
 @dataclass(frozen=True)
 class Trace:
-    """A line, points or bars."""
+    """A line of a chart."""
 
     name: str
-    x: Sequence[float | str]
-    y: Sequence[float | None]
+    x: Sequence[float]
+    y: Sequence[float]
     series: int
-    """Its colour; of a run its place among the runs."""
+    """Index of the run, which gives the colour."""
     style: str = "solid"
-    """"solid", "dot" or "points"."""
+    """"solid" or "dot"."""
     text: Sequence[str] = ()
-    """What a point shows beside its numbers."""
+    """A label for each point, shown with its numbers."""
     legend: bool = True
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its axes' titles."""
+    """A chart with the titles of its axes."""
 
     id: str
     caption: str
     x: str
     y: str
     traces: list[Trace]
-    bars: bool = False
-    """Bars that stand on one another, lying down."""
-    log_x: bool = False
 
 
 def learning_curves(runs: Sequence[Run]) -> list[Chart]:
@@ -67,7 +64,7 @@ def learning_curves(runs: Sequence[Run]) -> list[Chart]:
 
 
 def noise_chart(runs: Sequence[Run]) -> list[Chart]:
-    """g by epoch, at the epoch's learning rate."""
+    """The noise scale g by epoch, at the learning rate of the epoch."""
     traces = []
     for i, run in enumerate(runs):
         points = [
@@ -82,7 +79,7 @@ def noise_chart(runs: Sequence[Run]) -> list[Chart]:
 
 
 def figure_2(runs: Sequence[Run], quality: Mapping[str, float]) -> list[Chart]:
-    """mAP over the classes whose labels are at least so good."""
+    """mAP over the classes whose label quality reaches a threshold, against the threshold."""
     traces = []
     for i, run in enumerate(runs):
         if run.predictions is None:
@@ -102,8 +99,9 @@ def figure_2(runs: Sequence[Run], quality: Mapping[str, float]) -> list[Chart]:
             )
     caption = (
         "Figure 2. mAP over the classes whose label quality (the share of sampled labels that were "
-        "right) is at least so high; the points are at its deciles over the scored classes."
+        "right) is at least the value on the x axis. The points are at the deciles of the label "
+        "quality over the scored classes."
     )
     if not traces:
         return []
-    return [Chart("figure-2", caption, "label quality, at least", "mAP", traces)]
+    return [Chart("figure-2", caption, "label quality at least", "mAP", traces)]

@@ -1,21 +1,46 @@
-"""What ``fastat report`` is given: run folders, folders of them, profiles, benchmark results."""
+"""What ``fastat report`` reads: run folders, folders of runs, and the JSON of profiles."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastat.ablate import RESULT_FILE, Ablation, read_ablation
 from fastat.errors import Failure, UserError
-from fastat.report.runs import Run, read_run, told_apart
+from fastat.report.runs import Run, distinguish, numbers, read_run
 
 PROFILE_SCHEMA = "fastat.profile/1"
 MAX_DEPTH = 3
-"""Folders below one that is given in which runs are looked for."""
+"""How many folders deep runs are searched for below a given folder."""
 
-PROFILE_TEXTS = ("model", "proc")
-PROFILE_NUMBERS = ("params", "gflop", "batch")
-BENCH_TEXTS = ("op", "shape", "passes", "impl")
+ROW_NUMBERS = (
+    "fstride", "tstride", "patches", "paper_patches", "params", "gflop", "batch", "clips_per_s",
+    "hours_per_epoch", "hours", "tflops", "percent_of_ceiling", "peak_memory_gib", "kwh",
+    "paper_hours_per_epoch", "paper_hours", "paper_gpus", "paper_map",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """A row of ``fastat profile --json``."""
+
+    model: str
+    proc: str
+    precision: str
+    grid: list[int] | None
+    out_of_memory: bool
+    step_ms: float | None
+    """Median of the whole step; None if the step did not fit into the memory."""
+    values: dict[str, float]
+    """The numbers of ROW_NUMBERS that the row has."""
+
+    @property
+    def stride(self) -> str:
+        """Strides of the AST's patches, frequency x time; empty for other models."""
+        if "fstride" not in self.values:
+            return ""
+        return f"{self.values['fstride']:g}×{self.values['tstride']:g}"
 
 
 @dataclass(frozen=True)
@@ -23,158 +48,118 @@ class Profile:
     """The JSON of ``fastat profile``."""
 
     path: Path
-    device: str
     name: str
-    """The device, and which file where there are several of it."""
-    document: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The results of a device, as ``bench/`` keeps them."""
-
-    path: Path
-    device: str
-    rows: list[dict[str, Any]]
+    """The device, and the file if there are several profiles of the device."""
+    conditions: str
+    """Device, epoch, versions and date, in words."""
+    rows: list[ProfileRow]
 
 
 @dataclass
 class Inputs:
-    """Everything that the page is made of."""
+    """Everything that the page shows."""
 
     runs: list[Run] = field(default_factory=list)
+    ablations: list[Ablation] = field(default_factory=list)
     profiles: list[Profile] = field(default_factory=list)
-    benches: list[Bench] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
     @property
     def counts(self) -> str:
-        """How many there are of each kind, in words."""
-        numbers = {
-            ("run", "runs"): len(self.runs),
-            ("profile", "profiles"): len(self.profiles),
-            ("set of benchmark results", "sets of benchmark results"): len(self.benches),
-        }
-        return ", ".join(f"{n} {words[n > 1]}" for words, n in numbers.items() if n)
+        """How many runs and profiles there are, in words."""
+        found = (("run", len(self.runs)), ("profile", len(self.profiles)))
+        return ", ".join(f"{n} {word}{'s' * (n > 1)}" for word, n in found if n)
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
-    """Reads what ``paths`` name; what a folder of runs holds that is no run is left out, and noted.
+    """Reads what ``paths`` name. A run that cannot be read is left out, and noted.
 
     Raises:
-        UserError: a path that does not exist, or is none of these.
-        Failure: a run, named itself, whose ``config.json`` is damaged.
+        UserError: a path does not exist, or is neither a folder with runs nor a profile.
+        Failure: every run is damaged.
     """
     inputs = Inputs()
-    seen: set[Path] = set()
-    for path in paths:  # the mistakes first: reading the runs takes a while
-        if not path.exists():
+    found: dict[Path, Path] = {}  # resolved: a run that is given twice is shown once
+    for path in paths:  # mistakes are reported before the runs are read, which takes a while
+        if path.is_dir():
+            files = list(_find(path, MAX_DEPTH))
+            if not files:
+                raise UserError(
+                    f"{path}: expected a run or a folder of runs, found no config.json in it"
+                )
+            found |= {file.resolve(): file for file in files}
+        elif path.exists():
+            inputs.profiles.append(_read_profile(path))
+        else:
             raise UserError(f"{path} does not exist")
-        if path.is_file() and path.resolve() not in seen:
-            _read_json(path, inputs)
-            seen.add(path.resolve())
-        elif path.is_dir() and not _run_folders(path, MAX_DEPTH):
-            raise UserError(
-                f"{path}: expected a run or a folder of runs, found no config.json in it"
-            )
-    for path in paths:
-        if not path.is_dir():
-            continue
-        for folder in _run_folders(path, MAX_DEPTH):
-            if folder.resolve() in seen:
-                inputs.notes.append(f"{folder} is given twice, and shown once")
-                continue
-            seen.add(folder.resolve())
-            try:
-                inputs.runs.append(read_run(folder))
-            except Failure as error:
-                if folder == path:
-                    raise
-                inputs.notes.append(f"left out: {error}")
-    inputs.runs = told_apart(inputs.runs)
-    devices = [profile.device for profile in inputs.profiles]
+    for file in found.values():
+        try:
+            if file.name == RESULT_FILE:
+                inputs.ablations.append(read_ablation(file))
+            else:
+                inputs.runs.append(read_run(file.parent))
+        except Failure as error:
+            inputs.notes.append(f"left out: {error}")
+    if not (inputs.runs or inputs.profiles):
+        raise Failure("; ".join(inputs.notes))
+    inputs.runs = distinguish(inputs.runs)
+    names = [profile.name for profile in inputs.profiles]
     inputs.profiles = [
-        replace(p, name=f"{p.device} ({p.path.name})") if devices.count(p.device) > 1 else p
+        replace(p, name=f"{p.name} ({p.path.name})") if names.count(p.name) > 1 else p
         for p in inputs.profiles
     ]
-    if not (inputs.runs or inputs.profiles or inputs.benches):
-        raise Failure("; ".join(inputs.notes))
     return inputs
 
 
-def _run_folders(path: Path, depth: int) -> list[Path]:
+def _find(path: Path, depth: int) -> Iterator[Path]:
+    """The ``config.json`` of every run, and every ``ablate.json``, in ``path`` and below it."""
     if (path / "config.json").is_file():
-        return [path]
-    if not depth:
-        return []
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [run for folder in folders for run in _run_folders(folder, depth - 1)]
+        yield path / "config.json"
+        return
+    if (path / RESULT_FILE).is_file():
+        yield path / RESULT_FILE
+    if depth:
+        for folder in sorted(p for p in path.iterdir() if p.is_dir()):
+            if not folder.name.startswith("."):
+                yield from _find(folder, depth - 1)
 
 
-def _read_json(path: Path, inputs: Inputs) -> None:
+def _read_profile(path: Path) -> Profile:
+    expected = f"{path}: expected a run folder or the JSON of fastat profile"
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        more = ""
-        if path.suffix == ".jsonl":
-            more = "; python -m bench.compare --save makes it of results.jsonl"
-        raise UserError(
-            f"{path}: expected a run folder, or the JSON of fastat profile or of bench/, "
-            f"got no JSON ({error}){more}"
-        ) from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(document).__name__}")
-    schema = document.get("schema")
-    if schema == PROFILE_SCHEMA:
-        rows = _rows(path, document, "rows", PROFILE_TEXTS, PROFILE_NUMBERS)
-        device = document["device"]
-        inputs.profiles.append(Profile(path, device, device, document, rows))
-    elif schema is None and "results" in document:
-        rows = _rows(path, document, "results", BENCH_TEXTS, ("ms",))
-        inputs.benches.append(Bench(path, document["device"], rows))
-    elif schema is not None:
-        raise UserError(f"{path}: expected schema {PROFILE_SCHEMA}, got {schema!r}")
-    else:
-        raise UserError(
-            f'{path}: expected {{"schema": "{PROFILE_SCHEMA}", ...}} of fastat profile --json or '
-            f'{{"device", "results"}} of bench/, got the keys {", ".join(list(document)[:8])}'
-        )
+        if document["schema"] != PROFILE_SCHEMA:
+            raise UserError(f"{expected}, got the schema {document['schema']!r}")
+        rows = [_profile_row(row) for row in document["rows"]]
+        return Profile(path, document["device"], _conditions(document), rows)
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{expected}, found no {error} in it") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{expected}: {error}") from error
 
 
-def _rows(
-    path: Path,
-    document: dict[str, Any],
-    key: str,
-    texts: tuple[str, ...],
-    numbers: tuple[str, ...],
-) -> list[dict[str, Any]]:
-    """The rows under ``key``. Raises UserError where they lack what every one of them must have."""
-    if not isinstance(document.get("device"), str):
-        raise UserError(f"{path}: expected the name of a device, got {document.get('device')!r}")
-    rows = document.get(key)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of objects as {key}")
-    for number, row in enumerate(rows):
-        for name in texts:
-            if not isinstance(row.get(name), str):
-                raise UserError(f"{path}: {key}[{number}]: expected {name}, got {row.get(name)!r}")
-        for name in numbers:
-            if number_of(row, name, path) is None:
-                raise UserError(f"{path}: {key}[{number}]: expected the number {name}, got none")
-    return rows
+def _profile_row(row: dict[str, Any]) -> ProfileRow:
+    step = row["ms"] and row["ms"]["step"]
+    return ProfileRow(
+        model=row["model"],
+        proc=row["proc"],
+        precision=row["precision"],
+        grid=row["grid"],
+        out_of_memory=row["out_of_memory"],
+        step_ms=numbers(step, ["median"])["median"] if step else None,
+        values=numbers(row, ROW_NUMBERS),
+    )
 
 
-def number_of(row: dict[str, Any], name: str, path: Path) -> float | None:
-    """A number of a row, ``.`` between the names of objects in objects; None: not measured.
-
-    Raises:
-        UserError: it is something else.
-    """
-    value: Any = row
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if value is not None and (type(value) not in (int, float) or abs(value) > 1e300):
-        raise UserError(f"{path}: expected a number as {name}, got {value!r}")
-    return value if value == value else None  # NaN, which Python's JSON has
+def _conditions(document: dict[str, Any]) -> str:
+    words = [document["device"], f"epochs of {document['clips']:,.0f} clips"]
+    for name in ("torch", "commit"):
+        if document[name]:
+            words.append(f"{name} {document[name]}")
+    words.append(document["date"])
+    if (ceiling := document["ceiling_tflops"]) is not None:
+        words.append(f"matrix products at most {ceiling:.3g} TFLOP/s")
+    return ", ".join(words)

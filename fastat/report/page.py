@@ -1,6 +1,5 @@
-"""Puts the sections together and writes the page."""
+"""The page: its sections in order, rendered by the template."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,8 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 from scipy.special import expit
 
@@ -19,9 +20,9 @@ from fastat.label_quality import quantile_thresholds, read_quality
 from fastat.outputs import check_output, written
 from fastat.report.ablations import table_4
 from fastat.report.chart import Chart, figure_2, learning_curves, noise_chart
+from fastat.report.cost import cost_tables, table_3
 from fastat.report.inputs import Inputs, read_inputs
 from fastat.report.runs import Run
-from fastat.report.speed import bench_tables, cost_charts, cost_tables, table_3
 from fastat.report.table import Table
 from fastat.report.tables import (
     best_of,
@@ -36,7 +37,7 @@ from fastat.report.tables import (
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. Without a table or chart it says ``missing``: what would fill it."""
+    """A section of the page. An empty one is listed with ``missing``, the input that fills it."""
 
     id: str
     title: str
@@ -44,7 +45,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     classes: bool = False
-    """Whether the browser of classes is in it."""
+    """Whether the section holds the table of classes."""
 
     @property
     def empty(self) -> bool:
@@ -55,11 +56,11 @@ class Section:
 def write_report(
     paths: Sequence[Path], out: Path, label_quality: Path | None
 ) -> tuple[Inputs, int]:
-    """Writes the page ``out`` of what ``paths`` name; returns what it read, and the page's bytes.
+    """Writes the page ``out`` about ``paths``. Returns what was read, and the size in bytes.
 
     Raises:
-        UserError: a path that is nothing to report on, or an output that cannot be.
-        Failure: a run named itself is damaged, or the page cannot be written.
+        UserError: a path is neither a run nor a profile, or ``out`` cannot be written there.
+        Failure: every run is damaged, or the page cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out takes a file that ends in .html, got {out}")
@@ -68,28 +69,28 @@ def write_report(
     inputs = read_inputs(paths)
     if quality is not None:
         inputs.notes += quality_gaps(inputs.runs, quality)
-    page = render(inputs, quality).encode("utf-8", "replace")  # a file's name may be no UTF-8
+    page = render(inputs, quality).encode("utf-8", "replace")  # a file name may not be UTF-8
     with written(out) as temporary:
         temporary.write_bytes(page)
     return inputs, len(page)
 
 
 def quality_gaps(runs: Sequence[Run], quality: Mapping[str, float]) -> list[str]:
-    """Runs that Figure 2 leaves out though there is a quality table, in words."""
+    """The runs whose classes the quality table does not have, in words."""
     left_out: dict[str, list[str]] = {}
     for run in runs:
         found = run.predictions
         if found and not quantile_thresholds(found.average_precision, found.ids, quality):
             left_out.setdefault(found.ids[0], []).append(run.name)
     return [
-        f"not in Figure 2: {', '.join(names)}: the quality table has none of the scored classes, "
-        f"as {first!r}, but {next(iter(quality))!r}, ... ({len(quality)})"
+        f"not in Figure 2: {', '.join(names)}: the quality table has none of the scored classes "
+        f"({first!r}, ...), but {next(iter(quality))!r}, ... ({len(quality)})"
         for first, names in left_out.items()
     ]
 
 
 def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Section]:
-    """All sections in their order, the empty ones too."""
+    """All sections in order, including the empty ones."""
     runs, profiles = inputs.runs, inputs.profiles
     sets = eval_sets(runs)
     scored = "runs that were scored (fastat train --eval SET)"
@@ -119,8 +120,8 @@ def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Sectio
         Section(
             "ablations",
             "Ablations",
-            "a run and others without one part of its procedure (fastat ablate)",
-            table_4(runs),
+            "the folder of a finished fastat ablate",
+            table_4(inputs.ablations),
         ),
         Section(
             "noise",
@@ -134,19 +135,12 @@ def sections(inputs: Inputs, quality: Mapping[str, float] | None) -> list[Sectio
             "Cost",
             "fastat profile --json > profile.json",
             cost_tables(profiles),
-            cost_charts(profiles),
-        ),
-        Section(
-            "speed",
-            "Speed",
-            "bench/results/DEVICE.json",
-            bench_tables(inputs.benches),
         ),
     ]
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
-    """The best run on every set, in a sentence."""
+    """One sentence for the best run on every set."""
     lines = []
     for eval_set in eval_sets(runs):
         best = best_of(on_set(runs, eval_set))
@@ -158,7 +152,7 @@ def headline(runs: Sequence[Run]) -> list[str]:
 
 
 def class_data(run: Run, series: int) -> dict[str, Any]:
-    """A run's classes and curves, as the page's script reads them."""
+    """The classes and curves of a run as the page's script reads them."""
     p = run.predictions
     assert p is not None, "only runs with predictions are listed"
     return {
@@ -166,13 +160,13 @@ def class_data(run: Run, series: int) -> dict[str, Any]:
         "clips": len(p.clips),
         "ids": p.ids,
         "names": p.names,
-        "positives": [c.positives for c in p.curves],
-        "ap": [_rounded(c.average_precision, 4) for c in p.curves],
-        "auc": [_rounded(c.auc, 4) for c in p.curves],
+        "positives": p.positives.tolist(),
+        "ap": _rounded(p.average_precision),
+        "auc": _rounded(p.auc),
         "curves": [
             [
                 c.hits.tolist(),
-                c.chosen.tolist(),
+                c.selected.tolist(),
                 [float(f"{p:.3g}") for p in expit(c.thresholds).tolist()],
             ]
             for c in p.curves
@@ -180,20 +174,13 @@ def class_data(run: Run, series: int) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float, digits: int) -> float | None:
-    return round(value, digits) if math.isfinite(value) else None
-
-
-def script_json(value: Any) -> Markup:
-    """JSON that may stand in a script element: nothing in it can end one, or begin a comment."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+def _rounded(values: NDArray[np.float64]) -> list[float | None]:
+    """Four digits; None for NaN."""
+    return [round(v, 4) if math.isfinite(v) else None for v in values.tolist()]
 
 
 def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
-    """The page."""
+    """The page as HTML."""
     shown = sections(inputs, quality)
     environment = Environment(
         loader=PackageLoader("fastat.report", "template"),
@@ -202,6 +189,7 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     sources = resources.files("fastat.report") / "template"
     chart_data = [asdict(chart) for section in shown for chart in section.charts]
     with_classes = [(i, r) for i, r in enumerate(inputs.runs) if r.predictions is not None]
@@ -214,7 +202,7 @@ def render(inputs: Inputs, quality: Mapping[str, float] | None) -> str:
         style=Markup((sources / "style.css").read_text("utf-8")),
         script=Markup((sources / "report.js").read_text("utf-8")),
         plotly=Markup(get_plotlyjs()),
-        charts=script_json(chart_data),
-        runs=script_json([run.name for run in inputs.runs]),
-        classes=[(i, run.name, script_json(class_data(run, i))) for i, run in with_classes],
+        charts=chart_data,
+        runs=[run.name for run in inputs.runs],
+        classes=[(i, run.name, class_data(run, i)) for i, run in with_classes],
     )

@@ -3,25 +3,24 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastat.config import TrainConfig
 from fastat.data.shards import read_index, sizes_of
-from fastat.errors import Failure, UserError
+from fastat.errors import Failure, UserError, first_line
+from fastat.paper import TABLE_2
 from fastat.predictions import PREDICTIONS_FILE, read_predictions
-from fastat.procedures import PROCEDURES, Procedure, model_options, procedure_of
+from fastat.procedures import PROCEDURES, Procedure, model_options
 from fastat.report.curves import Curves, class_curves
 
 EPOCH_NUMBERS = (
-    "lr", "train_loss", "clips_per_s", "epoch_s", "peak_memory_gib", "eval_loss", "mAP", "AUC",
-    "d_prime",
+    "lr", "train_loss", "clips_per_s", "epoch_s", "eval_loss", "mAP", "AUC", "d_prime",
 )  # fmt: skip
-
-LARGEST = 1e300
-"""JSON has whole numbers that no float can be."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Epoch:
     epoch: int
     step: int
     values: dict[str, float]
-    """By EPOCH_NUMBERS; what is null or not there is left out."""
+    """The numbers of EPOCH_NUMBERS that the line has."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,19 @@ class EvalSet:
     """A set that runs are scored on."""
 
     key: str
-    """Of its clips and classes where a run's predictions name them, else of its path."""
+    """A hash of its clips and classes if a run's predictions name them, else its path."""
     path: str
     clips: int | None
     classes: int | None
 
     @property
     def name(self) -> str:
-        """The end of its path."""
+        """The last two parts of its path."""
         return "/".join(Path(self.path).parts[-2:])
 
     @property
     def size(self) -> str:
-        """Clips and classes, in words."""
+        """The number of clips and classes, in words."""
         clips = "unknown number of" if self.clips is None else f"{self.clips:,}"
         classes = "unknown number of" if self.classes is None else f"{self.classes:,}"
         return f"{clips} clips, {classes} classes"
@@ -63,18 +62,17 @@ class Run:
 
     path: Path
     name: str
-    """The end of its path, as long as it takes to tell it from the other runs."""
+    """Its path below the folder that all runs of the page share."""
     config: TrainConfig
-    device: str | None
+    device: str
     commit: str | None
     epochs: list[Epoch]
     predictions: Curves | None
+    """None before the first score, or if ``predictions.h5`` was deleted."""
     train_clips: int | None
     clips_source: str
-    """Where ``train_clips`` is from."""
+    """Where ``train_clips`` comes from."""
     eval_set: EvalSet | None
-    gaps: list[str]
-    """What is missing or damaged, in words."""
 
     @property
     def best(self) -> Epoch | None:
@@ -89,7 +87,7 @@ class Run:
 
     @property
     def hours(self) -> float:
-        """Of training, scoring left out."""
+        """Hours of training without scoring."""
         return sum(e.values.get("epoch_s", 0.0) for e in self.epochs) / 3600
 
     def noise_scale(self, lr: float) -> float | None:
@@ -100,7 +98,7 @@ class Run:
 
 
 def noise_scale(lr: float, num_clips: int, batch: int) -> float:
-    """g = LR (N / B - 1): how strongly the noise of a step's sample moves the weights.
+    """g = LR (N / B - 1): how strongly the sampling noise of a step moves the weights.
 
     Source: "AudioTagging Done Right", section 4.3.
     """
@@ -108,108 +106,83 @@ def noise_scale(lr: float, num_clips: int, batch: int) -> float:
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder ``path``; what is not there yet, or damaged, stands in its ``gaps``.
+    """The run in the folder ``path``. A run that has not finished has fewer epochs and scores.
 
     Raises:
-        Failure: ``config.json`` is damaged.
+        Failure: a file of the run is missing or damaged.
     """
     config = TrainConfig.load(path / "config.json")
-    if config.proc not in PROCEDURES:
-        raise Failure(f"{path / 'config.json'} is damaged: unknown procedure {config.proc!r}")
-    gaps: list[str] = []
-    environment = _read_environment(path, gaps)
-    epochs = _read_epochs(path, gaps)
-    if len(epochs) < config.epochs and (
-        config.steps is None or not epochs or epochs[-1].step < config.steps
-    ):
-        gaps.append(f"{len(epochs)} of {config.epochs} epochs are there")
-    predictions = None
-    if config.eval is None:
-        gaps.append("trained without an evaluation set: no scores")
-    elif not (path / PREDICTIONS_FILE).is_file():
-        gaps.append("no predictions.h5: nothing by class")
-    else:
-        try:
-            predictions = class_curves(read_predictions(path / PREDICTIONS_FILE))
-        except Failure as error:
-            gaps.append(str(error))
+    if config.proc not in PROCEDURES or config.model not in TABLE_2:
+        raise Failure(
+            f"{path / 'config.json'} is damaged: unknown procedure {config.proc!r} "
+            f"or model {config.model!r}"
+        )
+    with reading(path / "env.json") as file:
+        environment = json.loads(file.read_text("utf-8"))
+        device, commit = environment["device"], environment["commit"]
+    epochs, predictions = [], None
+    if (path / "metrics.jsonl").is_file():
+        with reading(path / "metrics.jsonl") as file:
+            epochs = [_epoch(json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+    if config.eval is not None and (path / PREDICTIONS_FILE).is_file():
+        with reading(path / PREDICTIONS_FILE) as file:
+            predictions = class_curves(read_predictions(file))
     train_clips, source = _train_clips(config, epochs)
     return Run(
         path=path,
         name=path.resolve().name,
         config=config,
-        device=environment.get("device"),
-        commit=environment.get("commit"),
+        device=device,
+        commit=commit,
         epochs=epochs,
         predictions=predictions,
         train_clips=train_clips,
         clips_source=source,
         eval_set=_eval_set(config, predictions),
-        gaps=gaps,
     )
 
 
-def _read_environment(path: Path, gaps: list[str]) -> dict[str, str]:
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Yields ``path``. Raises Failure with the path for whatever a damaged file raises."""
     try:
-        document = json.loads((path / "env.json").read_text("utf-8"))
-    except FileNotFoundError:
-        gaps.append("no env.json: device and commit are unknown")
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        gaps.append(f"env.json is damaged: {error}")
-        return {}
-    if not isinstance(document, dict):
-        gaps.append("env.json is damaged: expected an object")
-        return {}
-    return {k: v for k, v in document.items() if isinstance(v, str)}
+        yield path
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise Failure(f"{path} is missing or damaged ({reason})") from error
 
 
-def _read_epochs(path: Path, gaps: list[str]) -> list[Epoch]:
-    """The lines of ``metrics.jsonl``; of an epoch that is there twice, the later one."""
-    try:
-        lines = (path / "metrics.jsonl").read_text("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    epochs: dict[int, Epoch] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            epoch = _epoch(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            gaps.append(f"metrics.jsonl, line {number} is damaged and left out: {error}")
-        else:
-            epochs[epoch.epoch] = epoch
-    return [epochs[number] for number in sorted(epochs)]
+def numbers(document: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """The numbers under ``names``, without those that are null or absent.
 
-
-def _epoch(line: Any) -> Epoch:
-    """Raises ValueError for what is no line of metrics."""
-    if not isinstance(line, dict):
-        raise ValueError("expected an object")
-    epoch, step = line.get("epoch"), line.get("step")
-    if type(epoch) is not int or type(step) is not int or epoch < 1 or step < 0:
-        raise ValueError(f"epoch {epoch!r}, step {step!r}")
-    values = {}
-    for name in EPOCH_NUMBERS:
-        value = line.get(name)
+    Raises:
+        ValueError: something else is in a number's place.
+    """
+    found = {}
+    for name in names:
+        value = document.get(name)
         if value is None:
             continue
-        if type(value) not in (int, float) or not abs(value) < LARGEST:
-            raise ValueError(f"{name} {value!r}"[:80])
-        values[name] = float(value)
-    return Epoch(epoch, step, values)
+        if type(value) not in (int, float) or not abs(value) < 1e300:
+            raise ValueError(f"expected a number as {name}, got {value!r}")
+        found[name] = float(value)
+    return found
+
+
+def _epoch(line: dict[str, Any]) -> Epoch:
+    return Epoch(line["epoch"], line["step"], numbers(line, EPOCH_NUMBERS))
 
 
 def _train_clips(config: TrainConfig, epochs: list[Epoch]) -> tuple[int | None, str]:
-    """Clips of the training set: of its index, where it is still there and fits, or of the steps.
+    """The number of training clips, and where it comes from.
 
-    An epoch drops the clips that fill no batch, so steps x batch may be less by up to a batch.
+    It is read from the set's index if the set is still there and matches the steps of an epoch.
+    Otherwise it is steps x batch, which is up to one batch too few: an epoch drops the clips that
+    fill no batch.
     """
-    whole = [e for e in epochs if e.step and e.step != config.steps and not e.step % e.epoch]
+    whole = [e for e in epochs if e.step != config.steps and e.step % e.epoch == 0]
     steps = whole[0].step // whole[0].epoch if whole else None
-    try:
-        clips, _ = sizes_of(Path(config.data))
-    except (UserError, Failure, OSError):  # moved, or of another machine: the steps know too
-        clips = None
+    clips, _ = _set_size(config.data)
     if clips is not None and (steps is None or clips // config.batch == steps):
         return clips, "its index"
     if steps is None:
@@ -217,64 +190,61 @@ def _train_clips(config: TrainConfig, epochs: list[Epoch]) -> tuple[int | None, 
     return steps * config.batch, "steps × batch"
 
 
+def _set_size(path: str) -> tuple[int | None, int | None]:
+    """Clips and classes of a packed set; None where it was moved, or is on another machine."""
+    try:
+        return sizes_of(Path(path))[0], len(read_index(Path(path))["classes"])
+    except (UserError, Failure, OSError):
+        return None, None
+
+
 def _eval_set(config: TrainConfig, predictions: Curves | None) -> EvalSet | None:
     if config.eval is None:
         return None
-    if predictions is not None:
-        text = "\0".join([*sorted(predictions.ids), "", *predictions.clips])
-        key = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-        return EvalSet(key, config.eval, len(predictions.clips), len(predictions.ids))
-    try:
-        clips, _ = sizes_of(Path(config.eval))
-        classes = read_index(Path(config.eval)).get("classes")
-    except (UserError, Failure, OSError):  # then the report says that they are unknown
-        return EvalSet(config.eval, config.eval, None, None)
-    num_classes = len(classes) if isinstance(classes, list) else None
-    return EvalSet(config.eval, config.eval, clips, num_classes)
+    if predictions is None:
+        return EvalSet(config.eval, config.eval, *_set_size(config.eval))
+    text = "\0".join([*sorted(predictions.ids), "", *predictions.clips])
+    key = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return EvalSet(key, config.eval, len(predictions.clips), len(predictions.ids))
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs with names that differ, and those without predictions on the sets of the others."""
-    names = _short_names([run.path for run in runs])
+def distinguish(runs: Sequence[Run]) -> list[Run]:
+    """The runs with names that differ. A run without predictions gets the evaluation set that
+    another run with the same path has."""
+    paths = [run.path.resolve() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
     known = {r.eval_set.path: r.eval_set for r in runs if r.eval_set and r.predictions}
-    told = []
-    for run, name in zip(runs, names, strict=True):
+    out = []
+    for run, path in zip(runs, paths, strict=True):
         eval_set = run.eval_set
         if eval_set is not None and run.predictions is None:
             eval_set = known.get(eval_set.path, eval_set)
-        told.append(replace(run, name=name, eval_set=eval_set))
-    return told
+        out.append(replace(run, name=str(path.relative_to(common)), eval_set=eval_set))
+    return out
 
 
-def _short_names(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that differ from one another."""
-    parts = [path.resolve().parts for path in paths]
-    names = ["/".join(p[-1:]) for p in parts]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        twice = {name for name in names if names.count(name) > 1}
-        if not twice:
-            break
-        names = [
-            "/".join(p[-length:]) if name in twice else name
-            for p, name in zip(parts, names, strict=True)
-        ]
-    return names
+COMPARED = tuple(
+    f.name
+    for f in fields(Procedure)
+    if f.name in {g.name for g in fields(TrainConfig)} and f.name not in ("name", "preset")
+)
+"""The fields that a run and a procedure share."""
 
 
 def departures(config: TrainConfig) -> list[str]:
-    """In what a run differs from its procedure in Table 1 and the model's defaults, in words."""
-    procedure = procedure_of(config.proc, config.model)
+    """How a run differs from its procedure in Table 1 and from the model's defaults, in words."""
+    procedure = PROCEDURES[config.proc]
     found = []
     for name in COMPARED:
         ours, paper = getattr(config, name), getattr(procedure, name)
         if ours != paper:
-            found.append(f"{name.replace('_', ' ')} {_short(ours)} instead of {_short(paper)}")
+            found.append(f"{name.replace('_', ' ')} {setting(ours)} instead of {setting(paper)}")
     expected = model_options(config.model, procedure)
     for name, value in config.model_options.items():
         if name not in expected:
-            found.append(f"model {name} {_short(value)}")
+            found.append(f"model {name} {setting(value)}")
         elif value != expected[name]:
-            found.append(f"model {name} {_short(value)} instead of {_short(expected[name])}")
+            found.append(f"model {name} {setting(value)} instead of {setting(expected[name])}")
     if not config.normalize:
         found.append("no normalisation")
     if config.init is not None:
@@ -286,15 +256,8 @@ def departures(config: TrainConfig) -> list[str]:
     return found
 
 
-COMPARED = tuple(
-    f.name
-    for f in fields(Procedure)
-    if f.name in {g.name for g in fields(TrainConfig)} and f.name not in ("name", "preset")
-)
-"""The fields that a run and a procedure share."""
-
-
-def _short(value: Any) -> str:
+def setting(value: object) -> str:
+    """A setting as the page prints it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

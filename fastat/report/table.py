@@ -1,11 +1,11 @@
-"""Tables of the page, as the template draws them, and how their numbers are written."""
+"""Tables of the page as the template draws them, and the format of their numbers."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column; neighbours of the same group share a heading above."""
+    """A column. Neighbouring columns of the same group share a heading above them."""
 
     title: str
     group: str = ""
@@ -18,11 +18,11 @@ class Cell:
 
     text: str
     sort: float | None = None
-    """What the column is sorted by, where that is not the text."""
+    """The number that the column is sorted by; None sorts by the text."""
     mark: str = ""
-    """A class of the style sheet: "ours", "paper", "differs", "worse"."""
+    """A class of the style sheet: "ours", "paper" or "differs"."""
     series: int | None = None
-    """The run whose colour stands before the text."""
+    """Index of the run whose colour is shown before the text."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,10 @@ class Table:
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
     sortable: bool = False
-    searchable: str = ""
-    """What its rows are called; empty for a table without a search field."""
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Headings above the columns, and how many columns each has; empty where there is none."""
+        """Headings above the columns with their numbers of columns; empty without any heading."""
         found: list[tuple[str, int]] = []
         for column in self.columns:
             if found and column.group and found[-1][0] == column.group:
@@ -54,14 +52,14 @@ NONE = Cell("–")
 
 
 def number(value: float | None, digits: int, mark: str = "") -> Cell:
-    """A number with so many decimals; a dash where there is none."""
+    """A number with ``digits`` decimals; a dash for None and NaN."""
     if value is None or value != value:
         return NONE
     return Cell(f"{value:,.{digits}f}", float(value), mark)
 
 
 def significant(value: float | None, mark: str = "") -> Cell:
-    """A number of any size in three digits; a dash where there is none."""
+    """A number of any size with three significant digits; a dash for None and NaN."""
     if value is None or value != value:
         return NONE
     if value == 0 or 1e-3 <= abs(value) < 1000:
@@ -71,10 +69,10 @@ def significant(value: float | None, mark: str = "") -> Cell:
 
 
 def printed(value: float | None) -> Cell:
-    """A number of the paper's as it is printed there; a dash where there is none."""
+    """A number as the paper prints it; a dash for None."""
     return NONE if value is None else Cell(f"{value:g}", float(value), "paper")
 
 
 def mAP(value: float | None, mark: str = "") -> Cell:
-    """A mean or a class's average precision."""
+    """An average precision: mAP, or the AP of one class."""
     return number(value, 3, mark)

@@ -1,36 +1,39 @@
-"""The runs beside one another, in the paper's Tables 1 and 2, and their noise scale."""
+"""All runs, the paper's Tables 1 and 2 with our runs, and the noise scale."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from fastat.paper import EVAL_CLIPS, NUM_CLASSES, TABLE_2, TRAIN_CLIPS
-from fastat.procedures import PROCEDURES, Procedure, procedure_of
-from fastat.report.runs import EvalSet, Run, departures, noise_scale
+from fastat.procedures import PROCEDURES
+from fastat.report.runs import EvalSet, Run, departures, noise_scale, setting
 from fastat.report.table import NONE, Cell, Column, Table, mAP, number, significant
+
+Key = TypeVar("Key")
 
 
 def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
-    """The sets that runs were scored on, the one with the most clips first."""
+    """The sets that runs were scored on, the largest first."""
     scored = [r for r in runs if r.eval_set is not None and r.best is not None]
     sets = {r.eval_set.key: r.eval_set for r in scored if r.eval_set is not None}
     return sorted(sets.values(), key=lambda s: (-(s.clips or 0), s.path))
 
 
 def on_set(runs: Sequence[Run], eval_set: EvalSet) -> list[Run]:
-    """The runs with a score on a set."""
+    """The runs that were scored on a set."""
     return [r for r in runs if r.eval_set is not None and r.eval_set.key == eval_set.key and r.best]
 
 
 def comparability(eval_set: EvalSet) -> str:
-    """What stands beside every number of the paper's: whether a set is like AudioSet's."""
+    """The note below a table with the paper's mAPs: whether they compare with those on a set."""
     paper = f"AudioSet's evaluation set of {EVAL_CLIPS:,} clips and {NUM_CLASSES} classes"
     if eval_set.classes != NUM_CLASSES:
         return (
             f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. "
-            "Two different tasks: their mAPs do not compare."
+            "These are different tasks: their mAPs do not compare."
         )
     return (
-        f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. They compare as far as "
-        "the two sets hold the same clips."
+        f"Ours: {eval_set.name}, {eval_set.size}. The paper's: {paper}. Their mAPs "
+        "compare as far as the two sets hold the same clips."
     )
 
 
@@ -39,8 +42,17 @@ def best_of(runs: Sequence[Run]) -> Run:
     return max(runs, key=lambda r: r.best_map)
 
 
+def best_by(key: Callable[[Run], Key], runs: Sequence[Run]) -> dict[Key, Run]:
+    """The run of the highest mAP for each value of ``key``."""
+    best: dict[Key, Run] = {}
+    for run in runs:
+        if key(run) not in best or run.best_map > best[key(run)].best_map:
+            best[key(run)] = run
+    return best
+
+
 def summary(runs: Sequence[Run]) -> Table:
-    """Every run in a row."""
+    """One row per run."""
     several = len(eval_sets(runs)) > 1
     columns = [
         Column("run", numeric=False),
@@ -72,7 +84,7 @@ def summary(runs: Sequence[Run]) -> Table:
                 number(values.get("d_prime"), 3),
                 significant(run.hours) if run.epochs else NONE,
                 significant(max(speeds)) if speeds else NONE,
-                Cell(run.device) if run.device else NONE,
+                Cell(run.device),
                 Cell(run.commit[:7]) if run.commit else NONE,
             ]
         )
@@ -81,23 +93,14 @@ def summary(runs: Sequence[Run]) -> Table:
         "clips/s of the fastest epoch."
     ]
     notes += [f"Scored on {s.name}: {s.size}." for s in eval_sets(runs)]
-    gaps: dict[str, list[str]] = {}
-    for run in runs:
-        for gap in run.gaps:
-            gaps.setdefault(gap, []).append(run.name)
-    notes += [f"{', '.join(names)}: {gap}." for gap, names in gaps.items()]
-    caption = "Every run: its best epoch, and where it was trained"
+    caption = "Every run: its best epoch, and the device it was trained on"
     return Table("all-runs", caption, columns, rows, notes, sortable=True)
 
 
 # ------------------------------------------------------------------------------ Table 1
 def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
-    """The procedures, each beside the best run under it; the procedure's own beside no run."""
-    best = {
-        name: best_of(found)
-        for name in PROCEDURES
-        if (found := [r for r in on_set(runs, eval_set) if r.config.proc == name])
-    }
+    """The procedures of the paper, each with our best run under it, if there is one."""
+    best = best_by(lambda run: run.config.proc, on_set(runs, eval_set))
     columns = [Column("", numeric=False)]
     for name in PROCEDURES:
         columns.append(Column("paper", name))
@@ -107,10 +110,10 @@ def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
     for title, field in SETTINGS.items():
         row = [Cell(title)]
         for name, procedure in PROCEDURES.items():
-            paper = _setting(getattr(procedure, field))
+            paper = setting(getattr(procedure, field))
             row.append(Cell(paper, mark="paper"))
             if name in best:
-                ours = _setting(getattr(best[name].config, field))
+                ours = setting(getattr(best[name].config, field))
                 row.append(Cell(ours, mark="" if ours == paper else "differs"))
         rows.append(row)
     for title, of_paper, of_run in RESULTS:
@@ -120,11 +123,11 @@ def table_1(runs: Sequence[Run], eval_set: EvalSet) -> Table:
             if name in best:
                 row.append(of_run(best[name]))
         rows.append(row)
-    notes = [comparability(eval_set), "Settings in bold are other than the paper's."]
+    notes = [comparability(eval_set), "Settings in bold differ from the paper's."]
     notes += [
-        f"{run.name} ({run.config.model}), the best of {name}: {', '.join(departures(run.config))}."
+        f"{run.name} ({run.config.model}), the best under {name}: {', '.join(other)}."
         for name, run in best.items()
-        if departures(run.config)
+        if (other := departures(run.config))
     ]
     caption = f"Table 1. The paper's procedures, and ours on {eval_set.name}"
     return Table(f"table-1-{eval_set.key[:12]}", caption, columns, rows, notes)
@@ -144,16 +147,6 @@ SETTINGS = {
 }
 
 
-def _setting(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else f"{value}"
-
-
-def _paper_noise(procedure: Procedure) -> Cell:
-    return significant(noise_scale(procedure.lr, TRAIN_CLIPS, procedure.batch), "paper")
-
-
 RESULTS = (
     (
         "training clips",
@@ -162,14 +155,14 @@ RESULTS = (
     ),
     (
         "noise scale g",
-        _paper_noise,
+        lambda p: significant(noise_scale(p.lr, TRAIN_CLIPS, p.batch), "paper"),
         lambda r: significant(r.noise_scale(r.config.lr)),
     ),
     ("hours", lambda p: Cell(f"{p.paper_hours:g}", mark="paper"), lambda r: significant(r.hours)),
     (
         "device",
         lambda p: Cell(f"{p.paper_gpus} × V100", mark="paper"),
-        lambda r: Cell(r.device or "–"),
+        lambda r: Cell(r.device),
     ),
     ("best mAP", lambda p: mAP(p.paper_map, "paper"), lambda r: mAP(r.best_map, "ours")),
 )
@@ -177,38 +170,31 @@ RESULTS = (
 
 # ------------------------------------------------------------------------------ Table 2
 def table_2(runs: Sequence[Run], eval_set: EvalSet) -> Table:
-    """The best mAP of every model under every procedure, the paper's beside ours."""
-    scored = on_set(runs, eval_set)
-    ours: dict[tuple[str, str], Run] = {}
-    for model in dict.fromkeys([*TABLE_2, *(r.config.model for r in scored)]):
-        for name in PROCEDURES:
-            if found := [r for r in scored if (r.config.model, r.config.proc) == (model, name)]:
-                ours[model, name] = best_of(found)
+    """The best mAP of every model under every procedure: the paper's and ours."""
+    best = best_by(lambda run: (run.config.model, run.config.proc), on_set(runs, eval_set))
     columns = [Column("model", numeric=False), Column("parameters, paper")]
     for name in PROCEDURES:
         columns += [Column("paper", name), Column("ours", name)]
     rows = []
-    for model in dict.fromkeys([*TABLE_2, *(m for m, _ in ours)]):
-        paper = TABLE_2.get(model)
-        if paper is None or not paper.mAP:
-            if not any(m == model for m, _ in ours):
-                continue
-        million = paper.million_params if paper else None
+    of_paper = [model for model, paper in TABLE_2.items() if paper.mAP]
+    for model in dict.fromkeys([*of_paper, *(model for model, _ in best)]):
+        paper = TABLE_2[model]
+        million = paper.million_params
         row = [
-            Cell(paper.title if paper else model),
+            Cell(paper.title),
             Cell(f"{million} M", million, "paper") if million else NONE,
         ]
         for name in PROCEDURES:
-            row.append(mAP(paper.mAP.get(name) if paper else None, "paper"))
-            found_run = ours.get((model, name))
-            row.append(mAP(found_run.best_map, "ours") if found_run else NONE)
+            row.append(mAP(paper.mAP.get(name), "paper"))
+            found = best.get((model, name))
+            row.append(mAP(found.best_map, "ours") if found else NONE)
         rows.append(row)
     notes = [comparability(eval_set)]
-    for (model, name), run in ours.items():
-        other = departures(run.config)
+    for (model, name), run in best.items():
+        other = ", ".join(departures(run.config))
         notes.append(
             f"{model} under {name}: {run.name}, "
-            + (f"other than Table 1 in: {', '.join(other)}." if other else "as Table 1 has it.")
+            + (f"differs from Table 1: {other}." if other else "as in Table 1.")
         )
     caption = f"Table 2. Best mAP of every model and procedure; ours on {eval_set.name}"
     return Table(f"table-2-{eval_set.key[:12]}", caption, columns, rows, notes)
@@ -216,7 +202,7 @@ def table_2(runs: Sequence[Run], eval_set: EvalSet) -> Table:
 
 # ------------------------------------------------------------------------------ noise scale
 def noise_table(runs: Sequence[Run]) -> Table:
-    """The noise scale of every run at its maximum learning rate, and the paper's procedures'."""
+    """The noise scale of every run, at its maximum learning rate, beside the paper's."""
     columns = [
         Column("run", numeric=False),
         Column("training clips N"),
@@ -224,11 +210,11 @@ def noise_table(runs: Sequence[Run]) -> Table:
         Column("batch B"),
         Column("maximum LR"),
         Column("g"),
-        Column("g of the paper's"),
+        Column("g in the paper"),
     ]
     rows = []
     for i, run in enumerate(runs):
-        p = procedure_of(run.config.proc, run.config.model)
+        p = PROCEDURES[run.config.proc]
         rows.append(
             [
                 Cell(run.name, series=i),
@@ -242,7 +228,7 @@ def noise_table(runs: Sequence[Run]) -> Table:
         )
     caption = "g = LR (N / B − 1) at the maximum learning rate"
     notes = [
-        "Section 4.3 of the paper: how strongly the noise of a batch moves the weights; batch and "
-        "LR that grow together keep it."
+        "Section 4.3 of the paper: how strongly the sampling noise of a batch moves the weights. "
+        "It stays the same if batch and LR grow in proportion."
     ]
     return Table("noise-scale", caption, columns, rows, notes, sortable=True)

@@ -1,41 +1,40 @@
 """``fastat convert``: other people's checkpoints into ours, and ours into other people's.
 
-Everything but class list and statistics is told from the weights (``layouts``, ``foreign``); what
-was loaded, dropped and assumed is in the summary.
+The model is recognised by its weights (``layouts``, ``foreign``); the summary says what was loaded,
+dropped and assumed.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-from fastat.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights, save_weights
+from fastat.atomic import atomic_path
+from fastat.checkpoint import (
+    ModelMeta,
+    checkpoint_in,
+    load_meta,
+    read_weights,
+    save_tensors,
+    save_weights,
+)
 from fastat.config import parse_settings
 from fastat.data.classes import ClassList
 from fastat.data.shards import ClassInfo
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
-from fastat.weights.describe import Described, describe, shape_of
-from fastat.weights.export import TRUNK_SUFFIX, save_hugging_face, save_trunk
-from fastat.weights.foreign import (
-    CONFIG,
-    PREPROCESSOR,
-    Foreign,
-    classes_of,
-    flag,
-    label_names,
-    number,
-    own_entry,
-    read_foreign,
-)
+from fastat.weights.foreign import read_foreign, shape_of
+from fastat.weights.hugging_face import AST_FEATURE, AST_STATISTICS, write_hugging_face
 from fastat.weights.layouts import AST, HF_AST, RESNET_TRUNK
-from fastat.weights.translate import fit
+from fastat.weights.translate import Weights, fit, to_theirs
 
 STATISTICS = ("ast", "authors")
-AST_FEATURE, AST_MEAN, AST_STD = "fbank128", -4.2677393, 4.5689974
-"""AudioSet's statistics in AST's code and in transformers, which remove no clip's mean."""
+TRUNK_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +47,15 @@ class Summary:
     """Of the source, or of the destination when the source is ours."""
     meta: ModelMeta
     loaded: int
-    """Tensors of the source, counted in its own names."""
+    """Number of tensors that were taken, by the source's own names."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Tensor of the source -> why."""
     missing: list[str] = field(default_factory=list)
-    """Tensors that the source may lack, and did."""
+    """BatchNorm counters that the source lacks; they become 0."""
     notes: list[str] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
-        """Flat, for --json: the model's fields too, of its classes the number."""
+        """All of it in one level, for --json; of the classes only their number."""
         own, model = asdict(self), asdict(self.meta)
         del own["meta"], model["trained"]
         return own | model | {"num_classes": len(model.pop("classes"))}
@@ -92,13 +91,17 @@ def convert(
         raise UserError(f"{destination} exists already: expected the name of a new folder or file")
     checkpoint = checkpoint_in(source)
     if checkpoint is None:
+        if feature is not None and feature not in FEATURES:
+            raise UserError(f"feature must be one of {', '.join(FEATURES)}, got {feature!r}")
+        if statistics is not None and statistics not in STATISTICS:
+            expected = ", ".join(STATISTICS)
+            raise UserError(f"--statistics must be one of {expected}, got {statistics!r}")
         given = parse_settings(settings or [])
         if set(given) - {"model_options"}:
             raise UserError(f"--set takes model.KEY=value here, got {', '.join(settings or [])}")
         options = given.get("model_options", {})
-        foreign = read_foreign(source)
-        described = describe(foreign, feature, options, clip_seconds)
-        return _import(foreign, described, destination, labels, statistics)
+        weights = read_foreign(source, feature, options, clip_seconds)
+        return _import(weights, destination, labels, statistics)
     for name, value in (
         ("labels", labels), ("feature", feature), ("clip-seconds", clip_seconds),
         ("statistics", statistics), ("set", settings or None),
@@ -110,21 +113,31 @@ def convert(
 
 def _export(source: Path, checkpoint: Path, destination: Path) -> Summary:
     meta = load_meta(checkpoint)
+    trunk = destination.suffix == TRUNK_SUFFIX
+    if trunk and not meta.model.startswith("resnet"):
+        raise UserError(
+            f"only resnet50 and resnet34 have a trunk that timm can load, this is {meta.model}"
+        )
+    if not trunk and meta.model != "ast":
+        raise UserError(
+            f"only ast has a Hugging Face layout, this is {meta.model} (resnet50 and resnet34 can "
+            f"be written as timm's trunk, to a file with {TRUNK_SUFFIX})"
+        )
     with torch.device("meta"):
         model = meta.create()
     state = fit(read_weights(checkpoint), model, str(checkpoint))
-    dropped: dict[str, str] = {}
-    if destination.suffix == TRUNK_SUFFIX:
-        layout = RESNET_TRUNK
-        notes = save_trunk(destination, state, meta)
-        dropped = {name: "a trunk has no head" for name in state if name.startswith("head.")}
-    else:
-        layout = HF_AST
-        notes = save_hugging_face(destination, state, meta)
+    dropped = {name: "a trunk has no head" for name in state if trunk and name.startswith("head.")}
+    write = _write_trunk if trunk else write_hugging_face
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(destination) as temporary:
+            notes = write(temporary, state, meta)
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"cannot write {destination}: {error}") from error
     return Summary(
         source=str(source),
         destination=str(destination),
-        layout=layout.title,
+        layout=(RESNET_TRUNK if trunk else HF_AST).title,
         meta=meta,
         loaded=len(state) - len(dropped),
         dropped=dropped,
@@ -132,111 +145,97 @@ def _export(source: Path, checkpoint: Path, destination: Path) -> Summary:
     )
 
 
-# ------------------------------------------------------------------------------------------- import
+def _write_trunk(path: Path, state: dict[str, Tensor], meta: ModelMeta) -> list[str]:
+    """Writes a ResNet's trunk under timm's and torchvision's names; returns notes."""
+    save_tensors(to_theirs(state, RESNET_TRUNK.rules), path)
+    return ["the stem has one channel: timm.create_model(..., in_chans=1, num_classes=0)"]
+
+
 def _import(
-    foreign: Foreign,
-    described: Described,
-    destination: Path,
-    labels: Path | None,
-    statistics: str | None,
+    weights: Weights, destination: Path, labels: Path | None, statistics: str | None
 ) -> Summary:
-    translated, source = foreign.translated, foreign.source
-    layout = translated.layout
+    source, layout, feature = weights.source, weights.layout, weights.feature
+    assert layout is not None
     if layout.trunk:
         raise UserError(
             f"{source} is a trunk ({layout.title}) without a head for any sounds: start a run from "
-            f"it with fastat train --model {translated.model} --init {source}"
+            f"it with fastat train --model {weights.model} --init {source}"
         )
-    if described.feature is None:
+    if feature is None:
         raise UserError(
             f"{source} ({layout.title}) fits any feature: say which it was trained on with "
             f"--feature {' or '.join(FEATURES)}"
         )
-    assert described.num_frames is not None
-    head = "head.weight" if translated.model == "ast" else "head.fc_prob.weight"
-    num_classes = shape_of(foreign, head, 2)[0]
-    meta = ModelMeta(
-        model=translated.model,
-        feature=described.feature,
-        clip_seconds=described.clip_seconds,
-        num_mels=FEATURES[described.feature].num_mels,
-        num_frames=described.num_frames,
-        classes=_classes(foreign, labels, num_classes),
-        options=described.options,
-        trained={"converted_from": Path(source).name, "layout": layout.title},
-        **_statistics(foreign, described.feature, statistics),
-    )
+    classes = _classes(weights, labels)
+    normalisation = _statistics(weights, feature, statistics)
+    try:
+        meta = ModelMeta(
+            model=weights.model,
+            feature=feature,
+            clip_seconds=weights.clip_seconds,
+            num_mels=FEATURES[feature].num_mels,
+            num_frames=weights.num_frames,
+            classes=classes,
+            options=weights.options,
+            trained={"converted_from": Path(source).name, "layout": layout.title},
+            **normalisation,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from error
     with torch.device("meta"):
         model = meta.create()
-    state = fit(translated.state, model, source, layout.theirs)
+    state = fit(weights.state, model, source, layout.theirs)
     save_weights(destination, state, meta)
     return Summary(
         source=source,
         destination=str(destination),
         layout=layout.title,
         meta=meta,
-        loaded=translated.num_tensors - len(translated.dropped),
-        dropped=translated.dropped,
-        missing=[layout.theirs(name) for name in state if name not in translated.state],
-        notes=translated.notes + described.notes,
+        loaded=weights.num_tensors - len(weights.dropped),
+        dropped=weights.dropped,
+        missing=[layout.theirs(name) for name in state if name not in weights.state],
+        notes=weights.notes,
     )
 
 
-def _classes(foreign: Foreign, labels: Path | None, num_classes: int) -> tuple[ClassInfo, ...]:
-    """From --labels, checked against the checkpoint's own list, or that list."""
-    own = label_names(foreign)
-    if own is not None and len(own) != num_classes:
-        raise UserError(
-            f"{foreign.source}/{CONFIG}: expected id2label of the head's {num_classes} classes, "
-            f"got {len(own)}"
-        )
+def _classes(weights: Weights, labels: Path | None) -> tuple[ClassInfo, ...]:
+    """The classes from --labels, checked against the checkpoint's own list, or that list."""
+    source, own = weights.source, weights.classes
+    head = "head.weight" if weights.model == "ast" else "head.fc_prob.weight"
+    num_classes = shape_of(weights, head, 2)[0]
     if labels is None:
-        classes = classes_of(foreign)
-        if classes is None:
+        if own is None:
             raise UserError(
-                f"{foreign.source} has no class list: expected --labels with its {num_classes} "
+                f"{source} has no class list: expected --labels with its {num_classes} "
                 "classes, for AudioSet class_labels_indices.csv"
             )
-        return classes
+        if len({c.id for c in own}) < len(own):
+            raise UserError(f"{source}: two classes of id2label share a name: --labels gives ids")
+        return own
     listed = (ClassList.from_packed if labels.is_dir() else ClassList.from_csv)(labels).classes
     if len(listed) != num_classes:
         raise UserError(
-            f"--labels {labels} has {len(listed)} classes, the head of {foreign.source} "
-            f"{num_classes}"
+            f"--labels {labels} has {len(listed)} classes, the head of {source} {num_classes}"
         )
-    for i, (name, listed_class) in enumerate(zip(own or (), listed, strict=False)):
-        if name not in listed_class:
+    for i, (theirs, ours) in enumerate(zip(own or (), listed, strict=False)):
+        if not {theirs.id, theirs.name} & {ours.id, ours.name}:
             raise UserError(
-                f"--labels {labels}: class {i} is {listed_class.name!r} there, {name!r} in "
-                f"{foreign.source}"
+                f"--labels {labels}: class {i} is {ours.name!r} there, {theirs.name!r} in {source}"
             )
     return listed
 
 
-def _statistics(foreign: Foreign, feature: str, choice: str | None) -> dict[str, Any]:
-    """ModelMeta's mean, std, remove_mean and normalize."""
-    if choice is not None and choice not in STATISTICS:
-        raise UserError(f"--statistics must be one of {', '.join(STATISTICS)}, got {choice!r}")
+def _statistics(weights: Weights, feature: str, choice: str | None) -> dict[str, Any]:
+    """ModelMeta's mean, std, remove_mean and perhaps normalize."""
     if choice == "ast" and feature != AST_FEATURE:
-        raise UserError(f"--statistics ast is for {AST_FEATURE}, {foreign.source} takes {feature}")
+        raise UserError(f"--statistics ast is for {AST_FEATURE}, {weights.source} takes {feature}")
+    if choice is None and weights.statistics:
+        return weights.statistics
+    like_ast = weights.layout in (AST, HF_AST) and feature == AST_FEATURE
+    if choice == "ast" or (choice is None and like_ast):
+        return AST_STATISTICS
     spec = FEATURES[feature]
-    values: dict[str, Any] = {"mean": spec.mean, "std": spec.std, "remove_mean": True}
-    like_ast = foreign.translated.layout in (AST, HF_AST) and feature == AST_FEATURE
-    if choice is None and (kept := own_entry(foreign.config)):
-        where = f"{foreign.source}/{CONFIG}"
-        values = {name: number(kept, name, where) for name in ("mean", "std")}
-        values |= {name: flag(kept, name, where, True) for name in ("remove_mean", "normalize")}
-    elif choice == "ast" or (choice is None and like_ast):
-        values = {"mean": AST_MEAN, "std": AST_STD, "remove_mean": False}
-    if choice is None and foreign.preprocessor is not None:
-        where = f"{foreign.source}/{PREPROCESSOR}"
-        # Where it leaves one out, transformers' default: AST's values.
-        for name, default in (("mean", AST_MEAN), ("std", AST_STD)):
-            values[name] = number(foreign.preprocessor, name, where, default)
-        values["normalize"] = flag(foreign.preprocessor, "do_normalize", where, True)
-    if not values["std"] > 0:
-        raise UserError(f"{foreign.source}: std must be > 0, got {values['std']:g}")
-    return values
+    return {"mean": spec.mean, "std": spec.std, "remove_mean": True}
 
 
 # ------------------------------------------------------------------------------------------ summary
@@ -254,19 +253,15 @@ def print_summary(summary: Summary, *, as_json: bool) -> None:
     print(f"feature     {m.feature}, {m.num_mels} x {m.num_frames}, clips of {m.clip_seconds:g} s")
     print(f"statistics  mean {m.mean:.8g}, std {m.std:.8g}, {removed}")
     print(f"loaded      {s.loaded} tensors")
-    for what, names in _grouped(s.dropped).items():
-        print(f"dropped     {len(names)}, {what}: {_ends(names)}")
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for name, why in s.dropped.items():
+        reasons[why].append(name)
+    for why, names in reasons.items():
+        print(f"dropped     {len(names)}, {why}: {_ends(names)}")
     if s.missing:
         print(f"missing     {len(s.missing)} counters of batches, set to 0: {_ends(s.missing)}")
     for note in s.notes:
         print(f"note        {note}")
-
-
-def _grouped(dropped: dict[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, why in dropped.items():
-        groups.setdefault(why, []).append(name)
-    return groups
 
 
 def _ends(names: list[str]) -> str:

@@ -1,53 +1,25 @@
 """The weights that a run starts from: a checkpoint of ours or another project's, or ImageNet's."""
 
 import inspect
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastat.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights
 from fastat.data.shards import ClassInfo
 from fastat.errors import UserError
 from fastat.models import MODELS
 from fastat.models.ast import Ast, adapt_positions
-from fastat.weights.describe import describe
-from fastat.weights.foreign import Foreign, classes_of, read_foreign
+from fastat.weights.foreign import describe, read_foreign
 from fastat.weights.imagenet import imagenet_state, trunk_name
-from fastat.weights.translate import fit, translate
-from fastat_kernels.patch_embed import NUM_SPECIAL
+from fastat.weights.translate import Weights, fit, translate
 
 OWN_CHOICE = ("dropout", "activation_checkpointing")
-"""Options that the weights leave to the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Weights under our names, and what is known of them."""
-
-    source: str
-    layout: str
-    model: str
-    options: dict[str, Any]
-    state: dict[str, Tensor]
-    num_tensors: int
-    """Of theirs, the dropped ones included."""
-    dropped: dict[str, str] = field(default_factory=dict)
-    """Their name -> why."""
-    theirs: Callable[[str], str] = str
-    """Our name -> theirs."""
-    feature: str | None = None
-    """That it was trained on; None: not known, or images."""
-    classes: tuple[ClassInfo, ...] | None = None
-    grid: tuple[int, int] | None = None
-    """AST's patches along the mel and the time axis."""
-    trunk: bool = False
-    notes: list[str] = field(default_factory=list)
+"""Options that the run chooses, whatever the weights were trained with."""
 
 
 def initial_options(path: Path, model: str) -> dict[str, Any]:
@@ -57,9 +29,7 @@ def initial_options(path: Path, model: str) -> dict[str, Any]:
         UserError: no checkpoint there, in no known layout, or of another model.
         Failure: a damaged one.
     """
-    start = _open(path)
-    _check_model(start, model)
-    return start.options
+    return _open(path, model).options
 
 
 def load_initial(model: nn.Module, meta: ModelMeta, path: Path) -> list[str]:
@@ -76,27 +46,31 @@ def load_initial(model: nn.Module, meta: ModelMeta, path: Path) -> list[str]:
         UserError: no checkpoint there, in no known layout, of another model, or of other shapes.
         Failure: a damaged one.
     """
-    return _load(model, meta, _open(path))
+    return _load(model, meta, _open(path, meta.model))
 
 
 def load_imagenet(model: nn.Module, meta: ModelMeta) -> list[str]:
-    """The same from ImageNet's weights, which timm has in its cache or gets from the hub.
+    """Loads ImageNet's weights in the same way, from timm's cache or from the hub.
 
     Raises:
         UserError: there are none for this model.
-        Failure: they cannot be had.
+        Failure: they are in neither place.
     """
     source = f"timm's {trunk_name(meta.model, meta.options)}"
-    translated = translate(imagenet_state(meta.model, meta.options), source)
-    return _load(model, meta, _from_foreign(Foreign(source=source, translated=translated)))
+    weights = translate(imagenet_state(meta.model, meta.options), source)
+    describe(weights)
+    return _load(model, meta, weights)
 
 
-def _open(path: Path) -> Start:
+def _open(path: Path, model: str) -> Weights:
     checkpoint = checkpoint_in(path)
-    return _from_foreign(read_foreign(path)) if checkpoint is None else _from_ours(checkpoint)
+    weights = read_foreign(path) if checkpoint is None else _read_ours(checkpoint)
+    if weights.model != model:
+        raise UserError(f"{weights.source} is of model {weights.model}, the run is of {model}")
+    return weights
 
 
-def _from_ours(checkpoint: Path) -> Start:
+def _read_ours(checkpoint: Path) -> Weights:
     meta = load_meta(checkpoint)
     with torch.device("meta"):
         model = meta.create()
@@ -108,10 +82,9 @@ def _from_ours(checkpoint: Path) -> Start:
     options = {k: v for k, v in (defaults | meta.options).items() if k not in OWN_CHOICE}
     if "input_scale" in options:  # its default depends on the feature
         options["input_scale"] = model.input_scale
-    state = read_weights(checkpoint)
-    return Start(
+    state = fit(read_weights(checkpoint), model, str(checkpoint))
+    return Weights(
         source=str(checkpoint),
-        layout="checkpoint",
         model=meta.model,
         options=options,
         state=state,
@@ -122,44 +95,20 @@ def _from_ours(checkpoint: Path) -> Start:
     )
 
 
-def _from_foreign(foreign: Foreign) -> Start:
-    described = describe(foreign)
-    translated = foreign.translated
-    return Start(
-        source=foreign.source,
-        layout=translated.layout.title,
-        model=translated.model,
-        options=described.options,
-        state=translated.state,
-        num_tensors=translated.num_tensors,
-        dropped=translated.dropped,
-        theirs=translated.layout.theirs,
-        feature=described.feature,
-        classes=classes_of(foreign),
-        grid=described.grid,
-        trunk=translated.layout.trunk,
-        notes=translated.notes + described.notes,
-    )
-
-
-def _check_model(start: Start, model: str) -> None:
-    if start.model != model:
-        raise UserError(f"{start.source} is of model {start.model}, the run is of {model}")
-
-
-def _load(model: nn.Module, meta: ModelMeta, start: Start) -> list[str]:
-    _check_model(start, meta.model)
+def _load(model: nn.Module, meta: ModelMeta, start: Weights) -> list[str]:
     own = model.state_dict()
     state, dropped, notes = dict(start.state), dict(start.dropped), list(start.notes)
     anew: list[str] = []
     if start.trunk:
-        for name in [n for n in state if _is_deeper(n, own)]:
-            del state[name]
-            dropped[start.theirs(name)] = "layers beyond the model's"
+        depth = len(model.layers) if isinstance(model, Ast) else 0
+        for name in [n for n in state if n.startswith("layers.")]:
+            if int(name.split(".")[1]) >= depth:
+                del state[name]
+                dropped[start.theirs(name)] = "layers beyond the model's"
         anew = [n for n in own if n.startswith("head")]
     elif (rows := _rows(start.classes or (), meta.classes)) is not None:
         if rows != sorted(rows):
-            state |= {n: _ordered(t, rows) for n, t in state.items() if n.startswith("head.")}
+            state |= {n: t[rows] for n, t in state.items() if n.startswith("head.")}
             notes.append("the head's rows are put into the order of this set's classes")
     else:
         for name in [n for n in state if n.startswith("head.")]:
@@ -175,7 +124,7 @@ def _load(model: nn.Module, meta: ModelMeta, start: Start) -> list[str]:
         notes.append(f"trained on {start.feature}, this run takes {meta.feature}")
     state |= {name: own[name] for name in anew}
     if isinstance(model, Ast) and start.grid is not None and start.grid != model.grid:
-        state["pos_embed"] = _positions(start, model.grid)
+        state["pos_embed"] = adapt_positions(state["pos_embed"], start.grid, model.grid)
         notes.append(f"positions of {_by(start.grid)} patches adapted to {_by(model.grid)}")
     model.load_state_dict(fit(state, model, start.source, start.theirs))
     reasons = Counter(dropped.values())
@@ -184,36 +133,19 @@ def _load(model: nn.Module, meta: ModelMeta, start: Start) -> list[str]:
         *(f"{count} dropped ({why})" for why, count in reasons.items()),
         *([f"{len(anew)} made anew ({', '.join(anew)})"] if anew else []),
     ]
-    return [*notes, f"{start.source} ({start.layout}): {', '.join(account)}"]
-
-
-def _positions(start: Start, grid: tuple[int, int]) -> Tensor:
-    """The source's positional embeddings for another grid of patches."""
-    positions = start.state.get("pos_embed")
-    assert start.grid is not None
-    if positions is None or positions.ndim != 3:
-        raise UserError(f"{start.source}: lacks positions [1, tokens, width]")
-    if positions.shape[1] != NUM_SPECIAL + math.prod(start.grid):
-        raise UserError(
-            f"{start.source}: expected positions of {_by(start.grid)} patches, "
-            f"got {positions.shape[1] - NUM_SPECIAL}"
-        )
-    return adapt_positions(positions, start.grid, grid)
+    layout = "checkpoint" if start.layout is None else start.layout.title
+    return [*notes, f"{start.source} ({layout}): {', '.join(account)}"]
 
 
 def _by(grid: tuple[int, int]) -> str:
     return f"{grid[0]} x {grid[1]}"
 
 
-def _is_deeper(name: str, own: dict[str, Tensor]) -> bool:
-    """A layer of the trunk's that the model does not have at all."""
-    first, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    return first == "layers" and not any(n.startswith(f"layers.{number}.") for n in own)
-
-
 def _matches(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> dict[int, int]:
-    """Our class's number -> theirs, by id. Hugging Face's ids are names."""
+    """The index of each shared class in ours -> its index in theirs, by id.
+
+    The classes of Hugging Face have names as ids, so those are compared with our names too.
+    """
     by_id = {c.id: i for i, c in enumerate(theirs)}
     by_name = {c.name: i for i, c in enumerate(theirs) if c.id == c.name}
     found = ((i, by_id.get(c.id, by_name.get(c.name))) for i, c in enumerate(ours))
@@ -221,11 +153,6 @@ def _matches(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> dict[int
 
 
 def _rows(theirs: Sequence[ClassInfo], ours: Sequence[ClassInfo]) -> list[int] | None:
-    """Their row of each class of ours; None unless the sets are the same."""
+    """For each class of ours its row in their head; None unless both have the same classes."""
     rows = list(_matches(theirs, ours).values())
     return rows if sorted(rows) == list(range(len(theirs))) and len(rows) == len(ours) else None
-
-
-def _ordered(tensor: Tensor, rows: list[int]) -> Tensor:
-    """A head's tensor with its rows (classes) in another order; of a wrong shape, as it is."""
-    return tensor[rows] if tensor.shape[:1] == (len(rows),) else tensor

@@ -1,8 +1,8 @@
-"""How other people name the tensors of our models, as data: rules between their names and ours.
+"""How other projects name the tensors of our models: tables of rules between their names and ours.
 
 In a rule ``#`` stands for a number and ``*`` for the last part of a name (weight, bias, ...). The
-layout of a checkpoint is told from its names alone. Every tensor of it is renamed, or dropped for a
-reason given here; ``translate`` does it.
+layout of a checkpoint is recognised by its names alone. Each of its tensors is either renamed, or
+dropped for a reason given here; ``translate`` does it.
 
 Sources: transformers' ASTForAudioClassification (its names on disk and, since version 5, in
 memory); Gong et al.'s AST; the code of Li et al., "AudioTagging Done Right" (2022); timm.
@@ -10,16 +10,14 @@ memory); Gong et al.'s AST; the code of Li et al., "AudioTagging Done Right" (20
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
-
-from fastat.models.layers import SinusoidalPositions
 
 LEAF = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 QKV = 3
-"""Queries, keys and values, one below the other in a packed projection."""
+"""Number of parts of a packed projection: the rows of queries, keys and values, in this order."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +27,9 @@ class Rule:
     theirs: str
     ours: str
     part: int | None = None
-    """Which of a packed projection's QKV parts it is."""
+    """Which of the QKV parts of a packed projection it is."""
     change: Callable[[Tensor], Tensor] | None = None
     """Their tensor -> ours, where more than the name differs."""
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Tensors of theirs that our models have no use for."""
-
-    theirs: str
-    why: str
-    copy_of: str | None = None
-    """Another of their names, whose equal it has to be."""
-    check: Callable[[Tensor], str | None] | None = None
-    """Says what is wrong with a tensor that may not be dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,40 +42,49 @@ class Layout:
     marks: tuple[str, ...]
     """Names that every such checkpoint has."""
     rules: tuple[Rule, ...]
-    drops: tuple[Drop, ...] = ()
+    drops: dict[str, str] = field(default_factory=dict)
+    """Names of tensors that our models have no use for -> why they are dropped."""
     trunk: bool = False
-    """Trained on images: there is no head for our classes in it."""
+    """Trained on images, without a head for our classes."""
 
-    def place(self, name: str) -> tuple[Rule | Drop, str] | None:
-        """What is to be done with a tensor of theirs, and its name with us (or its twin's)."""
+    def find(self, name: str) -> tuple[Rule, str] | None:
+        """The rule for a tensor of theirs, and our name for it."""
         for rule in self.rules:
             if (ours := renamed(name, rule.theirs, rule.ours)) is not None:
                 return rule, ours
-        for drop in self.drops:
-            if (twin := renamed(name, drop.theirs, drop.copy_of or "")) is not None:
-                return drop, twin
         return None
 
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why a tensor of theirs is dropped; None when it is not."""
+        return next((why for drop, why in self.drops.items() if _match(name, drop)), None)
+
     def theirs(self, name: str) -> str:
-        """Their name (or names) for a tensor of ours, which is ours where they have none."""
-        names = [renamed(name, rule.ours, rule.theirs) for rule in self.rules]
-        found = dict.fromkeys(n for n in names if n is not None) or [name]
-        return " or ".join(found) if len(found) < QKV else " + ".join(list(found)[:QKV])
+        """Their name (or the names of the parts) for a tensor of ours, for messages.
+
+        It is our name where they have none.
+        """
+        names: dict[int | None, str] = {}
+        for rule in self.rules:
+            if (theirs := renamed(name, rule.ours, rule.theirs)) is not None:
+                names.setdefault(rule.part, theirs)
+        return " + ".join(names.values()) or name
 
 
 def renamed(name: str, old: str, new: str) -> str | None:
     """``name`` with ``old``'s wildcards put into ``new``; None when ``old`` does not match."""
-    pattern = re.escape(old).replace(r"\#", r"(\d+)").replace(r"\*", LEAF)
-    match = re.fullmatch(pattern, name)
-    if match is None:
+    if (match := _match(name, old)) is None:
         return None
     values = iter(match.groups())
     return re.sub(r"[#*]", lambda _: next(values), new)
 
 
-# ------------------------------------------------------------------------ what differs beside names
+def _match(name: str, pattern: str) -> re.Match[str] | None:
+    return re.fullmatch(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", LEAF), name)
+
+
+# ------------------------------------------------------- what differs in more than the name
 def sum_rgb(weight: Tensor) -> Tensor:
-    """A stem [C, 3, h, w] for images -> [C, 1, h, w]; one that has a single channel as it is."""
+    """A stem for images, [C, 3, h, w] -> [C, 1, h, w]; a stem of one channel stays as it is."""
     return weight.sum(1, keepdim=True) if weight.shape[1:2] == (3,) else weight
 
 
@@ -98,23 +93,6 @@ def _matrix(weight: Tensor) -> Tensor:
     while weight.ndim > 2 and weight.shape[-1] == 1:
         weight = weight.squeeze(-1)
     return weight
-
-
-SAME_TABLE = 1e-4
-CLIP_FRAMES = 1024
-"""Positions that a ten-second clip reaches; further on float32 rounds the angles too coarsely."""
-
-
-def _not_sinusoidal(table: Tensor) -> str | None:
-    rows = table.squeeze().float()
-    if rows.ndim == 2 and rows.numel():
-        rows = rows[:CLIP_FRAMES]
-        ours = SinusoidalPositions(rows.shape[1], len(rows)).table
-        error = (rows - ours).abs().max().item()
-        if error <= SAME_TABLE:
-            return None
-        return f"differs from sine and cosine positions by {error:.2g}"
-    return f"expected positions [frames, mels], got {tuple(table.shape)}"
 
 
 # ------------------------------------------------------------------------------------- the layouts
@@ -145,7 +123,7 @@ def _resnet(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-_IMAGENET_HEAD = "ImageNet's classes"
+_IMAGENET = "ImageNet's classes"
 
 _HF = "audio_spectrogram_transformer."
 _HF_BOTH = (
@@ -191,7 +169,7 @@ AST = Layout(
     model="ast",
     marks=("v.pos_embed", "mlp_head.1.weight"),
     rules=(*_vit("v."), Rule("mlp_head.0.*", "head_norm.*"), Rule("mlp_head.1.*", "head.*")),
-    drops=(Drop("v.head.*", _IMAGENET_HEAD), Drop("v.head_dist.*", _IMAGENET_HEAD)),
+    drops={"v.head.*": _IMAGENET, "v.head_dist.*": _IMAGENET},
 )
 
 _TALNET = (
@@ -201,11 +179,7 @@ _TALNET = (
     Rule("fc_att.*", "head.fc_att.*"),
 )
 _TALNET_MARKS = ("conv.0.conv.weight", "fc_prob.weight")
-_TALNET_COPIES = tuple(
-    Drop(f"conv{i + 1}.{name}.*", "the same tensors again", copy_of=f"conv.{i}.{name}.*")
-    for i in range(10)
-    for name in ("conv", "bn")
-)
+_TALNET_COPIES = dict.fromkeys(("conv#.conv.*", "conv#.bn.*"), "the same tensors again")
 CNN_TRANS = Layout(
     title="the authors' TransformerEncoder (CNN+Trans)",
     model="cnn_trans",
@@ -221,10 +195,7 @@ CNN_TRANS = Layout(
         Rule("enc_layer.pos_ffn.w_2.*", "layers.0.fc2.*", change=_matrix),
         Rule("enc_layer.pos_ffn.layer_norm.*", "layers.0.norm2.*"),
     ),
-    drops=(
-        *_TALNET_COPIES,
-        Drop("positional_encoding.pe", "positions, computed here", check=_not_sinusoidal),
-    ),
+    drops=_TALNET_COPIES | {"positional_encoding.pe": "positions, computed here"},
 )
 CRNN = Layout(
     title="the authors' TALNet (CRNN)",
@@ -250,14 +221,14 @@ RESNET_ATTENTION = Layout(
         Rule("attention.cla.*", "head.fc_prob.*", change=_matrix),
         Rule("attention.att.*", "head.fc_att.*", change=_matrix),
     ),
-    drops=(Drop("model.fc.*", _IMAGENET_HEAD),),
+    drops={"model.fc.*": _IMAGENET},
 )
 DEIT_TRUNK = Layout(
     title="timm's distilled DeiT",
     model="ast",
     marks=("pos_embed", "dist_token"),
     rules=_vit(""),
-    drops=(Drop("head.*", _IMAGENET_HEAD), Drop("head_dist.*", _IMAGENET_HEAD)),
+    drops={"head.*": _IMAGENET, "head_dist.*": _IMAGENET},
     trunk=True,
 )
 RESNET_TRUNK = Layout(
@@ -265,7 +236,7 @@ RESNET_TRUNK = Layout(
     model="resnet",
     marks=("conv1.weight", "layer4.0.conv1.weight"),
     rules=_resnet(""),
-    drops=(Drop("fc.*", _IMAGENET_HEAD),),
+    drops={"fc.*": _IMAGENET},
     trunk=True,
 )
 LAYOUTS = (HF_AST, AST, CNN_TRANS, CRNN, RESNET_ATTENTION, DEIT_TRUNK, RESNET_TRUNK)

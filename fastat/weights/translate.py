@@ -3,76 +3,102 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastat.data.shards import ClassInfo
 from fastat.errors import UserError
-from fastat.weights.layouts import LAYOUTS, QKV, Drop, Layout, Rule, renamed, sum_rgb
+from fastat.features import FEATURES
+from fastat.weights.layouts import LAYOUTS, QKV, Layout, Rule, renamed, sum_rgb
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel, AveragedModel and torch.compile put before every name."""
+"""Prefixes that DataParallel, AveragedModel and torch.compile put before every name."""
 AVERAGED = "n_averaged"
-"""What torch.optim.swa_utils.AveragedModel saves beside its module."""
+"""The counter that torch.optim.swa_utils.AveragedModel saves beside its module."""
 
 COUNTER = "num_batches_tracked"
-"""The last part of a BatchNorm's name for the batches it has seen, our one whole number."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+"""The last part of the name of a BatchNorm's counter, the only integer tensor of our models."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Translated:
-    """A checkpoint of theirs under our names."""
+@dataclass(kw_only=True)
+class Weights:
+    """Weights under our names, and what is known about the model they belong to."""
 
-    layout: Layout
+    source: str
+    """Where they come from, for messages."""
+    layout: Layout | None = None
+    """None for a checkpoint of ours."""
     model: str
     state: dict[str, Tensor]
     num_tensors: int
-    """Number of tensors in the source, including dropped ones."""
-    dropped: dict[str, str]
-    """Their name -> why."""
+    """Number of tensors in the source file, including dropped ones."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Name of a tensor in the source file -> why it is dropped."""
     notes: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the model that these weights need."""
+    feature: str | None = None
+    """None when the weights fit any feature, or were trained on images."""
+    clip_seconds: float = 10.0
+    grid: tuple[int, int] | None = None
+    """AST's number of patches along the mel and the time axis."""
+    classes: tuple[ClassInfo, ...] | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """The fields of ModelMeta on normalisation, where the source's own files give them."""
+
+    @property
+    def trunk(self) -> bool:
+        """Whether they are trained on images, without a head for sounds."""
+        return self.layout is not None and self.layout.trunk
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip, once the feature is known."""
+        assert self.feature is not None
+        spec = FEATURES[self.feature]
+        return spec.num_frames(round(self.clip_seconds * spec.sample_rate))
+
+    def theirs(self, name: str) -> str:
+        """The source's name for a tensor of ours, for messages."""
+        return name if self.layout is None else self.layout.theirs(name)
 
 
-def translate(state: dict[str, Tensor], source: str) -> Translated:
+def translate(state: dict[str, Tensor], source: str) -> Weights:
     """A foreign state dict under our names, in float32.
 
     Args:
         source: where it comes from, for messages.
 
     Raises:
-        UserError: it fits no layout (says the nearest and what differs), a tensor is not of plain
-            finite numbers, or one that is to be dropped is not what it should be.
+        UserError: it fits no layout (names the nearest and what differs), or a tensor does not hold
+            finite floating-point numbers.
     """
     num_tensors = len(state)
     state = _unwrapped(state)
     layout = nearest_layout(state, source)
-    state = {name: _numbers(tensor, name, source) for name, tensor in state.items()}
     ours: dict[str, Tensor] = {}
     parts: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
-    dropped: dict[str, str] = {}
-    if len(state) < num_tensors:
-        dropped[AVERAGED] = "the number of averaged models"
+    dropped = {AVERAGED: "the number of averaged models"} if len(state) < num_tensors else {}
     notes: list[str] = []
     for name, tensor in state.items():
-        found = layout.place(name)
-        assert found is not None  # or nearest_layout had complained
-        what, target = found
-        if isinstance(what, Drop):
-            _check_dropped(what, name, target, state, source)
-            dropped[name] = what.why
-        elif target in ours or what.part in parts.get(target, {}):
-            raise UserError(f"{source}: it is there under two names: {layout.theirs(target)}")
-        elif what.part is not None:
-            parts[target][what.part] = tensor
+        if (why := layout.reason_to_drop(name)) is not None:
+            dropped[name] = why
+            continue
+        found = layout.find(name)
+        assert found is not None  # nearest_layout would have raised
+        rule, target = found
+        tensor = _checked(tensor, name, source)
+        if rule.part is not None:
+            parts[target][rule.part] = tensor
         else:
-            ours[target] = tensor if what.change is None else what.change(tensor)
-            if what.change is sum_rgb and ours[target].shape != tensor.shape:
+            ours[target] = tensor if rule.change is None else rule.change(tensor)
+            if rule.change is sum_rgb and ours[target].shape != tensor.shape:
                 notes.append(f"{name}: the kernels of red, green and blue are summed")
     for target, found_parts in parts.items():
         shapes = [tuple(part.shape) for part in found_parts.values()]
-        if len(shapes) < QKV or len(set(shapes)) > 1 or () in shapes:
+        if len(shapes) < QKV or len(set(shapes)) > 1:
             raise UserError(
                 f"{source}: expected {layout.theirs(target)}, all of one shape, "
                 f"got {len(shapes)} of {QKV}: {shapes}"
@@ -81,7 +107,8 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
     model = layout.model
     if model == "resnet":
         model = "resnet50" if "trunk.layer1.0.conv3.weight" in ours else "resnet34"
-    return Translated(
+    return Weights(
+        source=source,
         layout=layout,
         model=model,
         state=ours,
@@ -92,8 +119,7 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of wrappers that every name begins with, in any order and number, and
-    without ``AVERAGED`` beside them."""
+    """Without the prefixes of wrappers that all names share, and without ``AVERAGED``."""
     while True:
         names = [name for name in state if name != AVERAGED]
         shared = [w for w in WRAPPERS if names and all(name.startswith(w) for name in names)]
@@ -102,45 +128,43 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {name.removeprefix(shared[0]): state[name] for name in names}
 
 
-def _numbers(tensor: Tensor, name: str, source: str) -> Tensor:
-    """In float32, or int64 for a counter."""
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else tensor.layout
-        raise UserError(f"{source}: expected {name} as a plain dense tensor, got a {kind} one")
-    expected = WHOLE if name.endswith(COUNTER) else FLOATS
-    if tensor.dtype not in expected:
-        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in expected)
-        raise UserError(
-            f"{source}: expected {name} in one of {kinds}, "
-            f"got {str(tensor.dtype).removeprefix('torch.')}"
-        )
-    tensor = tensor.detach().to(torch.int64 if expected is WHOLE else torch.float32)
+def _checked(tensor: Tensor, name: str, source: str) -> Tensor:
+    """A tensor of the source file in float32, or in int64 for a counter."""
+    counter = name.endswith(COUNTER)
+    if tensor.is_floating_point() == counter:
+        kind = "integers" if counter else "floating-point numbers"
+        raise UserError(f"{source}: expected {kind} in {name}, got {tensor.dtype}")
+    tensor = tensor.detach().to(torch.int64 if counter else torch.float32)
     if not tensor.isfinite().all():
         raise UserError(f"{source}: expected finite numbers in {name}, got NaN or infinite ones")
     return tensor
 
 
 def nearest_layout(state: dict[str, Tensor], source: str) -> Layout:
-    """The layout of a state dict, told from its names.
+    """The layout of a state dict, recognised by its names.
 
     Raises:
-        UserError: none fits; says which is nearest, what it would have and what it would not.
+        UserError: no layout fits; names the nearest, what it lacks and what it does not know.
     """
-    known = {layout.title: {n for n in state if layout.place(n)} for layout in LAYOUTS}
-    layout = max(LAYOUTS, key=lambda layout: len(known[layout.title]))
-    if not known[layout.title]:
+
+    def known(layout: Layout) -> set[str]:
+        return {n for n in state if layout.find(n) or layout.reason_to_drop(n) is not None}
+
+    layout = max(LAYOUTS, key=lambda layout: len(known(layout)))
+    if not known(layout):
         raise UserError(
             f"{source} fits no known layout ({len(state)} tensors, {_few(list(state))}); "
-            f"known: {', '.join(known)}"
+            f"known: {', '.join(layout.title for layout in LAYOUTS)}"
         )
-    foreign = [name for name in state if name not in known[layout.title]]
-    lacking = [name for name in layout.marks if name not in state]
-    if foreign or lacking:
-        has = f"has {_few(foreign)}, which it does not know" if foreign else ""
-        lacks = f"lacks {_few(lacking)}" if lacking else ""
+    differences = []
+    if lacking := [name for name in layout.marks if name not in state]:
+        differences.append(f"lacks {_few(lacking)}")
+    if unknown := [name for name in state if name not in known(layout)]:
+        differences.append(f"has {_few(unknown)}, which it does not know")
+    if differences:
         raise UserError(
             f"{source} fits no known layout: the nearest is {layout.title}, but this "
-            f"{' and '.join(filter(None, (lacks, has)))}"
+            f"{' and '.join(differences)}"
         )
     return layout
 
@@ -150,18 +174,8 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _check_dropped(drop: Drop, name: str, twin: str, state: dict[str, Tensor], source: str) -> None:
-    if drop.copy_of is not None:
-        if twin not in state:
-            raise UserError(f"{source}: tensor {name} is there, but not {twin}, of which it copies")
-        if not torch.equal(state[name], state[twin]):
-            raise UserError(f"{source}: {name} should equal {twin}, but differs")
-    if drop.check is not None and (wrong := drop.check(state[name])):
-        raise UserError(f"{source}: {name} {wrong}")
-
-
 def to_theirs(state: dict[str, Tensor], rules: tuple[Rule, ...]) -> dict[str, Tensor]:
-    """Our tensors under their names; those without one are left out."""
+    """Our tensors under their names; those for which they have no name are left out."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for rule in rules:
@@ -178,7 +192,7 @@ def fit(
     source: str,
     theirs: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """``state``, complete and in the model's order; a BatchNorm's batches may be uncounted.
+    """``state``, complete and in the model's order; missing BatchNorm counters become 0.
 
     Args:
         model: may be on the meta device.

@@ -24,12 +24,10 @@ from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.models.base import FrameModel
 from fastat.weights.convert import Summary, convert
-from fastat.weights.layouts import _not_sinusoidal
 from tests.conftest import fastat, one_line
 from tests.weights.reference_models import (
     AstModel,
     Crnn,
-    Positions,
     ResNetAttention,
     TransformerEncoder,
     Vit,
@@ -211,30 +209,18 @@ def test_labels_give_ids_to_names_that_are_there_twice(
         ({"hidden_act": "relu"}, "expected hidden_act 'gelu', got 'relu'"),
         ({"num_attention_heads": 6}, "num_attention_heads 3, got 6"),
         ({"model_type": "wav2vec2"}, "wav2vec2"),
-        ({"time_stride": 9}, "10x9 has 1356 patches, its positions are of 1212"),
+        ({"time_stride": 9}, "10x9 has 1356 patches, the weights have positions for 1212"),
+        ({"time_stride": 0}, "config.json"),
         ({"max_length": 1017}, "no clip has max_length 1017 of fbank128"),
-        ({"max_length": 2**20}, "its positions are of 1212"),
-        ({"max_length": 2**40}, "max_length in 16..1048576, got 1099511627776"),
-        ({"max_length": 10}, "expected max_length in 16..1048576, got 10"),
-        ({"fastat": {"clip_seconds": math.nan}}, "finite number as clip_seconds, got nan"),
-        ({"fastat": {"clip_seconds": math.inf}}, "finite number as clip_seconds, got inf"),
-        ({"fastat": {"clip_seconds": -1}}, "clip_seconds > 0, got -1"),
-        ({"fastat": {"mean": 0.0, "std": 10**400}}, "finite number as std, got 1000"),
-        ({"fastat": {"mean": 0.0, "std": 1.0, "remove_mean": 1}}, "true or false as remove_mean"),
-        ({"layer_norm_eps": 0.1}, r"layer_norm_eps in 0..0.1 \(exclusive\), got 0.1"),
-        ({"layer_norm_eps": -1e-9}, "layer_norm_eps in 0..0.1"),
-        ({"layer_norm_eps": math.nan}, "finite number as layer_norm_eps, got nan"),
-        ({"layer_norm_eps": True}, "finite number as layer_norm_eps, got True"),
-        ({"layer_norm_eps": "1e-6"}, "finite number as layer_norm_eps, got '1e-6'"),
-        ({"id2label": dict(enumerate(["A", "B", 3, "D", "E"]))}, "a name as id2label 2, got 3"),
-        ({"id2label": dict(enumerate([[], "B", "C", "D", "E"]))}, "a name as id2label 0"),
-        ({"num_mel_bins": 80}, "80 mel bins; known: 64 .*, 128"),
+        ({"max_length": 10}, "a patch is 16 x 16: .* 10 frames"),
+        ({"layer_norm_eps": math.nan}, "norm_eps must be finite and >= 0, got nan"),
+        ({"num_mel_bins": 80}, "expected 64 .logmel64. or 128 .fbank128. mel bins, it takes 80"),
+        ({"frequency_stride": "x"}, "config.json is damaged: .*'x'"),
+        ({"id2label": dict(enumerate(["A", "B", 3, "D", "E"]))}, "expected a class's id and name"),
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "no class list: expected --labels"),
         ({"id2label": {"0": "A", "1": "B"}}, "head's 5 classes, got 2"),
-        ({"id2label": {"0": "A", "2": "B"}}, "id2label with the keys"),
-        ({"id2label": dict.fromkeys("01234", "A")}, "'A' is there twice: --labels gives ids"),
-        ({"id2label": 5}, "id2label with the keys"),
-        ({"frequency_stride": "x"}, "whole number as frequency_stride, got 'x'"),
+        ({"id2label": {"0": "A", "2": "B"}}, "id2label with the keys 0, 1, ..., lacks '1'"),
+        ({"id2label": dict.fromkeys("01234", "A")}, "id2label share a name: --labels gives ids"),
     ],
 )
 def test_bad_hugging_face_config(
@@ -252,10 +238,9 @@ def test_bad_hugging_face_config(
         ({"sampling_rate": 44_100}, "expected sampling_rate 16000, got 44100"),
         ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "'ASTFeatureExtractor', got 'Wav"),
         ({"num_mel_bins": 64}, "expected num_mel_bins 128, got 64"),
-        ({"max_length": 512}, "expected max_length 1024, got 512"),
-        ({"mean": "x"}, "preprocessor_config.json: expected a finite number as mean, got 'x'"),
-        ({"std": 0}, "std must be > 0, got 0"),
-        ({"do_normalize": "no"}, "expected true or false as do_normalize, got 'no'"),
+        ({"mean": "x"}, "mean must be a number, got 'x'"),
+        ({"std": 0}, "std must be finite and positive, got 0"),
+        ({"do_normalize": "no"}, "normalize must be true or false, got 'no'"),
     ],
 )
 def test_bad_hugging_face_preprocessor(
@@ -265,14 +250,6 @@ def test_bad_hugging_face_preprocessor(
     with pytest.raises(UserError, match=expected):
         convert(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-
-
-def test_json_too_deep_to_read_is_told_in_one_line(hugging_face: Path, tmp_path: Path) -> None:
-    folder = edited(hugging_face, tmp_path / "e", "config.json")
-    (folder / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(UserError, match="config.json: expected JSON") as error:
-        convert(folder, tmp_path / "ours")
-    assert "\n" not in str(error.value)
 
 
 def plain_hugging_face(folder: Path, **config: Any) -> nn.Module:
@@ -390,7 +367,7 @@ def test_an_extractor_of_64_mels_is_not_our_feature(hugging_face: Path, tmp_path
     convert(tmp_path / "ours", tmp_path / "hf")
     extractor = transformers.ASTFeatureExtractor(num_mel_bins=64, max_length=80)
     extractor.save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match="ASTFeatureExtractor computes no logmel64"):
+    with pytest.raises(UserError, match="expected num_mel_bins 128, got 64"):
         convert(tmp_path / "hf", tmp_path / "again")
 
 
@@ -517,12 +494,8 @@ def _with(name: str, tensor: Tensor) -> Callable[[State], object]:
     return lambda state: state.update({name: tensor})
 
 
-def _quantized(state: State) -> None:
-    state["fc_att.weight"] = torch.quantize_per_tensor(torch.ones(K, 64), 0.1, 0, torch.qint8)
-
-
 BAD: dict[str, tuple[Callable[[State], object], str]] = {
-    "missing": (_without("conv.3.bn.bias"), r"conv4.bn.bias is there, but not conv.3.bn.bias"),
+    "missing": (_without("conv.3.bn.bias"), "lacks conv.3.bn.bias"),
     "missing for good": (_without("fc_att.bias"), "lacks fc_att.bias"),
     "missing part": (_without("enc_layer.slf_attn.w_ks.bias"), "w_qs.bias .* got 2 of 3"),
     "missing mark": (
@@ -534,7 +507,7 @@ BAD: dict[str, tuple[Callable[[State], object], str]] = {
         r"expected fc_att.weight of shape \(5, 64\), got \(5, 63\)",
     ),
     "part's shape": (_with("enc_layer.slf_attn.w_ks.bias", torch.zeros(60)), r"\(60,\)"),
-    "no axes": (_with("fc_prob.weight", torch.zeros(())), "expected 2 axes of tensor fc_prob"),
+    "no axes": (_with("fc_prob.weight", torch.zeros(())), "expected 2 axes of fc_prob"),
     "extra": (
         _with("enc_layer.extra", torch.zeros(3)),
         "nearest is .*CNN.Trans.* but this has enc_layer.extra, which it does not know",
@@ -543,38 +516,21 @@ BAD: dict[str, tuple[Callable[[State], object], str]] = {
         _with("conv.10.conv.bias", torch.zeros(3)),
         "the model has no place for conv.10.conv.bias",
     ),
-    "copy": (
-        _with("conv7.conv.bias", torch.ones(16)),
-        "conv7.conv.bias should equal conv.6.conv.bias, but differs",
-    ),
-    "positions": (
-        _with("positional_encoding.pe", Positions(64).pe.flip(2)),
-        "positional_encoding.pe differs from sine and cosine",
-    ),
-    "no positions": (
-        _with("positional_encoding.pe", torch.zeros(1, 0, 64)),
-        r"positional_encoding.pe expected positions \[frames, mels\], got \(1, 0, 64\)",
-    ),
-    "positions without a width": (
-        _with("positional_encoding.pe", torch.zeros(1, 64, 0)), r"got \(1, 64, 0\)"
-    ),
-    "bool positions": (
-        _with("positional_encoding.pe", torch.ones(1, 9, 64).bool()), "positional_.* got bool"
-    ),
     "bool": (
         _with("fc_att.weight", torch.ones(K, 64).bool()),
-        "expected fc_att.weight in one of float16, bfloat16, float32, float64, got bool",
+        "expected floating-point numbers in fc_att.weight, got torch.bool",
     ),
     "complex": (
-        _with("fc_att.bias", torch.zeros(K, dtype=torch.complex64)), "fc_att.bias .* got complex64"
+        _with("fc_att.bias", torch.zeros(K, dtype=torch.complex64)), "fc_att.bias, .*complex64"
     ),
-    "whole": (_with("fc_att.bias", torch.zeros(K).int()), "fc_att.bias in .* got int32"),
-    "float8": (
-        _with("fc_att.bias", torch.zeros(K).to(torch.float8_e5m2)), "fc_att.bias in .* float8"
+    "whole": (_with("fc_att.bias", torch.zeros(K).int()), "numbers in fc_att.bias, got .*int32"),
+    "quantized": (
+        _with("fc_att.bias", torch.quantize_per_tensor(torch.ones(K), 0.1, 0, torch.qint8)),
+        "floating-point numbers in fc_att.bias, got torch.qint8",
     ),
     "counter": (
         _with("conv.0.bn.num_batches_tracked", torch.tensor(3.0)),
-        "conv.0.bn.num_batches_tracked in one of int8, .* got float32",
+        "expected integers in conv.0.bn.num_batches_tracked, got torch.float32",
     ),
     "NaN": (
         _with("fc_att.bias", torch.full((K,), math.nan)),
@@ -584,13 +540,10 @@ BAD: dict[str, tuple[Callable[[State], object], str]] = {
     "infinite in float32": (
         _with("fc_att.bias", torch.full((K,), 1e300, dtype=torch.float64)), "finite numbers"
     ),
-    "sparse": (
-        _with("fc_att.weight", torch.eye(K, 64).to_sparse()),
-        "expected fc_att.weight as a plain dense tensor, got a torch.sparse_coo one",
+    "mels": (
+        _with("conv.0.conv.weight", torch.zeros(3, 1, 3, 3)),
+        "expected 64 .logmel64. or 128 .fbank128. mel bins, it takes 42",
     ),
-    "meta": (_with("fc_att.bias", torch.zeros(K, device="meta")), "fc_att.bias .* got a meta one"),
-    "quantized": (_quantized, "fc_att.weight in one of .* got qint8"),
-    "mels": (_with("conv.0.conv.weight", torch.zeros(1, 1, 3, 3)), "should equal|mel bins"),
     "prefix of one": (
         _with("module.fc_att.bias", torch.zeros(K)), r"has module\.fc_att\.bias, .*not know"
     ),
@@ -614,13 +567,6 @@ def test_what_does_not_fit_is_an_error(
     with pytest.raises(UserError, match=expected):
         convert(tmp_path / "x.pth", tmp_path / "ours", labels=labels)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["labels.csv", "x.pth"]
-
-
-@pytest.mark.parametrize(
-    "table", [torch.zeros(1, 0, 64), torch.zeros(1, 64, 0), torch.ones(1, 9, 64).bool()]
-)
-def test_any_table_can_be_asked_whether_it_is_sinusoidal(table: Tensor) -> None:
-    assert _not_sinusoidal(table) is not None
 
 
 def test_other_precisions_convert_to_float32(
@@ -749,10 +695,9 @@ def test_options_that_are_none(hugging_face: Path, labels: Path, tmp_path: Path)
     for more, expected in (
         ({"settings": ["lr=3"]}, "takes model.KEY=value here, got lr=3"),
         ({"settings": ["model.fstrid=8"]}, "no option 'fstrid'; did you mean 'fstride'"),
-        ({"feature": "logmel64"}, "128 mel bins, so fbank128, not logmel64"),
+        ({"feature": "logmel64"}, r"expected 64 \(logmel64\) mel bins, it takes 128"),
         ({"clip_seconds": 3.0}, "no clip of 3 s has max_length 1024"),
-        ({"clip_seconds": math.nan}, "clip-seconds must be finite and > 0, got nan"),
-        ({"settings": ["model.fstride=0"]}, "model.fstride takes an integer in 1..16, got 0"),
+        ({"settings": ["model.fstride=0"]}, "fstride must be in 1..16, got 0"),
         ({"feature": "mfcc"}, "feature must be one of"),
         ({"statistics": "mine"}, "--statistics must be one of ast, authors, got 'mine'"),
     ):

@@ -62,44 +62,17 @@
       [...figure.querySelectorAll('[aria-pressed="false"]')].map((b) => b.dataset.trace),
     );
     const traces = chart.traces.map((t) => {
-      const common = {
-        x: t.x, y: t.y, name: plain(t.name), visible: !off.has(t.name), text: t.text.map(plain),
-      };
-      if (chart.bars) {
-        return {
-          ...common, type: "bar", orientation: "h", x: t.y, y: t.x.map(plain),
-          marker: { color: colour(t.series) }, hovertemplate: "%{y}: %{x:.1f} %",
-        };
-      }
-      const points = t.style === "points";
       const mark = t.text.length ? "%{text}<br>" : "";
       return {
-        ...common, type: "scatter", mode: points ? "markers" : "lines+markers",
+        x: t.x, y: t.y, name: plain(t.name), visible: !off.has(t.name), text: t.text.map(plain),
+        type: "scatter", mode: "lines+markers",
         line: { color: colour(t.series), width: t.style === "dot" ? 1.3 : 2, dash: t.style === "dot" ? "dot" : t.series < LIGHT.length ? "solid" : "dashdot" },
-        marker: { color: colour(t.series), size: points ? 9 : t.style === "dot" ? 3 : 5 },
+        marker: { color: colour(t.series), size: t.style === "dot" ? 3 : 5 },
         hovertemplate: `${mark}${chart.x} %{x:.3~g}<br>${chart.y} %{y:.4~g}`,
       };
     });
-    if (chart.bars) {
-      const y = axis("", { autorange: "reversed", type: "category" });
-      const { clientHeight: height, clientWidth: width } = element(`chart-${chart.id}`);
-      const longest = Math.max(...chart.traces.flatMap((t) => t.x.map((name) => name.length)));
-      const l = Math.min(7 * longest + 16, 0.45 * width); // room for the names
-      const more = { barmode: "stack", bargap: 0.35, height, margin: { l, r: 14, t: 12, b: 44 } };
-      return plot(`chart-${chart.id}`, traces, axis(chart.x, { range: [0, 100] }), y, more);
-    }
     const whole = chart.x === "epoch" ? { tickformat: "d", ...steps(chart) } : {};
-    const x = axis(chart.x, { ...whole, ...(chart.log_x ? logarithmic(chart) : {}) });
-    return plot(`chart-${chart.id}`, traces, x, axis(chart.y), {});
-  }
-
-  // plotly would write 2 for 0.2; over less than a decade it does write whole numbers
-  const TICKS = [-4, -3, -2, -1, 0, 1, 2, 3].flatMap((p) => [1, 2, 5].map((d) => Number(`${d}e${p}`)));
-  function logarithmic(chart) {
-    const all = chart.traces.flatMap((t) => t.x);
-    const inside = TICKS.filter((v) => v >= Math.min(...all) && v <= Math.max(...all));
-    if (inside.length < 3) return { type: "log" };
-    return { type: "log", tickvals: TICKS, ticktext: TICKS.map(String) };
+    return plot(`chart-${chart.id}`, traces, axis(chart.x, whole), axis(chart.y), {});
   }
 
   // whole numbers alone, where plotly would also write halves
