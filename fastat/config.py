@@ -237,9 +237,7 @@ def resolve(
     wanted, needed = model_options(model, p), initial_options or {}
     for name in sorted(wanted.keys() - overrides.get("model_options", {}).keys()):
         if needed.get(name, wanted[name]) != wanted[name]:
-            note(
-                f"{name} {needed[name]} of the weights to start from, not {proc}'s {wanted[name]}",
-            )
+            note(f"{name} {needed[name]} of the weights to start from, not {proc}'s {wanted[name]}")
     config = _fit_to_set(config, p, overrides, num_clips, note)
     if config.accumulate > 1 and model in ATTENTION_MODELS:
         note("the paper reports that gradient accumulation >= 2 broke attention models")
@@ -248,14 +246,14 @@ def resolve(
         config = replace(config, time_mask=scaled_mask)
         note(
             f"clips of {clip_seconds:g} s: time mask at most {scaled_mask} frames "
-            f"({proc}: {p.time_mask} for 10 s)",
+            f"({proc}: {p.time_mask} for 10 s)"
         )
     total = num_clips // config.batch * config.epochs
     warmup = warmup_length(config.warmup_steps, total)
     if warmup < config.warmup_steps:
         note(
             f"warm-up over {warmup} steps, a tenth of the run's {total}, "
-            f"instead of {config.warmup_steps}",
+            f"instead of {config.warmup_steps}"
         )
         config = replace(config, warmup_steps=warmup)
     return config
@@ -302,19 +300,8 @@ def _short(value: Any) -> str:
 
 
 AUTO = "auto"
-
-
-def parse_batch(text: str) -> int | str:
-    """``--batch``: a number of clips, or AUTO.
-
-    Raises:
-        UserError: neither.
-    """
-    if text == AUTO:
-        return AUTO
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise UserError(f"--batch takes a number of clips from 1 on, or auto, got {text!r}")
-    return int(text)
+MAY_BE_AUTO = ("batch", "precision")
+"""Fields for which the command line also takes AUTO; ``launch.configure`` finds the value."""
 
 
 def parse_stride(text: str) -> dict[str, int]:
@@ -362,12 +349,14 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def parse_field(name: str, text: str, *, option: str) -> Any:
-    """The value that ``text`` gives to the field ``name`` of TrainConfig; "null" is None.
+    """The value that ``text`` gives to the field ``name`` of TrainConfig; "null" gives None.
 
     Raises:
         UserError: it names ``option``, what was expected and ``text``.
     """
     hint = typing.get_type_hints(TrainConfig, include_extras=True)[name]
+    if name in MAY_BE_AUTO:
+        hint = hint | Literal["auto"]
     parsed = _parsed(text)
     number = float(parsed) if fits(parsed, int) else parsed
     candidates = (None if text == "null" else text, number, parsed)

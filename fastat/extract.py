@@ -1,7 +1,7 @@
 """Samples and log-mels of whole files of any length: ``fastat extract --feature``."""
 
+import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,6 +19,8 @@ from fastat.features import FEATURES, Feature
 from fastat.frontend import INT16_SCALE, Frontend
 from fastat.progress import progress
 
+log = logging.getLogger(__name__)
+
 BLOCK_FRAMES = 1024
 """Number of frames computed at a time: 20 MB of spectrum at 4096 points."""
 
@@ -33,7 +35,7 @@ def read_waveform(path: Path) -> NDArray[np.int16]:
     except MemoryError:
         raise BadAudio("unreadable", "the memory does not hold all of it") from None
     for note in audio.notes:
-        print(one_line(f"fastat: {path}: {note.remark}: {note.detail}"), file=sys.stderr)
+        log.warning(f"{path}: {note.remark}: {note.detail}")
     return to_int16(audio.samples)
 
 
@@ -51,7 +53,7 @@ class BadFiles:
         """Reports ``path``. If it is the only file of the command, ``finish`` does."""
         self.lines.append(one_line(f"{path}: {reason}"))
         if self.num_files > 1:
-            print(f"fastat: {self.lines[-1]}", file=sys.stderr)
+            log.warning(self.lines[-1])
 
     def finish(self) -> None:
         """Raises Failure if a file was bad."""

@@ -68,7 +68,7 @@ def expected(hint: Any) -> str:
     if kind is Annotated:
         return str(hint.__metadata__[0].expected)
     if kind is Literal:
-        return f"one of {', '.join(arguments)}"
+        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
     if kind in (Union, UnionType):
         return " or ".join(map(expected, arguments))
     if kind is list and arguments[0] is str:

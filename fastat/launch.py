@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastat.atomic import new_folder, remove_if_unused
 from fastat.compiling import keep_compiled
-from fastat.config import AUTO, TrainConfig, procedure_config, resolve, resumed
+from fastat.config import AUTO, MAY_BE_AUTO, TrainConfig, procedure_config, resolve, resumed
 from fastat.errors import UserError, nearest
 from fastat.features import FEATURES
 from fastat.signals import Interrupted, leaving_at_once
@@ -170,9 +170,7 @@ def configure(
         Failure: ``out`` is read-only.
     """
     final = overrides.get("batch") != AUTO
-    overrides = {
-        k: v for k, v in overrides.items() if not (k in ("batch", "precision") and v == AUTO)
-    }
+    overrides = {k: v for k, v in overrides.items() if not (k in MAY_BE_AUTO and v == AUTO)}
     paths = {k: overrides[k] for k in PATHS if overrides.get(k) is not None}
     # abspath follows no link: checkpoints/best of a run under way is another folder tomorrow.
     overrides = overrides | {k: os.path.abspath(path) for k, path in paths.items()}

@@ -175,7 +175,12 @@ def test_what_the_baselines_device_decides_serves_all(
     ("args", "message"),
     [
         (("--epoch", 3), "--epochs"),
-        (("--set", "mixup=0"), "leaves the baseline without mixup"),
+        (("--epochs", "three"), "--epochs must be an integer from 1 on, got 'three'"),
+        (("--set", "mixup=0"), "the baseline without mixup"),
+        (("--no-mixup",), "the baseline without mixup"),
+        (("--no-specaug",), "the baseline without SpecAugment"),
+        (("--no-balance",), "the baseline without balancing"),
+        (("--no-normalize",), "the baseline without normalisation"),
         (("--resume",), "ablate sets --resume"),
         (("--data", "x", "--eval", "x"), "x"),
     ],

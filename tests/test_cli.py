@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -231,7 +232,7 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "--epochs 3": {"epochs": 3},
     "--batch 8": {"batch": 8},
     "--batch auto": {"batch": "auto"},
@@ -269,9 +270,12 @@ def test_every_option_of_train_sets_its_field(
     options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(
-        "fastat.launch.run_training", lambda *args, resume: asked.append((*args, resume)) or 0
-    )
+
+    def run_training(*arguments: Any, resume: bool) -> int:
+        asked.append((*arguments, resume))
+        return 0
+
+    monkeypatch.setattr("fastat.launch.run_training", run_training)
     argv = ["fastat", "train", "--proc", "A4", "--model", "ast", "--out", "runs/x", "--resume"]
     monkeypatch.setattr("sys.argv", [*argv, *options.split()])
     with pytest.raises(SystemExit) as left:

@@ -15,7 +15,7 @@ import pytest
 from fastat.config import (
     MAY_CHANGE_ON_RESUME,
     TrainConfig,
-    parse_batch,
+    parse_field,
     parse_settings,
     parse_stride,
     resolve,
@@ -224,8 +224,8 @@ def test_stride_that_is_wrong(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "2.5", "many", "1" * 30, "", "\u0663"])
 def test_batch_that_is_wrong(text: str) -> None:
-    with pytest.raises(UserError, match="--batch takes a number of clips .*auto"):
-        parse_batch(text)
+    with pytest.raises(UserError, match="--batch must be an integer from 1 on or auto, got"):
+        parse_field("batch", text, option="--batch")
 
 
 # --------------------------------------------------------------------------------- accumulation
@@ -385,7 +385,7 @@ def test_the_time_mask_follows_the_clips_length(noted: Noted) -> None:
         ({"steps": 0}, "steps must be an integer from 1 on"),
         ({"checkpoint_every_steps": 0}, "checkpoint_every_steps must be an integer from 1 on"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer from 0 on"),
-        ({"seed": -1}, "seed must be an integer from 0 on"),
+        ({"seed": -1}, "seed must be an integer from 0 to"),
         ({"mixup": 1.5}, "mixup must be a number from 0 to 1, got 1.5"),
         ({"mixup": math.nan}, "mixup must be a number from 0 to 1"),
         ({"max_bad": -0.1}, "max_bad must be a number from 0 to 1"),
@@ -458,6 +458,8 @@ def test_settings_are_typed() -> None:
             "balance=false",
             "schedule=constant",
             "data=a=b",
+            "precision=auto",
+            "batch=auto",
             "model.embedding=64",
             "model.pooling=max",
             "model.shared=false",
@@ -471,6 +473,8 @@ def test_settings_are_typed() -> None:
         "balance": False,
         "schedule": "constant",
         "data": "a=b",
+        "precision": "auto",
+        "batch": "auto",
         "model_options": {"embedding": 64, "pooling": "max", "shared": False},
     }
     assert isinstance(got["mixup"], float)
@@ -492,6 +496,7 @@ def test_settings_are_typed() -> None:
         ("lr=" + "[" * 100_000, "--set lr must be a positive number"),
         ("lr=NaN", "--set lr must be a positive number, got 'NaN'"),
         ("balance=0", "--set balance must be true or false, got '0'"),
+        ("precision=fp8", "--set precision must be one of bf16, fp16, fp32 or auto, got 'fp8'"),
         ("cache=ram", "--set cache must be one of none, host, device, got 'ram'"),
         ("proc=A2", "--proc"),
         ("model=crnn", "--model"),

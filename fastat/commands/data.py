@@ -12,7 +12,7 @@ from fastat.errors import UserError
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to make the set in.")] = Path("practice"),
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same bytes.")] = 0,
 ) -> None:
     """Make the built-in practice set: synthesised four-second scenes in AudioSet's file formats.
 
@@ -25,7 +25,7 @@ def demo(
 
 
 def _given(context: typer.Context) -> list[str]:
-    """The arguments and options that the command line has."""
+    """The arguments and options that the user gave on the command line."""
     sources = {
         p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params
     }
@@ -91,12 +91,14 @@ def pack(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Decoding processes; default: one a core.")
+        int | None, typer.Option(help="Decoding processes; default: one per core.")
     ] = None,
     max_bad: Annotated[
-        float, typer.Option(help="Share of bad files that fails the command.")
+        float, typer.Option(help="More than this share of bad files fails the command.")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of --holdout and of the statistics' sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of --holdout and of the clips for the statistics.")
+    ] = 0,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +107,7 @@ def pack(
         ),
     ] = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Add to the set in --out what it does not have.")
+        bool, typer.Option("--append", help="Add the files that the set in --out does not have.")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read a packed set and check every checksum.")
@@ -194,7 +196,7 @@ def extract(
         Path | None, typer.Option(help="Run folder or checkpoint whose embeddings to write.")
     ] = None,
     hop_seconds: Annotated[
-        float | None, typer.Option(help="Between the embeddings' windows; default: a window.")
+        float | None, typer.Option(help="Time between windows; default: the length of a window.")
     ] = None,
     precision: Precision = "auto",
 ) -> None:

@@ -84,7 +84,7 @@ def profile(
 
     `fastat profile --budget-hours 12 --memory-gib 40` (the highest mAP in a night)
     """
-    from fastat.config import parse_batch
+    from fastat.config import parse_field
     from fastat.outputs import check_output
     from fastat.profile.cases import Budget, at_paper_strides, choices
 
@@ -93,7 +93,7 @@ def profile(
     found = choices(proc or [], model or [], strides, set_ or [])
     if ranked:
         found = [at_stride for choice in found for at_stride in at_paper_strides(choice)]
-    size = None if batch is None else parse_batch(batch)
+    size = None if batch is None else parse_field("batch", batch, option="--batch")
     if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
     if seconds is not None and not 0 < seconds < math.inf:

@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from fastat.outputs import check_output, finite
 
 if TYPE_CHECKING:
     from fastat.ablate import Ablation
+    from fastat.compare import ClassChange, Comparison, Estimate
     from fastat.landscape import Landscape
 
 log = logging.getLogger(__name__)
@@ -53,30 +54,28 @@ def compare(
     total = len(set(first.ids) & set(second.ids)) * passes(resamples)
     with progress("resampling", total, unit="classes") as advance:
         c = compare_predictions(first, second, resamples=resamples, seed=seed, advance=advance)
-    document = asdict(c)
-    document["changes"] = document["changes"][:top]
+    c = replace(c, changes=c.changes[:top])
     if json_:
-        print(json.dumps({"a": str(a), "b": str(b), **finite(document)}))
+        print(json.dumps({"a": str(a), "b": str(b), **finite(asdict(c))}))
         return
     console = table_console()
-    console.print(_comparison_table(str(a), str(b), document))
+    console.print(_comparison_table(str(a), str(b), c))
     left_out = [
         f"{n:,} {what} of {name}"
         for what, counts in (("clips", c.clips_left_out), ("classes", c.classes_left_out))
         for name, n in (("A", counts[0]), ("B", counts[1]))
         if n
     ]
-    notes = [
+    note = (
         f"p = {c.p:.3g}, twice the share of the {c.resamples:,} resamples whose difference is on "
         f"the other side of 0; {c.clips:,} clips, {c.classes_scored} classes with a positive. "
         "The interval does not include the variation between training seeds."
-    ]
+    )
+    console.print(Text(note))
     if left_out:
-        notes.append(f"Left out, because only one file has them: {', '.join(left_out)}.")
-    for note in notes:
-        console.print(Text(note))
-    if c.changes and top:
-        console.print(_changes_table(document["changes"]))
+        console.print(Text(f"Left out, because only one file has them: {', '.join(left_out)}."))
+    if c.changes:
+        console.print(_changes_table(c.changes))
 
 
 def ablate(
@@ -123,12 +122,12 @@ def ablate(
     for option, path in (("--data", data), ("--eval", eval_)):
         arguments += [] if path is None else [option, str(path)]
     arguments += context.args
-    given = _check_passed_on(context, arguments)
+    overrides = _overrides(context, arguments)
     if new := out is None:
         name = f"ablate-{proc}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
         out = new_folder(Path("runs") / name)
     try:
-        train_all(arguments, out, auto_batch=given["batch"] == AUTO)
+        train_all(arguments, out, auto_batch=overrides.get("batch") == AUTO)
     except Stopped as stop:
         if new:
             remove_if_unused(out)
@@ -151,15 +150,15 @@ def ablate(
     console.print(Text(f"runs: {run_folders(out)['baseline'].parent}"))
 
 
-def _check_passed_on(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
-    """The parsed options for ``fastat train``.
+def _overrides(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
+    """The fields of the configuration that ``fastat train ARGUMENTS`` would set.
 
     Raises:
-        UserError: an option is one that ablate sets itself.
+        UserError: an option has an impossible value, or is one that ablate sets itself.
         typer.Exit, click.UsageError: as ``fastat train`` would raise them.
     """
     from fastat.ablate import OFF
-    from fastat.config import parse_settings
+    from fastat.commands.train import overrides_of
 
     assert context.parent is not None
     group: Any = context.parent.command
@@ -168,20 +167,13 @@ def _check_passed_on(context: typer.Context, arguments: list[str]) -> dict[str, 
     given: dict[str, Any] = train.make_context(
         "train", list(arguments), parent=context.parent
     ).params
-    for option, is_given in (
-        ("--no-balance", given["balance"] is False),
-        ("--no-mixup", given["no_mixup"]),
-        ("--no-specaug", given["no_specaug"]),
-        ("--no-normalize", given["normalize"] is False),
-        ("--resume", given["resume"]),
-    ):
-        if is_given:
-            raise UserError(f"ablate sets {option} itself: leave it out")
-    settings = parse_settings(given["set_"] or [])
+    if given["resume"]:
+        raise UserError("ablate sets --resume itself: leave it out")
+    overrides = overrides_of(given)
     for part, (_, off) in OFF.items():
-        if all(settings.get(key) == value for key, value in off.items()):
-            raise UserError(f"--set leaves the baseline without {part}, which ablate must remove")
-    return given
+        if all(overrides.get(key) == value for key, value in off.items()):
+            raise UserError(f"the options leave the baseline without {part}, which ablate removes")
+    return overrides
 
 
 def _ablation_table(result: "Ablation") -> Table:
@@ -307,29 +299,24 @@ def _landscape_table(found: "list[Landscape]") -> Table:
     return table
 
 
-def _interval(estimate: dict[str, float], form: str) -> str:
-    return f"{estimate['low']:{form}} to {estimate['high']:{form}}"
+def _interval(estimate: "Estimate", form: str) -> str:
+    return f"{estimate.low:{form}} to {estimate.high:{form}}"
 
 
-def _comparison_table(a: str, b: str, c: dict[str, Any]) -> Table:
+def _comparison_table(a: str, b: str, c: "Comparison") -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("mAP", justify="right")
     table.add_column("95 % interval", justify="right")
-    for name, estimate in ((f"A  {a}", c["map_a"]), (f"B  {b}", c["map_b"])):
-        table.add_row(Text(name), f"{estimate['value']:.4f}", _interval(estimate, ".4f"))
-    table.add_row(
-        "B - A",
-        f"{c['difference']['value']:+.4f}",
-        _interval(c["difference"], "+.4f"),
-        style="bold",
-    )
-    percent = c["percent"]
-    table.add_row("in percent of A", f"{percent['value']:+.2f}", _interval(percent, "+.2f"))
+    for name, estimate in ((f"A  {a}", c.map_a), (f"B  {b}", c.map_b)):
+        table.add_row(Text(name), f"{estimate.value:.4f}", _interval(estimate, ".4f"))
+    difference = (f"{c.difference.value:+.4f}", _interval(c.difference, "+.4f"))
+    table.add_row("B - A", *difference, style="bold")
+    table.add_row("in percent of A", f"{c.percent.value:+.2f}", _interval(c.percent, "+.2f"))
     return table
 
 
-def _changes_table(changes: list[dict[str, Any]]) -> Table:
+def _changes_table(changes: "tuple[ClassChange, ...]") -> Table:
     table = Table(
         title="Classes with the largest differences",
         caption="95 % intervals per class: without any difference, one in 20 excludes 0",
@@ -340,13 +327,12 @@ def _changes_table(changes: list[dict[str, Any]]) -> Table:
     for head in ("positives", "AP of A", "AP of B", "B - A", "95 % interval"):
         table.add_column(head, justify="right", no_wrap=True)
     for change in changes:
-        difference = change["difference"]
         table.add_row(
-            Text(one_line(change["name"])),
-            f"{change['positives']:,}",
-            f"{change['ap_a']:.3f}",
-            f"{change['ap_b']:.3f}",
-            f"{difference['value']:+.3f}",
-            _interval(difference, "+.3f"),
+            Text(one_line(change.name)),
+            f"{change.positives:,}",
+            f"{change.ap_a:.3f}",
+            f"{change.ap_b:.3f}",
+            f"{change.difference.value:+.3f}",
+            _interval(change.difference, "+.3f"),
         )
     return table

@@ -13,7 +13,6 @@ from fastat.config import (
     OnNan,
     Source,
     TrainConfig,
-    parse_batch,
     parse_field,
     parse_settings,
     parse_stride,
@@ -77,23 +76,26 @@ def train(
         ),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Start from this run's or checkpoint's weights instead.")
+        Path | None, typer.Option(help="Start from the weights of this run or checkpoint instead.")
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Do not train parameters of this name, as 'layers.0.*'; repeatable."),
+        typer.Option(
+            help="Do not train parameters of this name, such as 'layers.0.*'; repeatable."
+        ),
     ] = None,
     layer_decay: Annotated[
         str | None,
         typer.Option(
-            metavar="X", help="Transformers: factor on the rate from a layer to the one before it."
+            metavar="X",
+            help="Transformers: factor on the learning rate from each layer to the one before.",
         ),
     ] = None,
     accumulate: Annotated[
         str | None,
         typer.Option(
             metavar="N",
-            help="Compute a batch in N parts: less memory. BatchNorm sees a part at a time.",
+            help="Compute a batch in N parts to save memory; BatchNorm sees one part at a time.",
         ),
     ] = None,
     compile_: Annotated[
@@ -103,7 +105,9 @@ def train(
     cache: Annotated[
         Cache | None, typer.Option(help="Compute log-mels once and keep them in memory.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of this machine; default: one.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Number of GPUs of this machine; default: one.")
+    ] = None,
     on_nan: Annotated[
         OnNan | None,
         typer.Option(help="When a loss or gradient is not finite: stop, or skip the step."),
@@ -118,7 +122,8 @@ def train(
         bool, typer.Option("--resume", help="Resume the run in --out, or start it there.")
     ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of config.json; model.KEY=value.")
+        list[str] | None,
+        typer.Option("--set", help="Any key=value of config.json, or model.KEY=value; repeatable."),
     ] = None,
 ) -> None:
     """Train a model under one of the paper's procedures.
@@ -135,29 +140,46 @@ def train(
 
     `fastat train --proc A4 --model cnn_trans --data packed/train --gpus 8 --out runs/b`
     """
-    options = {name.rstrip("_"): value for name, value in locals().items()}
+    options = dict(locals())
     from fastat.launch import launched, run_training
 
-    # An option that is named after a field of the configuration sets it.
-    overrides: dict[str, Any] = {"precision": precision}
-    overrides |= {} if batch is None else {"batch": parse_batch(batch)}
-    for name in (field.name for field in fields(TrainConfig)):
-        value = options.get(name)
-        if value is None or name in ("proc", "model", *overrides):
-            continue
-        option = f"--{name.replace('_', '-')}"
-        overrides[name] = parse_field(name, value, option=option) if type(value) is str else value
-    overrides |= {"mixup": 0.0} if no_mixup else {}
-    overrides |= {"time_mask": 0, "freq_mask": 0} if no_specaug else {}
-    settings = parse_settings(set_ or [])
-    if stride is not None:
-        if model not in (None, "ast"):
-            raise UserError(f"--stride is for ast, got --model {model}")
-        settings["model_options"] = parse_stride(stride) | settings.get("model_options", {})
+    overrides = overrides_of(options)
     if gpus is not None and gpus != 1:
         if launched():
             raise UserError("--gpus starts torchrun, and this already runs under it: leave it out")
         from fastat.torchrun import run_ranks
 
         raise typer.Exit(run_ranks(gpus, sys.argv[1:]))
-    raise typer.Exit(run_training(proc, model, overrides | settings, out, resume=resume))
+    raise typer.Exit(run_training(proc, model, overrides, out, resume=resume))
+
+
+def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of TrainConfig that a user of ``fastat train`` set.
+
+    An option that is named after a field sets it. ``--set`` takes precedence over all of them.
+
+    Args:
+        options: the arguments of ``train``, by the names of its parameters.
+
+    Raises:
+        UserError: a value that its field does not take.
+    """
+    options = {name.rstrip("_"): value for name, value in options.items()}
+    overrides: dict[str, Any] = {}
+    for name in [field.name for field in fields(TrainConfig)]:
+        value = options.get(name)
+        if isinstance(value, str) and name not in ("proc", "model"):
+            overrides[name] = parse_field(name, value, option=f"--{name.replace('_', '-')}")
+        elif value is not None and not isinstance(value, str):
+            overrides[name] = value
+    if options["no_mixup"]:
+        overrides["mixup"] = 0.0
+    if options["no_specaug"]:
+        overrides |= {"time_mask": 0, "freq_mask": 0}
+    settings = parse_settings(options["set"] or [])
+    if options["stride"] is not None:
+        if options["model"] not in (None, "ast"):
+            raise UserError(f"--stride is for ast, got --model {options['model']}")
+        strides = parse_stride(options["stride"])
+        settings["model_options"] = strides | settings.get("model_options", {})
+    return overrides | settings

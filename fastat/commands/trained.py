@@ -14,7 +14,7 @@ from fastat.commands import Json, Precision, table_console
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
     data: Annotated[Path, typer.Option(help="Packed evaluation set.")],
-    batch: Annotated[int, typer.Option(help="Clips a step.")] = 64,
+    batch: Annotated[int, typer.Option(help="Clips in a step.")] = 64,
     precision: Precision = "auto",
     predictions: Annotated[
         Path | None, typer.Option(help="Write scores to this HDF5 file.")
@@ -24,7 +24,7 @@ def evaluate(
     ] = None,
     label_quality: Annotated[
         Path | None,
-        typer.Option(help="AudioSet's qa_true_counts.csv: also mAP by how good the labels are."),
+        typer.Option(help="AudioSet's qa_true_counts.csv: also show mAP by label quality."),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -73,7 +73,7 @@ def predict(
     files: Annotated[list[Path], typer.Argument(help="Audio of any length, rate and format.")],
     top: Annotated[int, typer.Option(help="Tags to show.")] = 5,
     hop_seconds: Annotated[
-        float | None, typer.Option(help="Between windows; default: a window.")
+        float | None, typer.Option(help="Time between windows; default: the length of a window.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="PNG of the log-mel over a timeline of tags.")
@@ -111,13 +111,15 @@ def convert(
         str | None, typer.Option(help="logmel64 or fbank128, where the weights fit both.")
     ] = None,
     clip_seconds: Annotated[
-        float | None, typer.Option(min=0.1, max=3600, help="Of the source's clips; default: 10.")
+        float | None,
+        typer.Option(min=0.1, max=3600, help="Length of the source's clips; default: 10."),
     ] = None,
     statistics: Annotated[
         str | None, typer.Option(help="ast or authors, for an AST whose names both use.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="model.KEY=value that no weight can say.")
+        list[str] | None,
+        typer.Option("--set", help="model.KEY=value that the weights do not tell."),
     ] = None,
     json_: Json = False,
 ) -> None:

@@ -242,9 +242,11 @@ def test_config_json(tmp_path: Path, numbers: range) -> None:
 
 def fits(value: object, hint: Any) -> bool:
     """Whether a value is what a field's annotation says; a float may be whole."""
-    if isinstance(hint, types.UnionType):
-        return any(fits(value, kind) for kind in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
+    if kind in (types.UnionType, typing.Union):
+        return any(fits(value, choice) for choice in typing.get_args(hint))
+    if kind is typing.Literal:
+        return value in typing.get_args(hint)
     if kind is list:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return type(value) is kind or (kind is float and type(value) is int)
