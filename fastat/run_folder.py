@@ -53,17 +53,17 @@ class Progress:
     """Step of the best checkpoint; None before the first scored epoch."""
     unscored: bool = False
     """A signal interrupted the evaluation: the epoch's steps are done, but it is not scored."""
-    left_out: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     """Steps, from 0, that were skipped because their loss or a gradient was not finite."""
     overflows: int = 0
     """Steps of the current epoch that were skipped because fp16 overflowed; none of them is in
-    ``left_out``."""
+    ``skipped``."""
 
     def taken(self, first: int, end: int | None = None) -> int:
-        """Number of steps in [first, end) that are not in ``left_out``; ``end`` is by default the
+        """Number of steps in [first, end) that are not in ``skipped``; ``end`` is by default the
         current step."""
         end = self.step if end is None else end
-        return end - first - sum(first <= s < end for s in self.left_out)
+        return end - first - sum(first <= s < end for s in self.skipped)
 
     def mean_loss(self, first: int) -> float:
         """Mean loss of the steps taken since step ``first``; NaN if there is none."""

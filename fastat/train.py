@@ -68,7 +68,7 @@ def train(
 
 
 class Trainer:
-    """One training run, on one device a rank.
+    """One training run; each rank has one device.
 
     Every rank takes the same decisions at the same steps; rank 0 alone writes.
     """
@@ -85,7 +85,7 @@ class Trainer:
         self.config, self.run, self.display = config, run, display
         ranks = self.ranks = ranks.with_timeout(config.rank_timeout)
         self.folder = RunFolder(run)
-        ranks.from_first(self._look_first)
+        ranks.from_first(self._check_early)
         torch.manual_seed(config.seed)
         self.device = default_device()
         set_kernels(choose_kernels(config.kernels, self.device))
@@ -101,7 +101,7 @@ class Trainer:
         self.network = build_network(config, self.meta, self.device, self.ranks, start=not resuming)
         self.raw_model, self.optimizer = self.network.raw_model, self.network.optimizer
 
-        # ---- where it stands
+        # ---- state of the run
         seed_rank(config.seed, ranks)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         self.progress = Progress(loss_sum=zero)
@@ -120,7 +120,7 @@ class Trainer:
             every_steps=config.checkpoint_every_steps,
             every_minutes=config.checkpoint_every_minutes,
         )
-        ranks.from_first(lambda: self._claim_run_folder(resume))
+        ranks.from_first(lambda: self._lock_run_folder(resume))
         if resuming:
             self._restore()
         total_steps = self.sampler.steps_per_epoch * config.epochs
@@ -129,13 +129,13 @@ class Trainer:
             self.progress.step != self.last_step
             and self.progress.step % self.sampler.steps_per_epoch
         ):
-            self.progress.unscored = False  # at an end that --steps set, and does not any more
+            self.progress.unscored = False  # --steps had ended the run here, and no longer does
         keep = self._whole_epochs()
         ranks.from_first(lambda: self.folder.prepare(config, self.device, keep))
         log_introduction(config, run, self.data, self.network, self.device, self.ranks)
 
-    def _look_first(self) -> None:
-        """Before anything costs time: it can be written, and nobody trains in it; ranks fit."""
+    def _check_early(self) -> None:
+        """Checks the batch, the run folder and its lock, before anything costs time."""
         c = self.config
         if c.batch % (self.ranks.size * c.accumulate):
             raise UserError(
@@ -146,22 +146,22 @@ class Trainer:
         if self.run.exists():
             self.folder.lock()
 
-    def _claim_run_folder(self, resume: bool) -> None:
-        """Once everything fits together."""
+    def _lock_run_folder(self, resume: bool) -> None:
+        """Locks the run folder, once data, model and options are known to fit together."""
         self.folder.lock()
         if not resume and (self.run / "config.json").exists():
-            # made since the command line was read
+            # another process made it since the command line was read
             raise UserError(f"{self.run} already holds a run: --resume goes on with it")
 
     # ------------------------------------------------------------------ epochs
     def run_epochs(self) -> TaggingMetrics | None:
-        """Trains from where the run stands to its end."""
+        """Trains from the run's current step to its end."""
         metrics = None
         with ExitStack() as stack:
             stack.enter_context(self.stop)
             if self.compiling is not None:
                 stack.enter_context(self.compiling)
-            self.ranks.from_first(lambda: self._open_records(stack))
+            self.ranks.from_first(lambda: self._start_writing(stack))
             if not self._unfinished():
                 log.info(f"{self.run} has its {self.last_step:,} steps: nothing left to train")
             while self._unfinished():
@@ -178,12 +178,12 @@ class Trainer:
                     self.folder.add_bad_clips(self.data.train_set, bad)
                 self.progress.unscored = True
                 evaluation = self._evaluate()
-                self._note_compiling()
+                self._log_compiling()
                 metrics = evaluation.metrics if evaluation else None
                 self._finish_epoch(epoch, evaluation)
-                signum = self._signalled()
+                signum = self._signal_of_any_rank()
                 if signum and self._unfinished():
-                    self._leave(signum)
+                    self._stop_after_signal(signum)
             self.checkpoints.finish()
             if self.ranks.first:
                 self.folder.finish()
@@ -193,7 +193,7 @@ class Trainer:
         return metrics
 
     def _train_epoch(self, epoch: int) -> None:
-        """The rest of an epoch, from the run's current step."""
+        """Trains the rest of an epoch, from the run's current step."""
         p = self.progress
         first = epoch * self.sampler.steps_per_epoch
         end = min(first + self.sampler.steps_per_epoch, self.last_step)
@@ -211,26 +211,26 @@ class Trainer:
             p.loss_sum += torch.where(result.found_inf > 0, zero, result.loss)
             self.readback.put(step, lr, result, p.loss_sum)
             p.step = step + 1
-            seen = self._look_for_nonfinite()
+            seen = self._check_finished_steps()
 
             p.wait_seconds += waited
             p.train_seconds += self._clock() - clock
-            self._note_compiling()
+            self._log_compiling()
             if seen is not None and (self.device.type == "cpu" or seen.step % 50 == 49):
                 self._report(epoch, seen)
             if p.step < end:
                 self._save_in_mid_epoch()
             clock = self._clock()
-        self._look_for_nonfinite(wait=True)
+        self._check_finished_steps(wait=True)
         p.train_seconds += self._clock() - clock
 
-    def _open_records(self, stack: ExitStack) -> None:
-        """What rank 0 writes with; the last checkpoint is written before the lock is released."""
+    def _start_writing(self, stack: ExitStack) -> None:
+        """Opens what rank 0 writes. The last checkpoint is written before the lock is released."""
         stack.enter_context(self.folder).open_curves(self.progress.step)
         stack.enter_context(self.checkpoints)
 
     def _unfinished(self) -> bool:
-        """Whether there is something left to train, or to score."""
+        """Whether a step is left to train, or an epoch to score."""
         return self.progress.step < self.last_step or self.progress.unscored
 
     def _epoch(self) -> int:
@@ -239,14 +239,14 @@ class Trainer:
         return (p.step - p.unscored) // self.sampler.steps_per_epoch
 
     def _whole_epochs(self) -> int | None:
-        """How many epochs' metrics stay; None: all."""
+        """Number of epochs whose metrics stay in the run folder; None: all."""
         return self._epoch() if self._unfinished() else None
 
     def _clock(self) -> float:
-        """Seconds, of which those that torch spends compiling are none."""
+        """A clock in seconds that stands still while torch compiles."""
         return time.perf_counter() - (self.compiling.seconds if self.compiling else 0.0)
 
-    def _note_compiling(self) -> None:
+    def _log_compiling(self) -> None:
         if self.compiling is not None and (note := self.compiling.note()):
             log.info(note)
 
@@ -260,11 +260,11 @@ class Trainer:
             epochs=self.config.epochs,
         )
 
-    def _look_for_nonfinite(self, *, wait: bool = False) -> Reading | None:
-        """Reads the flags of steps surely over: two steps back on a GPU, at once on a CPU.
+    def _check_finished_steps(self, *, wait: bool = False) -> Reading | None:
+        """Reads the results of finished steps: on a GPU those of two steps ago, on a CPU at once.
 
         Returns:
-            the last of those steps, if any.
+            the last of these results, if any.
         """
         seen = None
         for seen in self.readback.due(wait=wait):
@@ -286,11 +286,11 @@ class Trainer:
             f"the loss or a gradient is not finite at step {step + 1}{half}; "
             "that step was not taken"
         )
-        if (reason := reason_to_stop(on_nan, step, p.left_out)) is not None:
+        if (reason := reason_to_stop(on_nan, step, p.skipped)) is not None:
             self.ranks.from_first(lambda: self._fail(f"{text}; {reason}. {self._clips_of(step)}"))
-        p.left_out.append(step)
+        p.skipped.append(step)
         if self.ranks.first:
-            log.warning(f"{text}; {len(p.left_out)} skipped so far. {self._clips_of(step)}")
+            log.warning(f"{text}; {len(p.skipped)} skipped so far. {self._clips_of(step)}")
 
     def _fail(self, text: str) -> NoReturn:
         raise Failure(text)
@@ -350,11 +350,11 @@ class Trainer:
         )
         if evaluation is None:
             self._save(best=False)
-            self._leave(self._signalled())
+            self._stop_after_signal(self._signal_of_any_rank())
         return evaluation
 
     def _finish_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
-        """Records the epoch, saves it, and starts the next one's sums."""
+        """Records and saves the epoch, and resets the sums for the next one."""
         p, c = self.progress, self.config
         steps = self.sampler.steps_per_epoch
         first = epoch * steps
@@ -393,21 +393,21 @@ class Trainer:
 
     # -------------------------------------------------------------- checkpoints
     def _save_in_mid_epoch(self) -> None:
-        """After a signal, and when a checkpoint is due; several ranks agree on it a step later."""
+        """Saves after a signal or when a checkpoint is due; several ranks agree on it a step later."""
         due = self.checkpoints.is_due(self.progress)
         signum, due_on_first = self.vote(self.stop.signum or 0, int(due))
         if signum or due_on_first:
-            self._look_for_nonfinite(wait=True)
+            self._check_finished_steps(wait=True)
             self._save(best=False)
         if signum:
-            self._leave(signum)
+            self._stop_after_signal(signum)
 
-    def _signalled(self) -> int:
+    def _signal_of_any_rank(self) -> int:
         """The signal that any rank has had, or 0."""
         return self.vote.now(self.stop.signum or 0, 0)[0]
 
-    def _leave(self, signum: int) -> NoReturn:
-        """Once the last checkpoint is written."""
+    def _stop_after_signal(self, signum: int) -> NoReturn:
+        """Waits for the last checkpoint to be written, and ends the training."""
         self.checkpoints.finish()
         raise Interrupted(signum)
 

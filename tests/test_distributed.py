@@ -247,11 +247,11 @@ def with_a_bad_step(ranks: Ranks, config: TrainConfig, run: Path) -> list[int]:
 
     def step(*args: Any) -> Any:
         loss, norm, flag = real(*args)
-        return loss, norm, flag + (t.progress.step == 5 and not t.progress.left_out)
+        return loss, norm, flag + (t.progress.step == 5 and not t.progress.skipped)
 
     vars(stepping)["train_step"] = step  # of this process, which ends
     t.run_epochs()
-    return t.progress.left_out
+    return t.progress.skipped
 
 
 def test_two_ranks_skip_the_same_step(tiny_sets: TinySets, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def with_an_overflow(ranks: Ranks, config: TrainConfig, run: Path) -> tuple[list
         last = t.network.params[-1]
         last.register_hook(lambda grad: grad * (torch.inf if t.progress.step == 5 else 1))
     t.run_epochs()
-    return t.progress.left_out, (scale.scale.item(), scale.good.item())
+    return t.progress.skipped, (scale.scale.item(), scale.good.item())
 
 
 def test_an_overflow_on_one_rank_is_one_on_all(tiny_sets: TinySets, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_overflows_are_no_faults_and_not_in_the_mean_loss(
     monkeypatch.setattr(stepping, "train_step", watched)
     run = run_half(tiny_sets, tmp_path / "run")
     run.run_epochs()
-    assert run.progress.left_out == []
+    assert run.progress.skipped == []
     for line, seen in zip(metrics(tmp_path / "run"), (losses[:4], losses[4:]), strict=True):
         taken = [x for x in seen if x is not None]
         assert line["overflows"] == len(seen) - len(taken)

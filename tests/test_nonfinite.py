@@ -55,7 +55,7 @@ def skipped(tiny_sets: TinySets, tmp_path_factory: pytest.TempPathFactory) -> Pa
         run = trainer(tiny_sets, out, on_nan="skip", checkpoint_every_steps=1)
         poison(patch, run, {5})
         run.run_epochs()
-    assert run.progress.left_out == [5]
+    assert run.progress.skipped == [5]
     return out
 
 
@@ -75,7 +75,7 @@ def test_resuming_after_a_skipped_step_equals_the_whole_run(
     poison(monkeypatch, run, {5})
     run.run_epochs()
     again = trainer(tiny_sets, out, on_nan="skip", resume=True)
-    assert again.progress.left_out == [5]
+    assert again.progress.skipped == [5]
     again.run_epochs()
     assert_same_run(out, skipped)
 
@@ -90,7 +90,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(
     poison(monkeypatch, run, set(range(1, 16)))
     with pytest.raises(Failure, match="not finite at step 12; .*11th in a row"):
         run.run_epochs()
-    assert run.progress.left_out == list(range(1, 11))
+    assert run.progress.skipped == list(range(1, 11))
     assert caplog.text.count("skipped so far") == MAX_IN_A_ROW
     assert metrics(tmp_path / "run")[1]["train_loss"] is None, "no step of this epoch was taken"
 
@@ -104,13 +104,13 @@ def test_a_gradient_that_is_not_finite_leaves_the_statistics_alone(
     last = run.network.params[-1]
     last.register_hook(lambda gradient: gradient * torch.nan)
     run.run_epochs()
-    assert run.progress.left_out == [0]
+    assert run.progress.skipped == [0]
     after = run.raw_model.state_dict()
     assert all(torch.equal(after[name], x) for name, x in before.items())
 
 
 @pytest.mark.parametrize(
-    ("on_nan", "step", "left_out", "stops"),
+    ("on_nan", "step", "skipped", "stops"),
     [
         ("stop", 5, [], True),
         ("skip", 0, [], False),
@@ -119,8 +119,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_statistics_alone(
         ("skip", 20, [*range(5, 15), *range(16, 20)], False),
     ],
 )
-def test_what_ends_a_run(on_nan: str, step: int, left_out: list[int], stops: bool) -> None:
-    assert (reason_to_stop(on_nan, step, left_out) is not None) == stops
+def test_what_ends_a_run(on_nan: str, step: int, skipped: list[int], stops: bool) -> None:
+    assert (reason_to_stop(on_nan, step, skipped) is not None) == stops
 
 
 @pytest.mark.parametrize("flag", [0.0, 1.0])
@@ -138,4 +138,4 @@ def test_buffers_are_put_back_where_the_flag_says_so(flag: float) -> None:
 
 
 def test_progress_counts_the_steps_taken() -> None:
-    assert Progress(step=8, left_out=[1, 5, 7, 9]).taken(4) == 2
+    assert Progress(step=8, skipped=[1, 5, 7, 9]).taken(4) == 2
