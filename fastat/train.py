@@ -393,7 +393,7 @@ class Trainer:
 
     # -------------------------------------------------------------- checkpoints
     def _save_in_mid_epoch(self) -> None:
-        """Saves after a signal or when a checkpoint is due; several ranks agree on it a step later."""
+        """Saves after a signal or when a save is due; several ranks agree on it a step later."""
         due = self.checkpoints.is_due(self.progress)
         signum, due_on_first = self.vote(self.stop.signum or 0, int(due))
         if signum or due_on_first:
