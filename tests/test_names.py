@@ -4,6 +4,7 @@ a line: every name that gets into a set gets out of it again."""
 import csv
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -31,6 +32,12 @@ CLASSES = (LATIN, "naïve 中文", "two\nlines", "\x1b[31m[red]$x$ <b>&")
 CLIPS = (f"{LATIN} ", "新", "nl\n", "cr\r\n", "\x1b[2J", "two  spaces", '$c,o"mma_')
 RATE, SECONDS = 16_000, 0.5
 LINE_ENDS = re.compile(r"[\n\r]")
+
+
+@pytest.fixture(autouse=True)
+def messages_stay_out_of_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pytest captures of the log goes to another process, which takes UTF-8 alone."""
+    monkeypatch.setattr(logging.getLogger("fastat"), "propagate", False)
 
 
 class Named(NamedTuple):
