@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,12 @@ RATE, SECONDS = 16_000, 0.5
 LINE_ENDS = re.compile(r"[\n\r]")
 
 
-@pytest.fixture(autouse=True)
-def messages_stay_out_of_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def messages_stay_out_of_reports() -> Iterator[None]:
     """What pytest captures of the log goes to another process, which takes UTF-8 alone."""
-    monkeypatch.setattr(logging.getLogger("fastat"), "propagate", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("fastat"), "propagate", False)
+        yield
 
 
 class Named(NamedTuple):
