@@ -60,7 +60,8 @@ def choices(
         Choice(model, proc, options)
         for proc in sorted(procs or PROCEDURES)
         for model in models or TABLE_2
-        if trainable(model, proc) and (models or TABLE_2[model].mAP)
+        # A model that the user names may also be one that the paper does not have (ResNet34).
+        if proc in TABLE_2[model].mAP or (models and not TABLE_2[model].mAP)
     ]
     if not found:
         raise UserError(
@@ -68,11 +69,6 @@ def choices(
             "for that architecture (a dash in the paper's Table 2)"
         )
     return found
-
-
-def trainable(model: str, proc: str) -> bool:
-    """Whether the paper has the model under the procedure, or could have had it."""
-    return proc in TABLE_2[model].mAP or not TABLE_2[model].mAP
 
 
 def at_paper_strides(choice: Choice) -> list[Choice]:

@@ -98,7 +98,7 @@ def measure(
     Raises:
         OutOfMemory: the step does not fit.
     """
-    with out_of_memory(device):
+    with out_of_memory(device):  # which frees the memory of the step once ``_measure`` is left
         return _measure(config, device, packed, seconds or SECONDS[device.type])
 
 

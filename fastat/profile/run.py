@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -35,7 +36,7 @@ CPU_BATCH = {"logmel64": 4, "fbank128": 1}
 class Settings:
     """How steps are taken."""
 
-    batch: int | str | None = None
+    batch: int | Literal["auto"] | None = None
     """Clips in a step; "auto": as many as fit a GPU; None: the batch of ``fastat train``, on a CPU
     at most CPU_BATCH."""
     precision: str = "fp32"
@@ -117,18 +118,18 @@ def measure_step(
     Returns:
         the step that was measured, and None where it does not fit.
     """
+    batches = [config.batch]
     procedure = PROCEDURES[config.proc]
     share = procedure.batch // procedure.paper_gpus
-    try:
-        return config, measure(config, device, packed, seconds=settings.seconds)
-    except OutOfMemory:
-        if settings.batch is not None or share >= config.batch:
-            return config, None
-    smaller = replace(config, batch=share)
-    try:
-        return smaller, measure(smaller, device, packed, seconds=settings.seconds)
-    except OutOfMemory:
-        return smaller, None
+    if settings.batch is None and share < config.batch:
+        batches.append(share)
+    for batch in batches:
+        config = replace(config, batch=batch)
+        try:
+            return config, measure(config, device, packed, seconds=settings.seconds)
+        except OutOfMemory:
+            continue
+    return config, None
 
 
 def profile(choices: Sequence[Choice], device: torch.device, settings: Settings) -> Document:
