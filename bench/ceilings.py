@@ -10,8 +10,20 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from bench.results import DEVICE, DEVICE_NAME, PRECISION, folder
-from fastat.profile.device import copy_bytes_per_s, matmul_flop_per_s
+from fastat.profile.device import matmul_flop_per_s, median_seconds
+
+COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+"""Size of the copied tensor; on a CPU it exceeds the caches."""
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written per second by a copy within the device's memory."""
+    source = torch.randint(-128, 127, (COPY_BYTES[device.type],), device=device, dtype=torch.int8)
+    copy = torch.empty_like(source)
+    return 2 * COPY_BYTES[device.type] / median_seconds(lambda: copy.copy_(source), device)
 
 
 def main(out: Path) -> None:

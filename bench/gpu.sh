@@ -131,7 +131,7 @@ part() {
         tests) tests_ ;;
         cuda) cuda_ tests/test_step.py tests/models/test_crnn.py ;;
         cuda_more)
-            cuda_ tests/test_landscape.py tests/test_profile_measure.py tests/test_memory.py
+            cuda_ tests/test_landscape.py tests/test_profile_measure.py tests/test_memory_trial.py
             ;;
         targets_conv) bench_ 3 bench/bench_targets.py -k "cnn_trans or crnn or resnet50" ;;
         targets_attention) bench_ 2 bench/bench_targets.py -k "conformer or transformer" ;;

@@ -304,7 +304,7 @@ MAY_BE_AUTO = ("batch", "precision")
 """Fields for which the command line also takes AUTO; ``launch.configure`` finds the value."""
 
 
-def parse_stride(text: str) -> dict[str, int]:
+def parse_stride(text: str, *, option: str = "--stride") -> dict[str, int]:
     """``FxT``, or one number for both axes, as AST's options.
 
     Raises:
@@ -312,7 +312,7 @@ def parse_stride(text: str) -> dict[str, int]:
     """
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", text):
         raise UserError(
-            f"--stride takes FxT, the distance of patches in mel bins and frames, as 10x10, "
+            f"{option} takes FxT, the distance of patches in mel bins and frames, as 10x10, "
             f"got {text!r}"
         )
     f, _, t = text.partition("x")

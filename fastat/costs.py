@@ -7,12 +7,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastat.features import CLIP_SAMPLES, FEATURES
-from fastat.models import MODELS, create_model
-from fastat.paper import NUM_CLASSES, TABLE_2, PaperModel
+from fastat.models import create_model
+from fastat.paper import NUM_CLASSES
 from fastat.procedures import A1, A2, A3, A4, model_options
 
 PASSES = 3
-"""Operations of training over those of the forward pass: the backward pass has twice as many."""
+"""Operations of a training step per operation of its forward pass: the backward pass has twice as
+many as the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -21,34 +22,25 @@ class ModelCost:
 
     feature: str
     procedures: tuple[str, str]
-    """With this feature: from ImageNet weights, from scratch."""
+    """Those that use this feature: the one from ImageNet weights, and the one from scratch."""
     num_mels: int
     num_frames: int
     params: int
     gflop: float
-    """Of one clip's forward pass; a multiplication and an addition are two operations."""
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """A row of ``fastat models``."""
-
-    name: str
-    paper: PaperModel
-    costs: tuple[ModelCost, ...]
+    """GFLOP of one clip's forward pass; a multiplication and an addition are two operations."""
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that training may change."""
+    """Number of values in all parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def forward_gflop(model: nn.Module, num_frames: int, num_mels: int) -> float:
-    """GFLOP of one clip's forward pass, 2 x MAC of every product and convolution.
+    """GFLOP of one clip's forward pass: 2 x MAC of every matrix product and convolution.
 
     Args:
-        model: on any device; on "meta" nothing is computed. Left in evaluation mode.
-        num_frames, num_mels: of the clip.
+        model: on any device; on "meta" nothing is computed. It is left in evaluation mode.
+        num_frames, num_mels: size of the clip's features.
     """
     return _flop_by_name(model, num_frames, num_mels)["Global"] / 1e9
 
@@ -86,33 +78,27 @@ def _short(module: str) -> str:
     return ".".join(parts[:2]) or "model"
 
 
-def model_rows() -> list[ModelRow]:
-    """Every model at both features, as the procedures build it."""
-    rows = []
-    for name in MODELS:
-        costs = []
-        for pretrained, scratch in ((A3, A4), (A1, A2)):
-            feature = FEATURES[scratch.feature]
-            num_frames = feature.num_frames(CLIP_SAMPLES)
-            with torch.device("meta"):
-                model = create_model(
-                    name,
-                    num_mels=feature.num_mels,
-                    num_frames=num_frames,
-                    num_classes=NUM_CLASSES,
-                    **model_options(name, scratch),
-                )
-            gflop = forward_gflop(model, num_frames, feature.num_mels)
-            params = count_parameters(model)
-            costs.append(
-                ModelCost(
-                    feature.name,
-                    (pretrained.name, scratch.name),
-                    feature.num_mels,
-                    num_frames,
-                    params,
-                    gflop,
-                )
+def model_costs(name: str) -> list[ModelCost]:
+    """A model at both features, as the procedures build it."""
+    costs = []
+    for pretrained, scratch in ((A3, A4), (A1, A2)):
+        feature = FEATURES[scratch.feature]
+        num_frames = feature.num_frames(CLIP_SAMPLES)
+        with torch.device("meta"):
+            model = create_model(
+                name,
+                num_mels=feature.num_mels,
+                num_frames=num_frames,
+                num_classes=NUM_CLASSES,
+                **model_options(name, scratch),
             )
-        rows.append(ModelRow(name, TABLE_2[name], tuple(costs)))
-    return rows
+        cost = ModelCost(
+            feature=feature.name,
+            procedures=(pretrained.name, scratch.name),
+            num_mels=feature.num_mels,
+            num_frames=num_frames,
+            params=count_parameters(model),
+            gflop=forward_gflop(model, num_frames, feature.num_mels),
+        )
+        costs.append(cost)
+    return costs

@@ -1,16 +1,23 @@
-"""``--batch auto``: the largest batch that fits in a GPU's memory, section 4.3 of the paper."""
+"""``--batch auto``: the largest batch that fits in a GPU's memory, section 4.3 of the paper.
 
+It is measured by taking steps in a process of its own (``fastat.memory_trial``), so that the one
+that trains later starts with an allocator that nothing has fragmented.
+"""
+
+import json
 import logging
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fastat.config import TrainConfig
-from fastat.data.shards import read_index, sizes_of
+from fastat.data.shards import sizes_of
 from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
-from fastat.memory import Workload, largest_batch, memory_limit
 from fastat.procedures import procedure_of, small_set_sizes
 from fastat.system.device import default_device, device_name
 
@@ -18,6 +25,12 @@ log = logging.getLogger(__name__)
 
 EVEN = 8
 """A rank's clips are a multiple of this, which matrix units like, where there are that many."""
+
+MARGIN = 0.06
+"""Share of the free memory that is left alone, for checkpoints and other programs."""
+
+TRIAL_SECONDS = 1800
+"""A trial that compiles takes minutes; longer than this it has hung."""
 
 
 def check_auto_batch() -> None:
@@ -52,13 +65,12 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> int:
             f"more for each of {ranks.size} ranks x accumulate {config.accumulate}"
         )
     device = default_device()
-    work = workload(config, clip_samples, len(read_index(Path(config.data))["classes"]))
     limit = memory_limit(device)
     if config.cache == "device":
-        limit -= _cached_bytes(config, work, num_clips, ranks.size)
+        limit -= _cached_bytes(config, num_clips, clip_samples, ranks.size)
     where = f"{limit / 2**30:.1f} GiB on {device_name(device)}"
     log.info(f"batch auto: trying training steps in {where}, which takes minutes")
-    batch = _largest(work, device, limit, at_most=most // ranks.size)
+    batch = _largest(config, device, limit, at_most=most // ranks.size)
     batch = min(ranks.gather(batch, patient=True)) * ranks.size
     if not batch:
         clips = "1 clip fits" if parts == 1 else f"{parts} clips fit"
@@ -68,38 +80,71 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> int:
     return batch
 
 
-def _largest(work: Workload, device: torch.device, limit: int, *, at_most: int) -> int:
+def _largest(config: TrainConfig, device: torch.device, limit: int, *, at_most: int) -> int:
     """The largest batch of this rank, a multiple of EVEN per part if possible; 0: none fits."""
-    even = EVEN * work.accumulate
+    even = EVEN * config.accumulate
     found = None
     if at_most >= even:
-        found = largest_batch(work, device, limit, multiple=even, at_most=at_most)
+        found = largest_batch(config, device, limit, multiple=even, at_most=at_most)
         at_most = even - 1
     if found is None:
-        found = largest_batch(work, device, limit, multiple=work.accumulate, at_most=at_most)
+        found = largest_batch(config, device, limit, multiple=config.accumulate, at_most=at_most)
     return found or 0
 
 
-def workload(config: TrainConfig, clip_samples: int, num_classes: int) -> Workload:
-    """What the memory of a run's step depends on."""
-    feature = FEATURES[config.feature]
-    return Workload(
-        model=config.model,
-        num_mels=feature.num_mels,
-        num_frames=feature.num_frames(clip_samples),
-        num_classes=num_classes,
-        options=config.model_options,
-        precision=config.precision,
-        compile=config.compile,
-        cuda_graphs=config.cuda_graphs,
-        kernels=config.kernels,
-        clip_samples=0 if config.cache == "device" else clip_samples,
-        accumulate=config.accumulate,
-        eval_batch=0 if config.eval is None else config.eval_batch,
-    )
+def memory_limit(device: torch.device) -> int:
+    """Bytes that a training on a GPU may take, of what is free there now."""
+    return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN))
 
 
-def _cached_bytes(config: TrainConfig, work: Workload, num_clips: int, num_ranks: int) -> int:
+def largest_batch(
+    config: TrainConfig,
+    device: torch.device,
+    limit_bytes: int,
+    *,
+    multiple: int = 1,
+    at_most: int | None = None,
+) -> int | None:
+    """The largest batch, a multiple of ``multiple``, whose step takes at most ``limit_bytes``.
+
+    Args:
+        config: of the steps to take, whatever its batch; its training set is there.
+
+    Returns:
+        clips, to within 2 %; None where not even ``multiple`` clips fit.
+
+    Raises:
+        Failure: the trial failed in another way.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    asked = {
+        "config": asdict(config),
+        "device": f"cuda:{index}",
+        "limit": limit_bytes,
+        "multiple": multiple,
+        "at_most": at_most,
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastat.memory_trial"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failure(
+            f"the trial of the memory that a step takes was not over after {TRIAL_SECONDS} s"
+        ) from error
+    if done.returncode != 0:
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise Failure(f"the trial of the memory that a step takes failed: {why}")
+    answer: int | None = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def _cached_bytes(config: TrainConfig, num_clips: int, clip_samples: int, num_ranks: int) -> int:
     """What a rank's part of ``--cache device`` takes of its GPU's memory."""
+    feature = FEATURES[config.feature]
     size = 1 if config.cache_dtype == "uint8" else 2
-    return num_clips * work.num_frames * work.num_mels * size // num_ranks
+    return num_clips * feature.num_frames(clip_samples) * feature.num_mels * size // num_ranks

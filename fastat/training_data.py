@@ -90,21 +90,7 @@ def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Traini
         match = None if eval_set is None else match_classes(train_set.classes, eval_set)
     if match is not None and match.note:
         log.info(match.note)
-    feature = FEATURES[config.feature]
-    stats = train_set.stats[feature.name] if config.statistics == "set" else feature
-    meta = ModelMeta(
-        model=config.model,
-        feature=feature.name,
-        clip_seconds=train_set.clip_samples / feature.sample_rate,
-        num_mels=feature.num_mels,
-        num_frames=feature.num_frames(train_set.clip_samples),
-        mean=stats.mean,
-        std=stats.std,
-        classes=train_set.classes,
-        options=config.model_options,
-        remove_mean=config.remove_mean,
-        normalize=config.normalize,
-    )
+    meta = model_meta(config, train_set)
     if len(set(ranks.gather(train_set.fingerprint))) > 1:
         raise UserError(f"{config.data} is not the same set on every host")
     source: Source | None = None
@@ -145,6 +131,25 @@ def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Traini
         eval_source,
         eval_rows,
         match,
+    )
+
+
+def model_meta(config: TrainConfig, train_set: PackedSet) -> ModelMeta:
+    """What a model that ``config`` trains on ``train_set`` is made from."""
+    feature = FEATURES[config.feature]
+    stats = train_set.stats[feature.name] if config.statistics == "set" else feature
+    return ModelMeta(
+        model=config.model,
+        feature=feature.name,
+        clip_seconds=train_set.clip_samples / feature.sample_rate,
+        num_mels=feature.num_mels,
+        num_frames=feature.num_frames(train_set.clip_samples),
+        mean=stats.mean,
+        std=stats.std,
+        classes=train_set.classes,
+        options=config.model_options,
+        remove_mean=config.remove_mean,
+        normalize=config.normalize,
     )
 
 

@@ -13,7 +13,6 @@ from fastat.distributed import Ranks
 from fastat.errors import Failure, UserError
 from fastat.fit_batch import fit_batch
 from fastat.launch import configure_ranks
-from fastat.memory import Workload
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 from tests.ranks import run_ranks
 
@@ -32,7 +31,7 @@ def config_of(sets: TinySets, num_clips: int = LARGE, **overrides: Any) -> Train
 
 
 def largest(
-    work: Workload, device: torch.device, limit: int, *, multiple: int, at_most: int
+    config: TrainConfig, device: torch.device, limit: int, *, multiple: int, at_most: int
 ) -> int | None:
     """Takes the place of the trial on a GPU: every clip needs CLIP_BYTES."""
     batch = min(limit // CLIP_BYTES, at_most) // multiple * multiple

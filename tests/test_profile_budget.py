@@ -2,12 +2,10 @@
 
 import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fastat import launch
@@ -15,16 +13,15 @@ from fastat.cli import app
 from fastat.config import resolve
 from fastat.errors import Failure
 from fastat.paper import TRAIN_CLIPS
-from fastat.profile import run
 from fastat.profile.budget import rank, train_command
-from fastat.profile.cases import Budget, Choice, at_paper_strides, choices
-from fastat.profile.kept import KeptSteps
-from fastat.profile.measure import PARTS, Case, Measured, Spread
+from fastat.profile.cases import Choice, at_paper_strides, choices
+from fastat.profile.kept import kept_file, read_kept, write_kept
+from fastat.profile.measure import PARTS, Measured, Spread
 from fastat.profile.rows import Document
 from fastat.profile.table import print_tables
 from tests.conftest import QUIET, TinySets, fastat
 
-STEP = Measured(dict.fromkeys(("data", *PARTS, "step"), Spread(3.0, 2.0, 4.0)), 9, 5 << 30, 200.0)
+STEP = Measured(dict.fromkeys(("data", *PARTS, "step"), Spread(3.0, 2.0, 4.0)), 5 << 30, 200.0)
 
 
 def row(name: str, **values: Any) -> dict[str, Any]:
@@ -41,7 +38,7 @@ def row(name: str, **values: Any) -> dict[str, Any]:
 
 def document(*rows: dict[str, Any], **values: Any) -> Document:
     common: dict[str, Any] = {
-        "device": "A device", "device_type": "cpu", "torch": "2.15.0", "ceiling_tflops": None,
+        "device": "A device", "device_type": "cpu", "torch": "2.15.0", "ceiling_tflops": 0.4,
         "clips": TRAIN_CLIPS, "rows": list(rows),
     }  # fmt: skip
     return common | values
@@ -74,7 +71,7 @@ ROWS = (
 def test_what_fits_is_ranked_by_map_then_hours(
     hours: float | None, gib: float | None, ranking: list[int], unranked: list[int]
 ) -> None:
-    found = rank(document(*ROWS), Budget(hours, gib), None)
+    found = rank(document(*ROWS), hours, gib, None)
     assert (found["ranking"], found["unranked"]) == (ranking, unranked)
     assert (found["hours"], found["memory_gib"]) == (hours, gib)
     if ranking:
@@ -142,16 +139,15 @@ def test_fastat_train_takes_every_command(clips: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(launch, "run_training", run_training)
     cases = [c for choice in choices([], [], None, []) for c in at_paper_strides(choice)]
     for choice in cases:
-        case = run.make_case(choice, torch.device("cpu"), run.Settings(clips=clips))
-        f, t = case.strides
-        made = row(f"{case.model} {case.proc}", fstride=f, tstride=t, batch=case.batch)
+        f, t = (choice.options.get(name) for name in ("fstride", "tstride"))
+        made = row(f"{choice.model} {choice.proc}", fstride=f, tstride=t, batch=4)
         command = train_command(made, document(clips=clips), None)
         done = CliRunner().invoke(app, shlex.split(command)[1:])
         assert done.exit_code == 0, done.output
         proc, model, overrides, _ = given.pop()
-        overrides["data"] = str(overrides["data"])
+        overrides |= {name: str(overrides[name]) for name in ("data", "eval")}
         config = resolve(proc, model, overrides, num_clips=clips, clip_seconds=10.0)
-        assert (config.proc, config.model, config.batch) == (case.proc, case.model, case.batch)
+        assert (config.proc, config.model, config.batch) == (choice.proc, choice.model, 4)
         assert config.model_options.get("fstride") == f
         assert config.precision == "bf16" and not config.compile
 
@@ -159,7 +155,7 @@ def test_fastat_train_takes_every_command(clips: int, monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------------------- how it is shown
 def printed(capsys: pytest.CaptureFixture[str], hours: float | None, gib: float | None) -> str:
     shown = document(*ROWS)
-    shown["budget"] = rank(shown, Budget(hours, gib), None)
+    shown["budget"] = rank(shown, hours, gib, None)
     print_tables(shown, strides=False)
     return capsys.readouterr().out
 
@@ -185,45 +181,35 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---------------------------------------------------------------------------- what is kept
-CASE = Case(model="crnn", proc="A4", batch=4, options={"embedding": 64})
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTAT_CACHE", str(tmp_path))
+    return tmp_path
 
 
-def test_a_kept_step_comes_back(tmp_path: Path) -> None:
-    kept = KeptSteps(tmp_path, {"device": "a"})
-    assert kept.read(CASE) is None
-    kept.write(CASE, STEP)
-    assert kept.read(CASE) == STEP
-    same = Case(model="crnn", proc="A4", batch=4, options={"embedding": 64})
-    assert KeptSteps(tmp_path, {"device": "a"}).read(same) == STEP
-    kept.write(CASE, Measured(STEP.ms, 3, 1, None))
-    assert kept.read(CASE) == Measured(STEP.ms, 3, 1, None)
+def test_a_kept_step_comes_back(cache: Path) -> None:
+    path = kept_file("a step", {"device": "a"})
+    assert cache in path.parents
+    assert read_kept(path) is None
+    write_kept(path, STEP)
+    assert read_kept(kept_file("a step", {"device": "a"})) == STEP
+    write_kept(path, Measured(STEP.ms, 1, None))
+    assert read_kept(path) == Measured(STEP.ms, 1, None)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"batch": 5},
-        {"precision": "bf16"},
-        {"compile": True},
-        {"options": {}},
-        {"model": "resnet50"},
-    ],
-)
-def test_other_settings_keep_steps_of_their_own(tmp_path: Path, changed: dict[str, Any]) -> None:
-    kept = KeptSteps(tmp_path, {"device": "a"})
-    kept.write(CASE, STEP)
-    assert kept.read(Case(**(asdict(CASE) | changed))) is None
-    assert KeptSteps(tmp_path, {"device": "b"}).read(CASE) is None
+def test_other_steps_and_devices_have_files_of_their_own(cache: Path) -> None:
+    path = kept_file("a step", {"device": "a"})
+    assert path != kept_file("another step", {"device": "a"})
+    assert path != kept_file("a step", {"device": "b"})
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"measured": {}}', '{"measured": 3}', "{"])
-def test_a_damaged_step(tmp_path: Path, text: str) -> None:
-    kept = KeptSteps(tmp_path, {})
-    kept.write(CASE, STEP)
-    [path] = tmp_path.iterdir()
+@pytest.mark.parametrize("text", ["", "[]", '{"ms": {}}', '{"ms": 3}', "{"])
+def test_a_damaged_step(cache: Path, text: str) -> None:
+    path = kept_file("a step", {})
+    write_kept(path, STEP)
     path.write_text(text)
     with pytest.raises(Failure, match=f"{path.name}.*damaged"):
-        kept.read(CASE)
+        read_kept(path)
 
 
 def test_the_command(tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

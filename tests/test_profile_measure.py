@@ -12,15 +12,24 @@ import numpy as np
 import pytest
 import torch
 
+from fastat.config import TrainConfig, resolve
 from fastat.data.shards import PackedSet
+from fastat.paper import TRAIN_CLIPS
 from fastat.profile import device as device_module
 from fastat.profile.device import OutOfMemory, gpu_watts, out_of_memory
-from fastat.profile.measure import Case, Spread, Training, measure
+from fastat.profile.measure import Spread, Training, measure, step_key
 from fastat.profile.noise import noise_set
 from tests.conftest import SMALL_MODELS
 
 CPU = torch.device("cpu")
-TINY = Case(model="cnn_trans", proc="A4", options=SMALL_MODELS["cnn_trans"], batch=3)
+
+
+def config_of(model: str, proc: str, batch: int, **overrides: Any) -> TrainConfig:
+    given = {"data": "", "batch": batch} | overrides
+    return resolve(proc, model, given, num_clips=TRAIN_CLIPS, clip_seconds=1.0)
+
+
+TINY = config_of("cnn_trans", "A4", 3, model_options=SMALL_MODELS["cnn_trans"])
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +53,17 @@ def test_noise_is_a_sound_set(noise: PackedSet) -> None:
 # ---------------------------------------------------------------------------- the step
 def test_the_step_is_the_trainers(noise: PackedSet, device: torch.device) -> None:
     training = Training(TINY, device, noise)
-    before = [p.detach().clone() for p in training.params]
+    before = [p.detach().clone() for p in training.network.params]
     loss = training.step(next(training.batches()))
     assert loss.isfinite()
-    moved = [not torch.equal(a, b) for a, b in zip(before, training.params, strict=True)]
+    moved = [not torch.equal(a, b) for a, b in zip(before, training.network.params, strict=True)]
     assert all(moved)
 
 
 @pytest.mark.parametrize("num_clips", [3, 40])
 def test_batches_larger_than_the_set(noise: PackedSet, num_clips: int) -> None:
-    case = Case(model="cnn_trans", proc="A4", options=SMALL_MODELS["cnn_trans"], batch=num_clips)
-    batch = next(Training(case, CPU, noise).batches())
+    training = Training(replace(TINY, batch=num_clips), CPU, noise)
+    batch = next(training.batches())
     assert batch.target.shape == (num_clips, 11) and batch.rows.max() < 8
 
 
@@ -64,8 +73,8 @@ def test_marks_are_in_order(noise: PackedSet, monkeypatch: pytest.MonkeyPatch) -
 
     def slow(self: Training, *args: Any) -> None:
         plain(self, *args)
-        self.raw_model.register_forward_hook(lambda *_: time.sleep(0.12))
-        self.optimizer.register_step_post_hook(lambda *_: time.sleep(0.03))
+        self.network.raw_model.register_forward_pre_hook(lambda *_: time.sleep(0.12))
+        self.network.optimizer.register_step_post_hook(lambda *_: time.sleep(0.03))
 
     monkeypatch.setattr(Training, "__init__", slow)
     ms = measure(TINY, CPU, noise, seconds=0.01).ms
@@ -102,13 +111,18 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
         torch.empty(2, 3) @ torch.empty(2, 3)
 
 
-def test_cases_with_the_same_step() -> None:
-    a3, a4 = (Case(model="ast", proc=proc, batch=4) for proc in ("A3", "A4"))
-    assert a3.step == a4.step
-    assert a3.step != Case(model="ast", proc="A1", batch=4).step
-    assert a3.step != Case(model="ast", proc="A3", batch=5).step
+def test_configurations_with_the_same_step() -> None:
+    a3, a4 = (step_key(config_of("ast", proc, 4)) for proc in ("A3", "A4"))
+    assert a3 == a4
     less_memory = {"activation_checkpointing": True}
-    assert a3.step != Case(model="ast", proc="A3", batch=4, options=less_memory).step
+    for other in (
+        config_of("ast", "A1", 4),
+        config_of("ast", "A3", 5),
+        config_of("ast", "A3", 4, model_options=less_memory),
+        config_of("ast", "A3", 4, precision="bf16"),
+        config_of("ast", "A3", 4, compile=True),
+    ):
+        assert step_key(other) != a3
 
 
 def test_spread() -> None:
@@ -120,9 +134,7 @@ def test_spread() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_measure_on_a_gpu(noise: PackedSet, compiled: bool) -> None:
-    options = SMALL_MODELS["cnn_trans"]
-    case = Case(model="cnn_trans", proc="A4", options=options, batch=3, compile=compiled)
-    found = measure(case, torch.device("cuda"), noise, seconds=0.5)
+    found = measure(replace(TINY, compile=compiled), torch.device("cuda"), noise, seconds=0.5)
     assert found.peak_bytes > 1 << 20
     assert all(s.low > 0 for s in found.ms.values())
     assert found.watts is None or 5 < found.watts < 2000

@@ -17,12 +17,17 @@ def models(json_: Json = False) -> None:
 
     Example: `fastat models --json`
     """
-    from fastat.costs import model_rows
-    from fastat.paper import NUM_CLASSES
+    from fastat.costs import model_costs
+    from fastat.models import MODELS
+    from fastat.paper import NUM_CLASSES, TABLE_2
 
-    rows = model_rows()
+    costs = {name: model_costs(name) for name in MODELS}
     if json_:
-        print(json.dumps([asdict(row) for row in rows]))
+        rows = [
+            {"name": name, "paper": asdict(TABLE_2[name]), "costs": [asdict(x) for x in of_model]}
+            for name, of_model in costs.items()
+        ]
+        print(json.dumps(rows))
         return
     table = Table(
         title='Models of "AudioTagging Done Right", Table 2',
@@ -34,17 +39,18 @@ def models(json_: Json = False) -> None:
     table.add_column("feature")
     for head in ("parameters", "paper", "GFLOP", "ImageNet\nmAP", "scratch\nmAP"):
         table.add_column(head, justify="right")
-    for row in rows:
-        million = "-" if row.paper.million_params is None else f"{row.paper.million_params} M"
-        for i, cost in enumerate(row.costs):
+    for name, of_model in costs.items():
+        paper = TABLE_2[name]
+        million = "-" if paper.million_params is None else f"{paper.million_params} M"
+        for i, cost in enumerate(of_model):
             table.add_row(
-                "" if i else row.name,
+                "" if i else name,
                 f"{cost.num_mels} x {cost.num_frames}",
                 f"{cost.params:,}",
                 "" if i else million,
                 f"{cost.gflop:.2f}",
                 *(
-                    f"{row.paper.mAP[proc]:.3f} {proc}" if proc in row.paper.mAP else "-"
+                    f"{paper.mAP[proc]:.3f} {proc}" if proc in paper.mAP else "-"
                     for proc in cost.procedures
                 ),
             )

@@ -86,9 +86,8 @@ def profile(
     """
     from fastat.config import parse_field
     from fastat.outputs import check_output
-    from fastat.profile.cases import Budget, at_paper_strides, choices
+    from fastat.profile.cases import at_paper_strides, choices
 
-    budget = Budget(budget_hours, memory_gib)
     ranked = budget_hours is not None or memory_gib is not None
     found = choices(proc or [], model or [], strides, set_ or [])
     if ranked:
@@ -96,8 +95,13 @@ def profile(
     size = None if batch is None else parse_field("batch", batch, option="--batch")
     if clips is not None and clips < 1:
         raise UserError(f"--clips must be at least 1, got {clips}")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise UserError(f"--seconds must be a positive number, got {seconds}")
+    for option, number in (
+        ("--seconds", seconds),
+        ("--budget-hours", budget_hours),
+        ("--memory-gib", memory_gib),
+    ):
+        if number is not None and not 0 < number < math.inf:
+            raise UserError(f"{option} must be a positive number, got {number:g}")
     for option, path in (("--csv", csv), ("--plot", plot), ("--trace", trace)):
         check_output(option, path)
     if trace is not None and len(found) != 1:
@@ -133,7 +137,7 @@ def profile(
     )
     document = measure_all(found, device, settings)
     if ranked:
-        document["budget"] = rank(document, budget, data)
+        document["budget"] = rank(document, budget_hours, memory_gib, data)
     if csv is not None:
         with written(csv) as temporary:
             temporary.write_text(as_csv(document))

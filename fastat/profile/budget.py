@@ -4,15 +4,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fastat.procedures import PROCEDURES
-from fastat.profile.cases import Budget, trained_batch
+from fastat.procedures import PROCEDURES, small_set_sizes
 from fastat.profile.rows import Document, Row, stride_of
 
 
-def rank(document: Document, budget: Budget, data: Path | None) -> dict[str, Any]:
+def rank(
+    document: Document, hours: float | None, memory_gib: float | None, data: Path | None
+) -> dict[str, Any]:
     """What ``--budget-hours`` and ``--memory-gib`` add to the document, as "budget".
 
     Args:
+        hours, memory_gib: what a training may take; None: any amount.
         data: the packed set to train on, for the command; None: a name for the user to replace.
 
     Returns:
@@ -23,27 +25,25 @@ def rank(document: Document, budget: Budget, data: Path | None) -> dict[str, Any
     """
     rows = document["rows"]
     fitting = sorted(
-        (i for i, row in enumerate(rows) if fits(row, budget)),
+        (i for i, row in enumerate(rows) if fits(row, hours, memory_gib)),
         key=lambda i: (-(rows[i]["paper_map"] or 0.0), rows[i]["hours"]),
     )
     ranking = [i for i in fitting if rows[i]["paper_map"] is not None]
     return {
-        "hours": budget.hours,
-        "memory_gib": budget.memory_gib,
+        "hours": hours,
+        "memory_gib": memory_gib,
         "ranking": ranking,
         "unranked": [i for i in fitting if rows[i]["paper_map"] is None],
         "command": train_command(rows[ranking[0]], document, data) if ranking else None,
     }
 
 
-def fits(row: Row, budget: Budget) -> bool:
-    """Whether a row was measured and takes no more than the budget."""
+def fits(row: Row, hours: float | None, memory_gib: float | None) -> bool:
+    """Whether a row was measured and takes no more than the limits."""
     if row["out_of_memory"]:
         return False
-    within_hours = budget.hours is None or row["hours"] <= budget.hours
-    return within_hours and (
-        budget.memory_gib is None or row["peak_memory_gib"] <= budget.memory_gib
-    )
+    within_hours = hours is None or row["hours"] <= hours
+    return within_hours and (memory_gib is None or row["peak_memory_gib"] <= memory_gib)
 
 
 def train_command(row: Row, document: Document, data: Path | None) -> str:
@@ -51,7 +51,8 @@ def train_command(row: Row, document: Document, data: Path | None) -> str:
     words = ["fastat", "train", "--proc", row["proc"], "--model", row["model"]]
     if row["fstride"] is not None:
         words += ["--stride", stride_of(row)]
-    if row["batch"] != trained_batch(PROCEDURES[row["proc"]], document["clips"]):
+    procedure = PROCEDURES[row["proc"]]
+    if row["batch"] != (small_set_sizes(procedure, document["clips"]) or procedure).batch:
         words += ["--batch", str(row["batch"])]
     words += ["--precision", row["precision"]]
     if row["compiled"] != (document["device_type"] == "cuda"):

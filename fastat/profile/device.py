@@ -21,9 +21,6 @@ from fastat.system.device import DTYPES
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 """Rows and columns of the matrices that are multiplied."""
 
-COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
-"""Size of the copied tensor; on a CPU it exceeds the caches."""
-
 CPU_SECONDS = 1.0
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -41,19 +38,13 @@ def matmul_flop_per_s(device: torch.device, precision: str) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, device)
 
 
-def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written per second by a copy within the device's memory."""
-    source = torch.randint(-128, 127, (COPY_BYTES[device.type],), device=device, dtype=torch.int8)
-    copy = torch.empty_like(source)
-    return 2 * COPY_BYTES[device.type] / median_seconds(lambda: copy.copy_(source), device)
-
-
 def median_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median duration of many runs: the device's own time on a GPU, the wall clock on a CPU."""
     if device.type == "cuda":
         import triton.testing
 
         return float(triton.testing.do_bench(run, return_mode="median")) / 1e3
+    # Not torch.utils.benchmark, whose import writes a line about CUDA_HOME to standard error.
     run()
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < CPU_SECONDS:

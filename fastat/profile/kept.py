@@ -7,44 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from fastat.errors import Failure
+from fastat.launch import cache_folder
 from fastat.outputs import written
-from fastat.profile.measure import Case, Measured, Spread
+from fastat.profile.measure import Measured, Spread
 
 
-class KeptSteps:
-    """The measured steps of one device, set of versions and packed set."""
+def kept_file(step: str, setup: dict[str, Any]) -> Path:
+    """The file of a measured step.
 
-    def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
-        """``setup``: what the duration of every step depends on, for ``json.dumps``."""
-        self.folder, self.setup = folder, setup
+    Args:
+        step: of ``step_key``.
+        setup: what the duration of every step depends on, for ``json.dumps``.
+    """
+    key = json.dumps([step, setup], sort_keys=True)
+    return cache_folder() / "profile" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
-    def read(self, case: Case) -> Measured | None:
-        """What was measured for the step of ``case``; None where nothing was.
 
-        Raises:
-            Failure: the file is damaged.
-        """
-        path, _ = self._of(case)
-        if not path.exists():
-            return None
-        try:
-            found = json.loads(path.read_text())["measured"]
-            ms = {name: Spread(**spread) for name, spread in found.pop("ms").items()}
-            return Measured(ms=ms, **found)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Failure(
-                f"{path} is damaged ({error}): remove it, and the step is measured again"
-            ) from error
+def read_kept(path: Path) -> Measured | None:
+    """What was measured for a step; None where nothing was.
 
-    def write(self, case: Case, measured: Measured) -> None:
-        """Keeps a measured step, in place of an earlier one. Raises Failure where the disk refuses
-        it."""
-        path, key = self._of(case)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written(path) as temporary:
-            temporary.write_text(json.dumps({"key": key, "measured": asdict(measured)}, indent=1))
+    Raises:
+        Failure: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        ms = {name: Spread(**spread) for name, spread in found.pop("ms").items()}
+        return Measured(ms=ms, **found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Failure(
+            f"{path} is damaged ({error}): remove it, and the step is measured again"
+        ) from error
 
-    def _of(self, case: Case) -> tuple[Path, dict[str, Any]]:
-        key = {"step": case.step, **self.setup}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"{name}.json", key
+
+def write_kept(path: Path, measured: Measured) -> None:
+    """Keeps a measured step, in place of an earlier one. Raises Failure where it cannot be
+    written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(asdict(measured), indent=1))

@@ -7,32 +7,29 @@ same work as in training; its duration is from one step's end to the next. On a 
 overlaps, and one series gives both.
 """
 
+import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
 from statistics import quantiles
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastat.checkpoint import build_frontend
+from fastat.config import TrainConfig
 from fastat.data.loader import Batch, PackedSource, with_features
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.distributed import ALONE
-from fastat.features import FEATURES
-from fastat.finetune import parameter_groups, train_mode
-from fastat.frontend import Frontend
-from fastat.memory import Workload
-from fastat.models.base import TaggingModel
-from fastat.nonfinite import BufferGuard
-from fastat.optim import create_adam
-from fastat.procedures import PROCEDURES, Procedure, model_options
+from fastat.finetune import train_mode
+from fastat.network import build_network, training_step
 from fastat.profile.device import gpu_watts, out_of_memory, peak_bytes, restart_peak
 from fastat.readback import BEHIND
-from fastat.step import TrainingStep, why_not_captured
+from fastat.training_data import model_meta
 
 SECONDS = {"cuda": 3.0, "cpu": 8.0}
 """Seconds for which steps are timed, by default."""
@@ -47,67 +44,20 @@ DATA_ROUNDS = 10
 PARTS = ("frontend", "forward", "backward", "optimizer")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A step to measure."""
-
-    model: str
-    proc: str
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword options of create_model, on top of what the procedure asks for."""
-    batch: int
-    """Clips in a step, on one device."""
-    precision: str = "fp32"
-    compile: bool = False
-
-    @property
-    def procedure(self) -> Procedure:
-        """The procedure of Table 1."""
-        return PROCEDURES[self.proc]
-
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """All keyword options of create_model."""
-        return model_options(self.model, self.procedure) | self.options
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
-        return bool(self.options.get("activation_checkpointing"))
-
-    @property
-    def strides(self) -> tuple[int, int] | tuple[None, None]:
-        """Distance of the AST's patches along the mel and the time axis."""
-        if self.model != "ast":
-            return None, None
-        options = self.model_options
-        return options["fstride"], options["tstride"]
-
-    @property
-    def step(self) -> tuple[Any, ...]:
-        """Equal for cases whose steps do the same work; procedures may differ in learning rate
-        alone."""
-        options = tuple(sorted(self.model_options.items()))
-        feature = self.procedure.feature
-        return self.model, feature, options, self.batch, self.precision, self.compile
-
-    def workload(self, clip_samples: int, num_classes: int) -> Workload:
-        """What the step's memory depends on."""
-        feature = FEATURES[self.procedure.feature]
-        return Workload(
-            model=self.model,
-            num_mels=feature.num_mels,
-            num_frames=feature.num_frames(clip_samples),
-            num_classes=num_classes,
-            options=self.model_options,
-            precision=self.precision,
-            compile=self.compile,
-            clip_samples=clip_samples,
-        )
-
-    def create(self, clip_samples: int, num_classes: int) -> TaggingModel:
-        """The model, with fresh weights. Raises UserError where its options are impossible."""
-        return self.workload(clip_samples, num_classes).create()
+def step_key(config: TrainConfig) -> str:
+    """Equal for configurations whose steps do the same work; procedures may differ in learning rate
+    alone."""
+    return json.dumps(
+        {
+            "model": config.model,
+            "feature": config.feature,
+            "options": config.model_options,
+            "batch": config.batch,
+            "precision": config.precision,
+            "compile": config.compile,
+        },
+        sort_keys=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -134,8 +84,6 @@ class Measured:
     ms: dict[str, Spread]
     """Durations for one batch: data (reading it, while the step before runs), frontend, forward,
     backward (with the check for non-finite values), optimizer, and step, from end to end."""
-    rounds: int
-    """Number of steps that were timed."""
     peak_bytes: int
     """Peak memory: of the allocator on a GPU, of the process on a CPU."""
     watts: float | None
@@ -143,34 +91,36 @@ class Measured:
 
 
 def measure(
-    case: Case, device: torch.device, packed: PackedSet, *, seconds: float | None = None
+    config: TrainConfig, device: torch.device, packed: PackedSet, *, seconds: float | None = None
 ) -> Measured:
-    """Takes training steps of ``case`` from ``packed``, and times them for about ``seconds``.
+    """Takes training steps from ``packed``, and times them for about ``seconds``.
 
     Raises:
         OutOfMemory: the step does not fit.
-        UserError: the model's options are impossible.
     """
-    with out_of_memory(device):
-        return _measure(case, device, packed, seconds or SECONDS[device.type])
+    with out_of_memory(device):  # which frees the memory of the step once ``_measure`` is left
+        return _measure(config, device, packed, seconds or SECONDS[device.type])
 
 
-def _measure(case: Case, device: torch.device, packed: PackedSet, seconds: float) -> Measured:
-    if case.compile:
+def _measure(
+    config: TrainConfig, device: torch.device, packed: PackedSet, seconds: float
+) -> Measured:
+    if config.compile:
         torch._dynamo.reset()  # or a shape after another would be compiled for any shape
     torch.manual_seed(0)
     restart_peak(device)
-    training = Training(case, device, packed)
+    training = Training(config, device, packed)
     ms = {"data": _data_ms(training)}
     if device.type == "cuda":
-        parts = _timed_steps(training, seconds / 3, marked=True).parts
+        parts, _ = _timed_steps(training, seconds / 3, marked=True)
         restart_peak(device)
-        timed = _timed_steps(training, seconds, marked=False)
+        timed, watts = _timed_steps(training, seconds, marked=False)
+        ms |= parts | timed
     else:
-        timed = _timed_steps(training, seconds, marked=True)
-        parts = timed.parts
-    ms |= {name: Spread.of(parts[name]) for name in PARTS} | {"step": Spread.of(timed.steps)}
-    return Measured(ms, len(timed.steps), peak_bytes(device), timed.watts)
+        timed, watts = _timed_steps(training, seconds, marked=True)
+        ms |= timed
+    spreads = {name: Spread.of(ms[name]) for name in ("data", *PARTS, "step")}
+    return Measured(spreads, peak_bytes(device), watts)
 
 
 class Clock:
@@ -207,45 +157,28 @@ class Clock:
 class Training:
     """Model, front end, optimizer and data of a training, without a run folder."""
 
-    def __init__(self, case: Case, device: torch.device, packed: PackedSet) -> None:
-        self.case, self.device, self.packed = case, device, packed
-        feature = FEATURES[case.procedure.feature]
-        stats = packed.stats[feature.name]
-        self.frontend = Frontend(
-            feature.name, clip_samples=packed.clip_samples, mean=stats.mean, std=stats.std
-        ).to(device)
-        self.raw_model = case.create(packed.clip_samples, len(packed.classes)).to(device)
-        model: nn.Module = self.raw_model
-        if case.compile:
-            model = cast(nn.Module, torch.compile(model))
-        self.model = Marked(model)
-        train_mode(self.model)
-        self.params = list(self.raw_model.parameters())
-        p = case.procedure
-        self.optimizer, _ = create_adam(
-            parameter_groups(self.raw_model, 1.0),
-            lr=p.lr,
-            betas=(p.beta1, p.beta2),
-            weight_decay=p.weight_decay,
-            device=device,
-        )
-        self.guard = BufferGuard(self.raw_model)
-        self.why_not_captured = why_not_captured(device, ALONE, checkpointing=case.checkpointing)
-        self.marks: list[Any] | None = None
-        self.optimizer.register_step_pre_hook(lambda *_: self.mark())
-        self.model.mark = self.mark
+    def __init__(self, config: TrainConfig, device: torch.device, packed: PackedSet) -> None:
+        self.config, self.device, self.packed = config, device, packed
+        meta = model_meta(config, packed)
+        self.frontend = build_frontend(meta).to(device)
+        self.network = build_network(config, meta, device, ALONE, start=False)
+        train_mode(self.network.model)
         self.clock = Clock(device)
-        self.one_by_one = self.taker(graph=False)
+        self.marks: list[Any] | None = None
+        self.network.model.register_forward_hook(lambda *_: self.mark())
+        self.network.optimizer.register_step_pre_hook(lambda *_: self.mark())
+        launched_one_by_one = replace(config, cuda_graphs=False)
+        self.training_step = training_step(launched_one_by_one, self.network, device, ALONE)
         self.sampler = Sampler(
-            max(packed.num_clips, 4 * case.batch),
-            case.batch,
+            max(packed.num_clips, 4 * config.batch),
+            config.batch,
             seed=0,
-            num_frames=self.frontend.num_frames,
-            num_mels=feature.num_mels,
-            mixup=p.mixup,
-            mixup_alpha=p.mixup_alpha,
-            time_mask=p.time_mask,
-            freq_mask=p.freq_mask,
+            num_frames=meta.num_frames,
+            num_mels=meta.num_mels,
+            mixup=config.mixup,
+            mixup_alpha=config.mixup_alpha,
+            time_mask=config.time_mask,
+            freq_mask=config.freq_mask,
         )
 
     def mark(self) -> None:
@@ -260,63 +193,34 @@ class Training:
 
     def _plans(self) -> Iterator[StepPlan]:
         steps, clips = self.sampler.steps_per_epoch, self.packed.num_clips
-        i = 0
-        while True:
+        for i in count():
             plan = self.sampler.plan(*divmod(i, steps))
             yield replace(plan, rows=plan.rows % clips, partners=plan.partners % clips)
-            i += 1
-
-    def taker(self, *, graph: bool) -> TrainingStep:
-        """A function that takes steps; ``graph``: as a CUDA graph, where that is possible."""
-        return TrainingStep(
-            self.model,
-            self.params,
-            self.optimizer,
-            precision=self.case.precision,
-            device=self.device,
-            guard=self.guard,
-            graph=graph and self.why_not_captured is None,
-        )
 
     def step(self, batch: Batch) -> Tensor:
         """Takes one step, part after part and not as a CUDA graph; returns the loss."""
         features = batch.features(self.frontend)
         self.mark()
-        taken = self.one_by_one(features, batch.target, self.case.procedure.lr)
+        result = self.training_step(features, batch.target, self.config.lr)
         self.mark()
-        return taken.loss
+        return result.loss
 
     def steps(self, *, overlapped: bool) -> Generator[None]:
         """Takes a step each time; ``overlapped``: as the trainer does on a GPU."""
         with closing(self.batches()) as batches:
             if overlapped:
-                take = self.taker(graph=True)
+                step = training_step(self.config, self.network, self.device, ALONE)
                 for batch, features, _ in with_features(batches, self.frontend, self.device):
-                    take(features, batch.target, self.case.procedure.lr)
+                    step(features, batch.target, self.config.lr)
                     yield
-            while True:
-                batch = next(batches)
+            for batch in batches:
                 self.mark()
                 self.step(batch)
                 yield
 
 
-class Marked(nn.Module):
-    """A model that calls ``mark`` at the end of the forward pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.mark = lambda: None
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        self.mark()
-        return logits
-
-
-def _data_ms(training: Training) -> Spread:
-    """Duration of reading a batch to the device while nothing else runs."""
+def _data_ms(training: Training) -> list[float]:
+    """Durations of reading a batch to the device while nothing else runs."""
     with closing(training.batches()) as batches:
         next(batches)
         moments = [time.perf_counter()]
@@ -324,25 +228,23 @@ def _data_ms(training: Training) -> Spread:
             next(batches)
             training.clock.wait()
             moments.append(time.perf_counter())
-    return Spread.of([(b - a) * 1e3 for a, b in pairwise(moments)])
+    return [(b - a) * 1e3 for a, b in pairwise(moments)]
 
 
-class Timed(NamedTuple):
-    """Steps that were timed."""
+def _timed_steps(
+    training: Training, seconds: float, *, marked: bool
+) -> tuple[dict[str, list[float]], float | None]:
+    """Takes steps for about ``seconds``, after a warm-up.
 
-    steps: list[float]
-    """Durations from end to end, in ms."""
-    parts: dict[str, list[float]]
-    """Durations of each part, in ms; empty lists where parts were not marked."""
-    watts: float | None
-    """Power of the GPU during the last of them."""
+    Args:
+        marked: take one part after another, and time each.
 
-
-def _timed_steps(training: Training, seconds: float, *, marked: bool) -> Timed:
-    """Takes steps for about ``seconds``, after a warm-up; ``marked``: one part after another."""
+    Returns:
+        durations in ms, by name: "step", from end to end, and PARTS where they are ``marked``;
+        and the power of a GPU during the last steps, in watts.
+    """
     clock = training.clock
     marks: list[list[Any]] = []
-    watts = None
     with closing(training.steps(overlapped=not marked)) as steps:
         for _ in range(WARM_UP[training.device.type]):
             next(steps)
@@ -358,12 +260,12 @@ def _timed_steps(training: Training, seconds: float, *, marked: bool) -> Timed:
             ends.append(clock.now())
             if len(ends) > BEHIND:  # as the trainer: batches the host has ready take memory
                 clock.wait_for(ends[-1 - BEHIND])
-        if training.device.type == "cuda":
-            watts = gpu_watts(training.device)  # while steps still run
+        # Read while steps still run.
+        watts = gpu_watts(training.device) if training.device.type == "cuda" else None
         clock.wait()
         training.marks = None
-    parts: dict[str, list[float]] = {name: [] for name in PARTS}
+    ms = {"step": [clock.ms(a, b) for a, b in pairwise(ends)]}
     for moments in marks:
         for name, (a, b) in zip(PARTS, pairwise(moments), strict=True):
-            parts[name].append(clock.ms(a, b))
-    return Timed([clock.ms(a, b) for a, b in pairwise(ends)], parts, watts)
+            ms.setdefault(name, []).append(clock.ms(a, b))
+    return ms, watts

@@ -8,20 +8,20 @@ import io
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from fastat.checkpoint import ModelMeta
+from fastat.config import TrainConfig
 from fastat.costs import PASSES, count_parameters, gflop_by_module
 from fastat.environment import environment
-from fastat.features import FEATURES
 from fastat.models.conformer import STACKED_FRAMES
 from fastat.models.layers import TalNet
-from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS, PaperStride
-from fastat.procedures import AST_STRIDE
-from fastat.profile.cases import trained_epochs
-from fastat.profile.measure import PARTS, Case, Measured
+from fastat.paper import TABLE_2, TABLE_3, PaperStride
+from fastat.procedures import AST_STRIDE, PROCEDURES, model_options
+from fastat.profile.measure import PARTS, Measured
 from fastat.system.device import device_name
 
 SCHEMA = "fastat.profile/1"
@@ -30,80 +30,45 @@ Row = dict[str, Any]
 Document = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Counted:
-    """What can be counted without running a case."""
+def describe(config: TrainConfig, meta: ModelMeta) -> Row:
+    """A row of the document before its step is measured; operations and parameters are counted on
+    the instantiated model.
 
-    params: int
-    gflop_by_module: dict[str, float]
-    """GFLOP of a clip's forward pass."""
-    grid: tuple[int, int] | None
-    """Number of the AST's patches along the mel and the time axis; None for other models."""
-    tokens: int | None
-    """Length of the sequence in attention layers; None without such layers."""
-
-    @property
-    def gflop(self) -> float:
-        """GFLOP of all modules."""
-        return sum(self.gflop_by_module.values())
-
-
-def count(case: Case, clip_samples: int, num_classes: int) -> Counted:
-    """Counts a case on the instantiated model. Raises UserError where its options are
-    impossible."""
-    feature = FEATURES[case.procedure.feature]
-    frames = feature.num_frames(clip_samples)
+    Raises:
+        UserError: the model's options are impossible.
+    """
+    procedure = PROCEDURES[config.proc]
+    paper = paper_stride(config)
     with torch.device("meta"):
-        model: Any = case.create(clip_samples, num_classes)
-    grid = model.grid if case.model == "ast" else None
+        model: Any = meta.create()
+    grid = list(model.grid) if config.model == "ast" else None
     tokens = {
         "ast": model.pos_embed.shape[1] if grid else None,
-        "transformer": frames,
-        "conformer": frames // STACKED_FRAMES,
-        "cnn_trans": frames // math.prod(pool for pool, _ in TalNet.POOLS),
-    }.get(case.model)
-    params = count_parameters(model)
-    return Counted(params, gflop_by_module(model, frames, feature.num_mels), grid, tokens)
-
-
-def make_row(
-    case: Case,
-    counted: Counted,
-    measured: Measured | None,
-    *,
-    num_frames: int,
-    clips: int = TRAIN_CLIPS,
-    ceiling: float | None = None,
-) -> Row:
-    """One row of the document.
-
-    Args:
-        measured: None: out of memory.
-        clips: of an epoch.
-        ceiling: FLOP/s of a matrix product in the row's precision.
-    """
-    procedure = case.procedure
-    paper = paper_stride(case)
-    row: Row = {
-        "model": case.model,
-        "proc": case.proc,
-        "feature": procedure.feature,
-        "num_mels": FEATURES[procedure.feature].num_mels,
-        "num_frames": num_frames,
-        "fstride": case.strides[0],
-        "tstride": case.strides[1],
-        "grid": counted.grid and list(counted.grid),
-        "patches": counted.grid and counted.grid[0] * counted.grid[1],
+        "transformer": meta.num_frames,
+        "conformer": meta.num_frames // STACKED_FRAMES,
+        "cnn_trans": meta.num_frames // math.prod(pool for pool, _ in TalNet.POOLS),
+    }
+    gflop = gflop_by_module(model, meta.num_frames, meta.num_mels)
+    return {
+        "model": config.model,
+        "proc": config.proc,
+        "feature": config.feature,
+        "num_mels": meta.num_mels,
+        "num_frames": meta.num_frames,
+        "fstride": config.model_options.get("fstride"),
+        "tstride": config.model_options.get("tstride"),
+        "grid": grid,
+        "patches": grid and math.prod(grid),
         "paper_patches": paper and paper.patches,
-        "tokens": counted.tokens,
-        "params": counted.params,
-        "gflop": counted.gflop,
-        "gflop_by_module": counted.gflop_by_module,
-        "precision": case.precision,
-        "compiled": case.compile,
-        "batch": case.batch,
-        "activation_checkpointing": case.checkpointing,
-        "out_of_memory": measured is None,
+        "tokens": tokens.get(config.model),
+        "params": count_parameters(model),
+        "gflop": sum(gflop.values()),
+        "gflop_by_module": gflop,
+        "precision": config.precision,
+        "compiled": config.compile,
+        "batch": config.batch,
+        "activation_checkpointing": model.checkpointing,
+        "out_of_memory": True,
         "peak_memory_gib": None,
         "ms": None,
         "clips_per_s": None,
@@ -113,57 +78,71 @@ def make_row(
         "hours": None,
         "watts": None,
         "kwh": None,
-        "paper_hours_per_epoch": paper.hours_per_epoch if paper and is_the_papers(case) else None,
+        "paper_hours_per_epoch": paper.hours_per_epoch if paper and is_the_papers(config) else None,
         "paper_hours": procedure.paper_hours,
         "paper_gpus": procedure.paper_gpus,
-        "paper_map": paper_map(case),
+        "paper_map": paper_map(config),
     }
+
+
+def add_measured(
+    row: Row, measured: Measured | None, *, batch: int, clips: int, epochs: int, ceiling: float
+) -> None:
+    """Adds what was measured to a row of ``describe``.
+
+    Args:
+        measured: None: out of memory.
+        batch: clips in the step.
+        clips: of an epoch.
+        ceiling: FLOP/s of a matrix product in the row's precision.
+    """
+    row["batch"] = batch
     if measured is None:
-        return row
-    clips_per_s = case.batch / measured.ms["step"].median * 1e3
-    flop_per_s = PASSES * counted.gflop * 1e9 * clips_per_s
-    hours_per_epoch = clips / clips_per_s / 3600
-    hours = hours_per_epoch * trained_epochs(procedure, clips)
-    return row | {
+        return
+    clips_per_s = batch / measured.ms["step"].median * 1e3
+    flop_per_s = PASSES * row["gflop"] * 1e9 * clips_per_s
+    hours = epochs * clips / clips_per_s / 3600
+    row |= {  # in place
+        "out_of_memory": False,
         "peak_memory_gib": measured.peak_bytes / 2**30,
         "ms": {name: asdict(measured.ms[name]) for name in MS},
         "clips_per_s": clips_per_s,
         "tflops": flop_per_s / 1e12,
-        "percent_of_ceiling": None if ceiling is None else 100 * flop_per_s / ceiling,
-        "hours_per_epoch": hours_per_epoch,
+        "percent_of_ceiling": 100 * flop_per_s / ceiling,
+        "hours_per_epoch": hours / epochs,
         "hours": hours,
         "watts": measured.watts,
         "kwh": None if measured.watts is None else measured.watts * hours / 1000,
     }
 
 
-def is_the_papers(case: Case) -> bool:
+def is_the_papers(config: TrainConfig) -> bool:
     """Whether the model computes what the paper's does, strides aside."""
-    return case.options.keys() <= {"fstride", "tstride", "activation_checkpointing"}
+    wanted = model_options(config.model, PROCEDURES[config.proc])
+    changed = {name for name, x in config.model_options.items() if wanted.get(name) != x}
+    return changed <= {"fstride", "tstride", "activation_checkpointing"}
 
 
-def paper_map(case: Case) -> float | None:
+def paper_map(config: TrainConfig) -> float | None:
     """The mAP in Table 2, or in Table 3 for an AST at another stride; None without one."""
-    if not is_the_papers(case):
+    if not is_the_papers(config):
         return None
-    stride = AST_STRIDE[case.proc]
-    if case.model == "ast" and case.strides != (stride, stride):
-        column = paper_stride(case)
+    options, stride = config.model_options, AST_STRIDE[config.proc]
+    if config.model == "ast" and (options["fstride"], options["tstride"]) != (stride, stride):
+        column = paper_stride(config)
         return None if column is None else column.mAP
-    return TABLE_2[case.model].mAP.get(case.proc)
+    return TABLE_2[config.model].mAP.get(config.proc)
 
 
-def paper_stride(case: Case) -> PaperStride | None:
+def paper_stride(config: TrainConfig) -> PaperStride | None:
     """The column of Table 3 for an AST, if it has one."""
-    fstride, tstride = case.strides
-    if fstride is None or fstride != tstride:
+    fstride = config.model_options.get("fstride")
+    if fstride is None or fstride != config.model_options["tstride"]:
         return None
-    return TABLE_3.get(case.proc, {}).get(fstride)
+    return TABLE_3.get(config.proc, {}).get(fstride)
 
 
-def document(
-    rows: list[Row], device: torch.device, *, clips: int, ceiling: float | None
-) -> Document:
+def document(rows: list[Row], device: torch.device, *, clips: int, ceiling: float) -> Document:
     """What ``--json`` prints."""
     env = environment(device)
     return {
@@ -173,7 +152,7 @@ def document(
         "torch": torch.__version__,
         "commit": env["commit"] and env["commit"][:7],
         "date": time.strftime("%Y-%m-%d"),
-        "ceiling_tflops": None if ceiling is None else ceiling / 1e12,
+        "ceiling_tflops": ceiling / 1e12,
         "clips": clips,
         "rows": rows,
     }

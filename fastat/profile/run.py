@@ -1,38 +1,44 @@
 """Measures every case that ``fastat profile`` was asked for."""
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
 from fastat.compiling import keep_compiled
-from fastat.data.shards import PackedSet
+from fastat.config import TrainConfig, resolve
+from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.environment import environment
 from fastat.errors import UserError
-from fastat.features import FEATURES
+from fastat.fit_batch import largest_batch, memory_limit
 from fastat.launch import cache_folder
-from fastat.memory import largest_batch, memory_limit
-from fastat.profile.cases import CPU_BATCH, Choice, trained_batch
+from fastat.procedures import PROCEDURES
+from fastat.profile.cases import Choice
 from fastat.profile.device import OutOfMemory, matmul_flop_per_s
-from fastat.profile.kept import KeptSteps
-from fastat.profile.measure import Case, Measured, measure
+from fastat.profile.kept import kept_file, read_kept, write_kept
+from fastat.profile.measure import Measured, measure, step_key
 from fastat.profile.noise import noise_set
-from fastat.profile.rows import Document, count, document, make_row
+from fastat.profile.rows import Document, add_measured, describe, document
 from fastat.profile.trace import trace
 from fastat.progress import progress
 from fastat.system.device import supports_triton
+from fastat.training_data import model_meta
+
+CPU_BATCH = {"logmel64": 4, "fbank128": 1}
+"""Default number of clips in a step on a CPU, by feature: both are about 100,000 numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How steps are taken."""
 
-    batch: int | str | None = None
-    """Clips in a step; "auto": as many as fit a GPU; None: ``default_batch``."""
+    batch: int | Literal["auto"] | None = None
+    """Clips in a step; "auto": as many as fit a GPU; None: the batch of ``fastat train``, on a CPU
+    at most CPU_BATCH."""
     precision: str = "fp32"
     compile: bool | None = None
     """None: as ``fastat train``, which compiles on a GPU."""
@@ -49,81 +55,81 @@ class Settings:
     """A file to write a trace of the only case to."""
 
 
-def opened(data: Path | None, stack: ExitStack) -> PackedSet:
-    """The set that steps are taken from; noise is removed with ``stack``.
+@contextmanager
+def open_set(data: Path | None) -> Iterator[PackedSet]:
+    """The set that steps are taken from; noise is removed at the end.
 
     Raises:
         UserError, Failure: ``data`` is no packed set, or is damaged.
     """
     if data is not None:
-        packed = PackedSet.open(data)
-    else:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastat-profile-"))
-        packed = noise_set(Path(folder))
-    stack.callback(packed.close)
-    return packed
+        with closing(PackedSet.open(data)) as packed:
+            yield packed
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="fastat-profile-") as folder,
+        closing(noise_set(Path(folder))) as packed,
+    ):
+        yield packed
 
 
-def default_batch(choice: Choice, device: torch.device, clips: int) -> int:
-    """Clips in a step: the batch of ``fastat train``, on a CPU at most CPU_BATCH."""
-    trained = trained_batch(choice.procedure, clips)
-    if device.type == "cuda":
-        return trained
-    return min(trained, CPU_BATCH[choice.procedure.feature])
-
-
-def make_case(choice: Choice, device: torch.device, settings: Settings) -> Case:
-    """The step of a choice; with a single clip where the batch is "auto", which is found later."""
-    batch = settings.batch or default_batch(choice, device, settings.clips)
-    return Case(
-        model=choice.model,
-        proc=choice.proc,
-        options=choice.options,
-        batch=batch if isinstance(batch, int) else 1,
-        precision=settings.precision,
-        compile=supports_triton(device) if settings.compile is None else settings.compile,
+def make_config(
+    choice: Choice, device: torch.device, packed: PackedSet, settings: Settings
+) -> TrainConfig:
+    """What ``fastat train`` would make of a choice; with a single clip where the batch is "auto",
+    which is found later."""
+    config = resolve(
+        choice.proc,
+        choice.model,
+        {
+            "data": str(packed.directory),
+            "model_options": choice.options,
+            "precision": settings.precision,
+            "compile": supports_triton(device) if settings.compile is None else settings.compile,
+        },
+        num_clips=settings.clips,
+        clip_seconds=packed.clip_samples / SAMPLE_RATE,
+        report=False,
     )
+    batch = 1 if settings.batch == "auto" else settings.batch
+    if batch is None:
+        on_cpu = min(config.batch, CPU_BATCH[config.feature])
+        batch = on_cpu if device.type == "cpu" else config.batch
+    return replace(config, batch=batch)
 
 
-def with_largest_batches(
-    cases: Sequence[Case], size: tuple[int, int], device: torch.device
-) -> list[Case]:
-    """Each case at the largest batch that fits the GPU, at one clip where none does.
-
-    Args:
-        size: samples of a clip, and classes.
-    """
-    found: dict[tuple[Any, ...], int] = {}
-    same = [replace(case, batch=1).step for case in cases]  # the same memory at any batch
-    with progress("looking for the largest batch", len(set(same)), "models") as advance:
-        for key, case in zip(same, cases, strict=True):
-            if key not in found:
-                work = case.workload(*size)
-                found[key] = largest_batch(work, device, memory_limit(device)) or 1
-                advance()
-    return [replace(case, batch=found[key]) for key, case in zip(same, cases, strict=True)]
+def with_largest_batches(configs: Sequence[TrainConfig], device: torch.device) -> list[TrainConfig]:
+    """Each step at the largest batch that fits the GPU, at one clip where none does."""
+    steps = {step_key(config): config for config in configs}
+    batches: dict[str, int] = {}
+    with progress("looking for the largest batch", len(steps), "models") as advance:
+        for key, config in steps.items():
+            batches[key] = largest_batch(config, device, memory_limit(device)) or 1
+            advance()
+    return [replace(config, batch=batches[step_key(config)]) for config in configs]
 
 
-def measure_case(
-    case: Case, device: torch.device, packed: PackedSet, settings: Settings
-) -> tuple[Case, Measured | None]:
+def measure_step(
+    config: TrainConfig, device: torch.device, packed: PackedSet, settings: Settings
+) -> tuple[TrainConfig, Measured | None]:
     """Measures a step; a default batch that does not fit becomes what one of the paper's GPUs had
     of it.
 
     Returns:
-        the case that was measured, and None where it does not fit.
+        the step that was measured, and None where it does not fit.
     """
-    share = case.procedure.batch // case.procedure.paper_gpus
-    try:
-        return case, measure(case, device, packed, seconds=settings.seconds)
-    except OutOfMemory:
-        if settings.batch is not None or share >= case.batch:
-            return case, None
-    smaller = replace(case, batch=share)
-    try:
-        return smaller, measure(smaller, device, packed, seconds=settings.seconds)
-    except OutOfMemory:
-        return smaller, None
+    batches = [config.batch]
+    procedure = PROCEDURES[config.proc]
+    share = procedure.batch // procedure.paper_gpus
+    if settings.batch is None and share < config.batch:
+        batches.append(share)
+    for batch in batches:
+        config = replace(config, batch=batch)
+        try:
+            return config, measure(config, device, packed, seconds=settings.seconds)
+        except OutOfMemory:
+            continue
+    return config, None
 
 
 def profile(choices: Sequence[Choice], device: torch.device, settings: Settings) -> Document:
@@ -136,50 +142,51 @@ def profile(choices: Sequence[Choice], device: torch.device, settings: Settings)
     """
     if settings.batch == "auto" and device.type != "cuda":
         raise UserError("--batch auto needs a GPU: on a CPU give a number of clips, as --batch 4")
-    with ExitStack() as stack:
-        packed = opened(settings.data, stack)
-        size = packed.clip_samples, len(packed.classes)
-        cases = [make_case(choice, device, settings) for choice in choices]
-        counted = [count(case, *size) for case in cases]  # finds options that are impossible
-        if cases[0].compile:
+    with open_set(settings.data) as packed:
+        configs = [make_config(choice, device, packed, settings) for choice in choices]
+        # Before anything is measured, as this finds options that are impossible.
+        rows = [describe(config, model_meta(config, packed)) for config in configs]
+        if configs[0].compile:
             keep_compiled(cache_folder() / "compiled")
         if settings.batch == "auto":
-            cases = with_largest_batches(cases, size, device)
+            configs = with_largest_batches(configs, device)
         ceiling = matmul_flop_per_s(device, settings.precision)
-        data = settings.data and str(settings.data.resolve())
-        setup = {"environment": environment(device), "size": size, "data": data}
-        kept = KeptSteps(cache_folder() / "profile", setup)
-        measured: dict[tuple[Any, ...], tuple[Case, Measured | None]] = {}
-        if settings.use_kept:
-            measured = {c.step: (c, found) for c in cases if (found := kept.read(c)) is not None}
-        missing: dict[tuple[Any, ...], Case] = {}
-        for case in cases:
-            if case.step not in measured:
-                missing.setdefault(case.step, case)
+        setup = {
+            "environment": environment(device),
+            "size": (packed.clip_samples, len(packed.classes)),
+            "data": settings.data and str(settings.data.resolve()),
+        }
+        measured: dict[str, tuple[TrainConfig, Measured | None]] = {}
+        missing: dict[str, TrainConfig] = {}
+        for config in configs:
+            key = step_key(config)
+            found = read_kept(kept_file(key, setup)) if settings.use_kept else None
+            if found is not None:
+                measured[key] = config, found
+            else:
+                missing.setdefault(key, config)
         if missing:
             with progress("measuring", len(missing), "steps") as advance:
-                for step, case in missing.items():
-                    taken, found = measured[step] = measure_case(case, device, packed, settings)
+                for key, config in missing.items():
+                    taken, found = measured[key] = measure_step(config, device, packed, settings)
                     if found is not None:
-                        kept.write(taken, found)
+                        write_kept(kept_file(step_key(taken), setup), found)
                     advance()
         # Again: other work on the machine may have come between, and a ceiling is the most.
         ceiling = max(ceiling, matmul_flop_per_s(device, settings.precision))
-        rows = []
-        for case, of_model in zip(cases, counted, strict=True):
-            taken, found = measured[case.step]
-            row = make_row(
-                replace(case, batch=taken.batch),
-                of_model,
+        for row, config in zip(rows, configs, strict=True):
+            taken, found = measured[step_key(config)]
+            add_measured(
+                row,
                 found,
-                num_frames=FEATURES[case.procedure.feature].num_frames(packed.clip_samples),
+                batch=taken.batch,
                 clips=settings.clips,
+                epochs=config.epochs,
                 ceiling=ceiling,
             )
-            rows.append(row)
         result = document(rows, device, clips=settings.clips, ceiling=ceiling)
         if settings.trace is not None:
-            taken, _ = measured[cases[0].step]
+            taken, _ = measured[step_key(configs[0])]
             table = trace(taken, device, packed, settings.trace)
             result["trace"] = {"file": str(settings.trace), "table": table}
         return result

@@ -6,16 +6,17 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from fastat.config import TrainConfig
 from fastat.data.shards import PackedSet
 from fastat.outputs import written
 from fastat.profile.device import out_of_memory
-from fastat.profile.measure import WARM_UP, Case, Training
+from fastat.profile.measure import WARM_UP, Training
 
 STEPS = 3
 SHOWN = 10
 
 
-def trace(case: Case, device: torch.device, packed: PackedSet, out: Path) -> str:
+def trace(config: TrainConfig, device: torch.device, packed: PackedSet, out: Path) -> str:
     """Writes a trace (Chrome's JSON) of STEPS steps to ``out``.
 
     The parts of a step run one after the other, and not as a CUDA graph, whose kernels belong to no
@@ -33,7 +34,7 @@ def trace(case: Case, device: torch.device, packed: PackedSet, out: Path) -> str
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with out_of_memory(device):
-        training = Training(case, device, packed)
+        training = Training(config, device, packed)
         with closing(training.batches()) as batches:
             for _ in range(WARM_UP[device.type]):
                 training.step(next(batches))

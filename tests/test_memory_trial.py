@@ -1,24 +1,30 @@
 """The search for the largest batch, and the trial that takes steps for it."""
 
 import json
+from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastat import memory, memory_trial
+from fastat import fit_batch, memory_trial
+from fastat.config import TrainConfig, resolve
+from fastat.data.shards import PackedSet
 from fastat.errors import Failure
-from fastat.memory import Workload, largest_batch, search
+from fastat.fit_batch import largest_batch
+from fastat.memory_trial import search
 from fastat.models.cnn_trans import CnnTransformer
+from fastat.training_data import model_meta
+from tests.conftest import TinySets
 
 CPU = torch.device("cpu")
 
 
-def work(model: str = "cnn_trans", **more: object) -> Workload:
-    given = {"model": model, "num_mels": 64, "num_frames": 400, "num_classes": 527}
-    given |= {"precision": "bf16"} | more
-    return Workload(**given)  # type: ignore[arg-type]
+def config_of(sets: TinySets, **overrides: Any) -> TrainConfig:
+    given = {"data": str(sets.train), "precision": "bf16"} | overrides
+    return resolve("A4", "cnn_trans", given, num_clips=36, clip_seconds=1.0)
 
 
 # ------------------------------------------------------------------------------ the search
@@ -70,15 +76,15 @@ def test_out_of_memory_below_the_line_is_stepped_down_from() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the trial works")
-def test_a_trial_that_fails_is_one_line() -> None:
+def test_a_trial_that_fails_is_one_line(tiny_sets: TinySets) -> None:
     """The process of its own has no GPU either: what it says last."""
     with pytest.raises(
         Failure, match="^the trial of the memory that a step takes failed: .*NVIDIA"
     ):
-        largest_batch(work(), torch.device("cuda:0"), 1 << 30)
+        largest_batch(config_of(tiny_sets), torch.device("cuda:0"), 1 << 30)
 
 
-def test_a_trial_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_is_told_which_gpu(tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the caller means the current one: a limit of memory needs its number."""
     asked: list[str] = []
 
@@ -87,14 +93,16 @@ def test_a_trial_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(returncode=0, stdout="7\n", stderr="")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(memory, "subprocess", SimpleNamespace(run=answered))
+    monkeypatch.setattr(fit_batch, "subprocess", SimpleNamespace(run=answered))
     for name in ("cuda", "cuda:1"):
-        assert largest_batch(work(), torch.device(name), 1 << 30) == 7
+        assert largest_batch(config_of(tiny_sets), torch.device(name), 1 << 30) == 7
     assert asked == ["cuda:3", "cuda:1"]
 
 
-@pytest.mark.parametrize("clip_samples", [0, 16_000])
-def test_a_trial_trains_and_scores(clip_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_a_trial_trains_and_scores(
+    cache: str, tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the CPU, what it does on CUDA: the front end, steps in parts, a batch to score."""
     seen: list[tuple[bool, int]] = []
     forward = CnnTransformer.forward
@@ -105,23 +113,32 @@ def test_a_trial_trains_and_scores(clip_samples: int, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(CnnTransformer, "forward", look)
     options = {"embedding": 32, "num_heads": 2}
-    asked = work(
-        num_frames=40, options=options, clip_samples=clip_samples, accumulate=2, eval_batch=3
-    )
-    memory_trial._steps(asked, 6, CPU)
-    assert seen == [(True, 3)] * 2 * memory_trial.STEPS + [(False, 3)]
+    config = config_of(
+        tiny_sets, model_options=options, cache=cache, accumulate=2,
+        eval=str(tiny_sets.eval), eval_batch=3,
+    )  # fmt: skip
+    with closing(PackedSet.open(tiny_sets.train)) as packed:
+        meta = model_meta(config, packed)
+    trained = [(True, 3)] * 2 * memory_trial.STEPS
+    memory_trial.take_steps(config, meta, 6, CPU)
+    assert seen == [*trained, (False, 3)]
+    seen.clear()
+    memory_trial.take_steps(replace(config, eval=None), meta, 6, CPU)
+    assert seen == trained
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_largest_batch_on_a_gpu_fits(compiled: bool) -> None:
+def test_the_largest_batch_on_a_gpu_fits(compiled: bool, tiny_sets: TinySets) -> None:
     """Found under a small limit; four times as many clips take more than it. Without the limit the
     allocator keeps some memory that it gave back under it."""
     device, limit = torch.device("cuda"), 4 << 30
-    small = work(compile=compiled)
+    small = config_of(tiny_sets, compile=compiled)
     batch = largest_batch(small, device, limit, multiple=8)
     assert batch is not None and batch >= 8
-    taken, more = (memory_trial.measure(small, n, device) for n in (batch, 4 * batch))
+    with closing(PackedSet.open(tiny_sets.train)) as packed:
+        meta = model_meta(small, packed)
+    taken, more = (memory_trial.measure(small, meta, n, device) for n in (batch, 4 * batch))
     assert taken is not None and taken <= 1.1 * limit
     assert more is None or more > limit
