@@ -112,7 +112,7 @@ class LossSurface:
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 without_cudnn = torch.backends.cudnn.flags(enabled=False)
-                module.forward = without_cudnn(module.forward)  # type: ignore[method-assign]
+                module.forward = without_cudnn(module.forward)
 
     def loss(self) -> float:
         """Mean over clips and classes."""

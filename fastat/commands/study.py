@@ -279,9 +279,9 @@ def _evaluation_set(run: Path) -> Path:
 
 def _landscape_table(found: "list[Landscape]") -> Table:
     table = Table(
-        caption=f"loss: mean over {found[0].clips:,} clips; at -1 and +1: every filter moved by its "
-        "own norm; residual: relative error of the eigenvalue, at most; iterations: products with "
-        "the Hessian",
+        caption=f"loss: mean over {found[0].clips:,} clips; at -1 and +1: every filter moved by "
+        "its own norm; residual: relative error of the eigenvalue, at most; iterations: products "
+        "with the Hessian",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
