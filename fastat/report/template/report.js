@@ -33,7 +33,10 @@
       xaxis: x, yaxis: y, hovermode: "closest", dragmode: false,
       hoverlabel: { bgcolor: "white", bordercolor: RULE, font: { color: INK }, namelength: 60 },
       showlegend: true,
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: SOFT } },
+      legend: {
+        orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: SOFT },
+        maxheight: printing ? 0.6 : 0.25, tracegroupgap: 0, // a longer one scrolls
+      },
       ...(printing ? PRINT : { autosize: true }),
     };
     return Plotly.react(element(id), traces, layout, { displayModeBar: false, responsive: true });
