@@ -151,10 +151,10 @@ def test_a_table_made_with_the_page_is_sorted_too(page: Any) -> None:
 
 
 def test_classes_are_found(page: Any) -> None:
-    field = page.locator('input[data-filters="class-table"]')
+    field = page.locator("#find")
     field.fill("speech")
     assert texts(page, f"{ROWS}:visible th") == ["Speech, babble"]
-    assert page.locator('[data-counts="class-table"]').inner_text() == "1 of 5 classes"
+    assert page.locator("#found").inner_text() == "1 of 5 classes"
     field.fill("/m/3")
     assert texts(page, f"{ROWS}:visible th") == ["Rain"]
     field.fill("")

@@ -61,7 +61,7 @@
 
   for (const chart of read("data-charts")) drawn.push(() => drawChart(chart));
 
-  // ---------------------------------------------------------------- tables: sort and find
+  // ---------------------------------------------------------------- tables
   const rowsOf = (table) => [...table.tBodies[0].rows];
 
   function valueOf(row, column) {
@@ -98,23 +98,6 @@
     });
   }
 
-  function filter(field) {
-    const table = element(field.dataset.filters);
-    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const rows = rowsOf(table);
-    let shown = 0;
-    for (const row of rows) {
-      const text = (row.dataset.find || row.textContent).toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += !row.hidden;
-    }
-    const count = document.querySelector(`[data-counts="${table.id}"]`);
-    count.textContent = `${shown} of ${rows.length} ${count.dataset.what}`;
-  }
-
-  const fields = [...document.querySelectorAll("[data-filters]")];
-  for (const field of fields) field.addEventListener("input", () => filter(field));
-
   // ---------------------------------------------------------------- classes
   const parsed = new Map(); // a run's scores, read when they are first asked for
   function scores(run) {
@@ -128,6 +111,17 @@
 
   const browser = element("class-table");
   const chosen = { a: null, b: null, id: null };
+
+  function filter() {
+    const words = element("find").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const rows = rowsOf(browser);
+    let shown = 0;
+    for (const row of rows) {
+      row.hidden = !words.every((word) => row.dataset.find.includes(word));
+      shown += !row.hidden;
+    }
+    element("found").textContent = `${shown} of ${rows.length} classes`;
+  }
 
   function cellOf(value, digits, share) {
     const cell = document.createElement("td");
@@ -169,7 +163,7 @@
     const rows = a.ids.map((id, k) => {
       const row = document.createElement("tr");
       row.dataset.id = id;
-      row.dataset.find = `${a.names[k]} ${id}`;
+      row.dataset.find = `${a.names[k]} ${id}`.toLowerCase();
       const head = document.createElement("th");
       head.scope = "row";
       const button = document.createElement("button");
@@ -190,7 +184,7 @@
     });
     browser.tBodies[0].replaceChildren(...rows);
     sort(browser, 2, "descending");
-    filter(fields.find((field) => field.dataset.filters === "class-table"));
+    filter();
     const order = a.ids.map((id, k) => [a.names[k], id]).sort((p, q) => p[0].localeCompare(q[0], "en"));
     element("class").replaceChildren(...order.map(([name, id]) => new Option(name, id)));
     const known = a.place.has(chosen.id);
@@ -255,6 +249,7 @@
         listClasses();
       });
     }
+    element("find").addEventListener("input", filter);
     element("class").addEventListener("change", (event) => choose(event.target.value));
     browser.tBodies[0].addEventListener("click", (event) => {
       if (event.target.closest("button")) choose(event.target.closest("tr").dataset.id);
@@ -263,7 +258,6 @@
     listClasses();
     drawn.push(drawClass);
   }
-  for (const field of fields) filter(field);
 
   // ---------------------------------------------------------------- swatches and print
   for (const swatch of document.querySelectorAll(".swatch")) {
