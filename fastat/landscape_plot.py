@@ -27,8 +27,9 @@ def draw(found: Sequence[Landscape]) -> Figure:
     for i, result in enumerate(found):
         slices.plot(result.slice.alphas, result.slice.losses, color=f"C{i}", label=names[i])
         bar = bars.barh(i, result.sharpness.eigenvalue, color=f"C{i}")
-        not_converged = "" if result.sharpness.converged else " (not converged)"
-        bars.bar_label(bar, [f"{result.sharpness.eigenvalue:.3g}{not_converged}"], padding=4)
+        bars.bar_label(bar, [f"{result.sharpness.eigenvalue:.3g}"], padding=4)
+        if not result.sharpness.converged:
+            names[i] += "\nnot converged"
     losses = [loss for result in found for loss in result.slice.losses]
     if max(losses) > LOG_FROM * min(losses):
         slices.set_yscale("log")
@@ -38,7 +39,7 @@ def draw(found: Sequence[Landscape]) -> Figure:
     bars.set_yticks(range(len(found)), names)
     bars.set_xlabel("sharpness: largest eigenvalue of the Hessian")
     bars.invert_yaxis()
-    bars.margins(x=0.5)  # room for the labels
+    bars.margins(x=0.2)  # room for the labels
     for text in [*slices.legend().get_texts(), *bars.get_yticklabels()]:
         text.set_parse_math(False)  # names may contain dollar signs
     return figure

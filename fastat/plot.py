@@ -55,7 +55,7 @@ def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: i
     feature = FEATURES[meta.feature]
     tags = found.strongest(min(top, MAX_TAGS))
     names = [_short(meta.classes[k].name) for k in tags]
-    mel_height, tag_height = 3.0, 0.1 + 0.3 * len(tags)  # inches
+    mel_height, tag_height = 3.0, 0.6 + 0.3 * len(tags)  # inches
     figure = Figure(figsize=(11.0, 1.0 + mel_height + tag_height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     mel_axes, tag_axes = figure.subplots(2, 1, sharex=True, height_ratios=(mel_height, tag_height))
@@ -82,7 +82,14 @@ def draw(found: Prediction, waveform: NDArray[np.int16], meta: ModelMeta, top: i
     tag_axes.set_ylim(len(tags), 0)
     labels = [f"{name}  {found.overall[k]:.2f}" for name, k in zip(names, tags, strict=True)]
     tag_axes.set_yticks(np.arange(len(tags)) + 0.5, labels)
-    figure.colorbar(cells, ax=tag_axes, label="probability", ticks=(0.0, 1.0), pad=0.01)
+    figure.colorbar(
+        cells,
+        ax=tag_axes,
+        label="probability",
+        ticks=(0.0, 1.0),
+        pad=0.01,
+        aspect=20 * tag_height / mel_height,  # as wide as the bar above
+    )
 
     tag_axes.set_xlim(0.0, found.seconds)
     if found.seconds < 60:

@@ -320,8 +320,11 @@ def test_the_picture_shows_what_was_found() -> None:
     assert slices.get_yscale() == "log"
     widths = [patch.get_window_extent().width for patch in bars.patches]
     assert widths[1] == pytest.approx(widths[0] * 40.0 / 0.3)
-    assert [t.get_text() for t in bars.get_yticklabels()] == ["a$b$ (crnn)", "crnn-b (crnn)"]
-    assert "40 (not converged)" in [t.get_text() for t in bars.texts]
+    assert [t.get_text() for t in bars.get_yticklabels()] == [
+        "a$b$ (crnn)",
+        "crnn-b (crnn)\nnot converged",
+    ]
+    assert [t.get_text() for t in bars.texts] == ["0.3", "40"]
     assert draw([found("a", 0.3, True)]).axes[0].get_yscale() == "linear"
 
 
