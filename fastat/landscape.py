@@ -15,7 +15,6 @@ landscapes to explain why attention models are harder to train than convolutiona
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +25,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastat.checkpoint import build_frontend, load_model
-from fastat.config import TrainConfig
 from fastat.data.loader import PackedSource, evaluation_plans
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.evaluate import match_classes
 from fastat.models.base import TaggingModel
-from fastat.system.device import autocast, default_device
+from fastat.system.device import autocast, default_device, set_products
 from fastat_kernels.backend import kernels
-
-TOLERANCE = 0.02
-"""Relative residual of the eigenvalue at which power iteration has converged."""
 
 ALPHAS = tuple(round(float(alpha), 6) for alpha in np.linspace(-1.0, 1.0, 41))
 """Points of the slice; 0, the weights themselves, is one of them."""
@@ -91,9 +86,11 @@ class Landscape:
 class LossSurface:
     """The loss of a model on fixed clips as a function of its parameters.
 
+    Fused attention, cuDNN's recurrent networks, the Triton kernels and activation checkpointing
+    have no second derivative: the model is changed so that it no longer uses them.
+
     Args:
-        model: maps features to logits; put into evaluation mode. Use within
-            ``twice_differentiable``.
+        model: maps features to logits; put into evaluation mode.
         batches: features [B, T, F] and targets [B, K] on the model's device.
         columns: [K] indices of the model's outputs that the targets belong to; None: all outputs.
         precision: precision of the model's matrix products.
@@ -106,10 +103,16 @@ class LossSurface:
         columns: Tensor | None = None,
         precision: str = "fp32",
     ) -> None:
-        self.precision = precision
         self.model, self.batches, self.columns = model.eval(), list(batches), columns
+        self.precision = precision
         self.parameters = list(model.parameters())
         self.clips = sum(len(target) for _, target in batches)
+        if isinstance(model, TaggingModel):
+            model.checkpointing = False
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                without_cudnn = torch.backends.cudnn.flags(enabled=False)
+                module.forward = without_cudnn(module.forward)
 
     def loss(self) -> float:
         """Mean over clips and classes."""
@@ -131,43 +134,13 @@ class LossSurface:
     def _parts(self) -> Iterator[Tensor]:
         """Each batch's share of the loss; the shares add up to the loss."""
         for features, target in self.batches:
-            with autocast(features.device, self.precision):
-                logits = self.model(features)
-            logits = logits.to(target)
+            no_kernels, plain_attention = kernels(()), sdpa_kernel(SDPBackend.MATH)
+            with no_kernels, plain_attention, autocast(features.device, self.precision):
+                logits = self.model(features).to(target)
             if self.columns is not None:
                 logits = logits[:, self.columns]
             share = len(target) / self.clips
             yield F.binary_cross_entropy_with_logits(logits, target) * share
-
-
-@contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Within it, ``model`` uses only operations that have a second derivative.
-
-    Fused attention, cuDNN's recurrent networks and the Triton kernels have none.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(kernels(()))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                hooks = (
-                    module.register_forward_pre_hook(lambda *_: _use_cudnn(False)),
-                    module.register_forward_hook(lambda *_: _use_cudnn(True), always_call=True),
-                )
-                for hook in hooks:
-                    stack.callback(hook.remove)
-        for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
-            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
-            products.fp32_precision = "ieee"  # no tf32
-        if isinstance(model, TaggingModel):
-            stack.callback(setattr, model, "checkpointing", model.checkpointing)
-            model.checkpointing = False
-        yield
-
-
-def _use_cudnn(use: bool) -> None:
-    torch.backends.cudnn.enabled = use
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -179,7 +152,8 @@ def _norm(a: Vector) -> float:
     return math.sqrt(dot(a, a).item())
 
 
-def _scaled(a: Vector, factor: float) -> Vector:
+def _unit(a: Vector) -> Vector:
+    factor = 1 / _norm(a)
     return [x * factor for x in a]
 
 
@@ -190,7 +164,7 @@ def _normal_like(parameters: Sequence[Tensor], seed: int) -> Vector:
 
 
 def sharpness(
-    surface: LossSurface, *, seed: int = 0, tolerance: float = TOLERANCE, max_iterations: int = 100
+    surface: LossSurface, *, seed: int = 0, tolerance: float = 0.02, max_iterations: int = 100
 ) -> Sharpness:
     """The largest eigenvalue of the Hessian, by power iteration from a random vector.
 
@@ -205,8 +179,7 @@ def sharpness(
     Raises:
         Failure: a product is not finite.
     """
-    v = _normal_like(surface.parameters, seed)
-    v = _scaled(v, 1 / _norm(v))
+    v = _unit(_normal_like(surface.parameters, seed))
     magnitude = 0.0
     estimates: list[float] = []
     while True:
@@ -230,8 +203,7 @@ def sharpness(
             return Sharpness(eigenvalue, residual, converged, tuple(estimates))
         if length > 1.1 * magnitude:
             magnitude = length
-        v = [h + 0.55 * magnitude * x for h, x in zip(product, v, strict=True)]
-        v = _scaled(v, 1 / _norm(v))
+        v = _unit([h + 0.55 * magnitude * x for h, x in zip(product, v, strict=True)])
 
 
 def filter_normalised(parameters: Sequence[Tensor], seed: int = 0) -> Vector:
@@ -258,66 +230,14 @@ def loss_slice(surface: LossSurface, direction: Vector, alphas: Sequence[float] 
     """The loss at weights + alpha * direction. The weights are restored bit for bit."""
     before = [p.detach().clone() for p in surface.parameters]
     losses = []
-    try:
-        for alpha in alphas:
-            with torch.no_grad():
-                for p, start, d in zip(surface.parameters, before, direction, strict=True):
-                    p.copy_(start + alpha * d if alpha else start)
-            losses.append(surface.loss())
-    finally:
-        with torch.no_grad():
-            for p, start in zip(surface.parameters, before, strict=True):
-                p.copy_(start)
-    return Slice(tuple(float(a) for a in alphas), tuple(losses))
-
-
-def evaluation_set_of(run: Path) -> Path:
-    """The evaluation set that a run was scored on.
-
-    Raises:
-        UserError: there is no run, or it was trained without an evaluation set.
-    """
-    config = run / "config.json"
-    if not config.is_file():
-        raise UserError(f"{run} is no run folder (it has no config.json): give the set by --data")
-    evaluation = TrainConfig.load(config).eval
-    if evaluation is None:
-        raise UserError(f"{run} was trained without an evaluation set: give the set by --data")
-    return Path(evaluation)
-
-
-def surface_of(
-    run: Path, data: Path, *, clips: int, batch: int, seed: int, precision: str = "fp32"
-) -> tuple[LossSurface, str]:
-    """The loss of a run's best weights on ``clips`` random clips of a set, and its model's name.
-
-    The same seed takes the same clips of a set. Features stay in memory: 0.1 MB per clip of
-    64 x 400, 0.5 MB per clip of 128 x 1024.
-
-    Raises:
-        UserError: there is no checkpoint or packed set, or they do not fit together.
-        Failure: one of them is damaged.
-    """
-    device = default_device()
-    model, meta = load_model(run, device)
-    packed = PackedSet.open(data)
-    if packed.clip_samples != meta.clip_samples:
-        raise UserError(
-            f"the model of {run} reads clips of {meta.clip_samples} samples, "
-            f"those of {data} have {packed.clip_samples}"
-        )
-    match = match_classes(meta.classes, packed)
-    chosen = np.random.default_rng(seed).permutation(packed.num_clips)[:clips]
-    rows = np.sort(chosen).astype(np.int64)
-    frontend = build_frontend(meta).to(device)
-    batches = []
     with torch.no_grad():
-        for item in PackedSource(packed, device).batches(evaluation_plans(rows, batch)):
-            target = item.target[:, torch.from_numpy(match.set_columns).to(device)]
-            batches.append((item.features(frontend).clone(), target.clone()))
-    packed.close()
-    columns = torch.from_numpy(match.model_columns).to(device)
-    return LossSurface(model, batches, columns, precision), meta.model
+        for alpha in alphas:
+            for p, start, d in zip(surface.parameters, before, direction, strict=True):
+                p.copy_(start + alpha * d)
+            losses.append(surface.loss())
+        for p, start in zip(surface.parameters, before, strict=True):
+            p.copy_(start)
+    return Slice(tuple(alphas), tuple(losses))
 
 
 def landscape(
@@ -328,36 +248,60 @@ def landscape(
     batch: int,
     seed: int,
     max_iterations: int,
-    precision: str = "fp32",
+    precision: str,
 ) -> Landscape:
-    """Sharpness and slice of a run on clips of ``data``.
+    """Sharpness and slice of a run's best weights on ``clips`` random clips of a set.
+
+    The same seed takes the same clips of a set. Features stay in memory: 0.1 MB per clip of
+    64 x 400, 0.5 MB per clip of 128 x 1024.
 
     Raises:
-        UserError, Failure: as ``surface_of``; the loss is not finite, or the GPU's memory is full.
+        UserError: there is no checkpoint or packed set, or they do not fit together.
+        Failure: one of them is damaged, or the loss is not finite.
     """
-    try:
-        surface, name = surface_of(
-            run, data, clips=clips, batch=batch, seed=seed, precision=precision
+    device = default_device()
+    set_products("fp32")
+    model, meta = load_model(run, device)
+    packed = PackedSet.open(data)
+    if packed.clip_samples != meta.clip_samples:
+        raise UserError(
+            f"the model of {run} reads clips of {meta.clip_samples} samples, "
+            f"those of {data} have {packed.clip_samples}"
         )
-        with twice_differentiable(surface.model):
-            loss = surface.loss()
-            if not math.isfinite(loss):
-                raise Failure(f"the loss of {run} is not finite: its weights have diverged")
-            log.info(f"{run}: sharpness on {surface.clips} clips")
-            found = sharpness(surface, seed=seed, max_iterations=max_iterations)
-            log.info(f"{run}: slice of {len(ALPHAS)} points")
-            points = loss_slice(surface, filter_normalised(surface.parameters, seed))
-    except torch.OutOfMemoryError as error:
-        raise Failure(f"the GPU's memory is full: reduce --batch ({error})") from error
+    match = match_classes(meta.classes, packed)
+    model_columns, set_columns = (
+        torch.from_numpy(columns).to(device) for columns in (match.model_columns, match.set_columns)
+    )
+    rows = np.sort(np.random.default_rng(seed).permutation(packed.num_clips)[:clips])
+    frontend = build_frontend(meta).to(device)
+    source = PackedSource(packed, device)
+    with torch.no_grad():
+        batches = [
+            (item.features(frontend).clone(), item.target[:, set_columns])
+            for item in source.batches(evaluation_plans(rows, batch))
+        ]
+    packed.close()
+    surface = LossSurface(model, batches, model_columns, precision)
+    loss = surface.loss()
+    if not math.isfinite(loss):
+        raise Failure(f"the loss of {run} is not finite: its weights have diverged")
+    log.info(f"{run}: sharpness on {surface.clips} clips")
+    found = sharpness(surface, seed=seed, max_iterations=max_iterations)
+    if not found.converged:
+        log.warning(
+            f"{run}: the sharpness has not converged after {len(found.estimates)} iterations "
+            f"(residual {found.residual:.2g}): increase --max-iterations"
+        )
+    log.info(f"{run}: slice of {len(ALPHAS)} points")
     return Landscape(
         run=str(run),
-        model=name,
+        model=meta.model,
         parameters=sum(p.numel() for p in surface.parameters),
         data=str(data),
         clips=surface.clips,
-        classes=surface.batches[0][1].shape[1],
+        classes=len(set_columns),
         precision=precision,
         loss=loss,
         sharpness=found,
-        slice=points,
+        slice=loss_slice(surface, filter_normalised(surface.parameters, seed)),
     )

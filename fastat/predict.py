@@ -9,21 +9,16 @@ over the windows is given too: it says how much of the file has the tag.
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from rich.bar import Bar
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from scipy.special import expit
 from torch import Tensor
 
@@ -33,8 +28,6 @@ from fastat.data.bad_audio import BadAudio
 from fastat.errors import UserError, one_line
 from fastat.extract import BadFiles, output_names, read_waveform, write_arrays
 from fastat.features import FEATURES
-from fastat.frontend import Frontend
-from fastat.models.base import TaggingModel
 from fastat.outputs import check_output
 from fastat.progress import progress
 from fastat.system.device import autocast, choose_precision, default_device, set_products
@@ -44,9 +37,6 @@ BATCH = 16
 
 LONG_FILE = 4 * BATCH
 """Number of windows from which a file gets a progress display of its own."""
-
-SPARKS = "▁▂▃▄▅▆▇█"
-SPARKLINE_WIDTH = 32
 
 
 def window_starts(num_samples: int, window: int, hop: int) -> NDArray[np.int64]:
@@ -72,12 +62,12 @@ class Prediction:
     logits: NDArray[np.float32]  # [W, K]
     """Classes are ranked by logits: float32 probabilities of logits above 17 are all 1."""
 
-    @cached_property
+    @property
     def probabilities(self) -> NDArray[np.float32]:
         """[W, K]."""
         return _probabilities(self.logits)
 
-    @cached_property
+    @property
     def overall(self) -> NDArray[np.float32]:
         """[K] probability that the class is anywhere in the file."""
         return _probabilities(self.logits.max(0))
@@ -97,14 +87,6 @@ def _strongest(logits: NDArray[np.float32], top: int) -> list[int]:
     return order
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Where the windows over a waveform start and end, in samples: [W] each."""
-
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-
-
 class Tagger:
     """A trained model, ready for waveforms of any length."""
 
@@ -113,47 +95,9 @@ class Tagger:
         self.device = default_device()
         self.precision = choose_precision(precision, self.device)
         set_products(self.precision)
-        self.model: TaggingModel
-        self.meta: ModelMeta
         self.model, self.meta = load_model(run, self.device)
-        self.frontend: Frontend = build_frontend(self.meta).to(self.device)
+        self.frontend = build_frontend(self.meta).to(self.device)
         self.sample_rate = FEATURES[self.meta.feature].sample_rate
-
-    def windows(self, waveform: NDArray[np.int16], hop_seconds: float | None) -> Windows:
-        """The windows over ``waveform``, ``hop_seconds`` apart, by default end to end."""
-        window = self.meta.clip_samples
-        hop = window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
-        starts = window_starts(len(waveform), window, hop)
-        return Windows(starts, np.minimum(starts + window, len(waveform)))
-
-    @torch.inference_mode()
-    def over_windows(
-        self,
-        function: Callable[[Tensor], Tensor],  # [B, T, F] -> [B, ...]
-        waveform: NDArray[np.int16],  # [S]
-        windows: Windows,
-        title: str | None = None,
-    ) -> NDArray[np.float32]:
-        """[W, ...]: ``function`` of each window's features, with progress over a long file."""
-        num_samples = torch.from_numpy(windows.ends - windows.starts)
-        out = []
-        count = len(windows.starts)
-        show = title is not None and count >= LONG_FILE
-        with progress(title or "", count, "windows") if show else nullcontext() as advance:
-            for i in range(0, count, BATCH):
-                part = slice(i, i + BATCH)
-                starts, ends = windows.starts[part], windows.ends[part]
-                batch = torch.zeros((len(starts), self.meta.clip_samples), dtype=torch.int16)
-                for row, start, end in zip(batch, starts, ends, strict=True):
-                    row[: end - start] = torch.from_numpy(waveform[start:end])
-                features = self.frontend(batch.to(self.device), num_samples[part].to(self.device))
-                with autocast(self.device, self.precision):
-                    values = function(features)
-                out.append(values.float().cpu())
-                if advance is not None:
-                    advance(len(batch))
-        outputs: NDArray[np.float32] = torch.cat(out).numpy()
-        return outputs
 
     def tag(
         self,
@@ -163,15 +107,16 @@ class Tagger:
         hop_seconds: float | None = None,
         show_progress: bool = False,
     ) -> Prediction:
-        """Scores the windows of ``waveform``."""
-        windows = self.windows(waveform, hop_seconds)
+        """Scores the windows of ``waveform``, ``hop_seconds`` apart, by default end to end."""
+        starts = self._starts(waveform, hop_seconds)
+        ends = np.minimum(starts + self.meta.clip_samples, len(waveform))
         title = f"tagging {path.name}" if show_progress else None
         return Prediction(
             path=path,
             seconds=len(waveform) / self.sample_rate,
-            starts=windows.starts / self.sample_rate,
-            ends=windows.ends / self.sample_rate,
-            logits=self.over_windows(self.model, waveform, windows, title),
+            starts=starts / self.sample_rate,
+            ends=ends / self.sample_rate,
+            logits=self._over_windows(self.model, waveform, starts, title),
         )
 
     def embed(
@@ -184,8 +129,40 @@ class Tagger:
     ) -> NDArray[np.float32]:
         """The model's embedding of each window of ``waveform``, [W, E]."""
         title = f"embedding {path.name}" if show_progress else None
-        windows = self.windows(waveform, hop_seconds)
-        return self.over_windows(self.model.embed, waveform, windows, title)
+        starts = self._starts(waveform, hop_seconds)
+        return self._over_windows(self.model.embed, waveform, starts, title)
+
+    def _starts(self, waveform: NDArray[np.int16], hop_seconds: float | None) -> NDArray[np.int64]:
+        window = self.meta.clip_samples
+        hop = window if hop_seconds is None else max(1, round(hop_seconds * self.sample_rate))
+        return window_starts(len(waveform), window, hop)
+
+    @torch.inference_mode()
+    def _over_windows(
+        self,
+        function: Callable[[Tensor], Tensor],  # [B, T, F] -> [B, ...]
+        waveform: NDArray[np.int16],  # [S]
+        starts: NDArray[np.int64],  # [W]
+        title: str | None,
+    ) -> NDArray[np.float32]:
+        """[W, ...]: ``function`` of each window's features, with progress over a long file."""
+        window = self.meta.clip_samples
+        samples = torch.from_numpy(waveform)
+        out = []
+        show = title is not None and len(starts) >= LONG_FILE
+        with progress(title or "", len(starts), "windows") if show else nullcontext() as advance:
+            for i in range(0, len(starts), BATCH):
+                clips = [samples[start : start + window] for start in starts[i : i + BATCH]]
+                num_samples = torch.tensor([len(clip) for clip in clips])
+                batch = torch.stack([F.pad(clip, (0, window - len(clip))) for clip in clips])
+                features = self.frontend(batch.to(self.device), num_samples.to(self.device))
+                with autocast(self.device, self.precision):
+                    values = function(features)
+                out.append(values.float().cpu())
+                if advance is not None:
+                    advance(len(batch))
+        outputs: NDArray[np.float32] = torch.cat(out).numpy()
+        return outputs
 
 
 def check_hop(hop_seconds: float | None) -> None:
@@ -242,7 +219,7 @@ def predict_files(
                 if as_json:
                     documents.append(as_document(found, tagger.meta, top))
                 else:
-                    _show(found, tagger.meta, top, first=path is files[0])
+                    _show(found, tagger.meta, top)
             if advance is not None:
                 advance()
     if as_json:
@@ -319,45 +296,17 @@ def clock(seconds: float) -> str:
     return display.clock(seconds)
 
 
-def sparkline(values: NDArray[np.float32], width: int = SPARKLINE_WIDTH) -> str:
-    """Probabilities over time, [W], as at most ``width`` bars; each is the largest of its share."""
-    parts = np.array_split(values, min(width, len(values)))
-    return "".join(SPARKS[min(int(part.max() * len(SPARKS)), len(SPARKS) - 1)] for part in parts)
-
-
-def _show(found: Prediction, meta: ModelMeta, top: int, *, first: bool) -> None:
-    """Prints a file's tags: a table on a terminal that has its characters, else plain text."""
+def _show(found: Prediction, meta: ModelMeta, top: int) -> None:
+    """Prints a file's tags, one a line: probability, name and time of the strongest window."""
     count = len(found.starts)
     windows = "1 window" if count == 1 else f"{count} windows"
-    length = f"{found.seconds:.3g} s" if found.seconds < 10 else clock(found.seconds)
-    name, names = one_line(str(found.path)), [one_line(c.name) for c in meta.classes]
-    if not first:
-        print()
-    if not (sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf")):
-        print(f"{name}  ({length}, {windows})")
-        tags = found.strongest(top)
-        width = max(len(names[k]) for k in tags)
-        for k in tags:
-            peak = int(found.logits[:, k].argmax())
-            when = f"  {clock(found.starts[peak])}-{clock(found.ends[peak])}" if count > 1 else ""
-            print(f"  {found.overall[k]:.3f}  {names[k]:{width if when else 0}}{when}")
-        return
-    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
-    table.title = Text.assemble((name, "bold"), (f"  {length}, {windows}", "dim"))
-    table.add_column("tag", overflow="ellipsis", no_wrap=True)
-    table.add_column("", width=20)
-    table.add_column("prob.", justify="right")
-    if count > 1:
-        table.add_column("mean", justify="right", style="dim")
-        table.add_column(f"0:00 to {length}", no_wrap=True, style="cyan")
-        table.add_column("peak", justify="right")
-    for k in found.strongest(top):
-        p = float(found.overall[k])
-        cells: list[Text | Bar | str] = [Text(names[k]), Bar(1.0, 0.0, p, color="cyan")]
-        cells.append(f"{p:.3f}")
+    print(f"{one_line(str(found.path))}  ({clock(found.seconds)}, {windows})")
+    tags = found.strongest(top)
+    names = [one_line(meta.classes[k].name) for k in tags]
+    width = max(map(len, names))
+    for name, k in zip(names, tags, strict=True):
+        line = f"  {found.overall[k]:.3f}  {name:{width}}"
         if count > 1:
-            over_time = found.probabilities[:, k]
-            cells += [f"{over_time.mean():.3f}", sparkline(over_time)]
-            cells.append(clock(found.starts[found.logits[:, k].argmax()]))
-        table.add_row(*cells)
-    Console(file=sys.stdout, highlight=False).print(table)
+            peak = found.logits[:, k].argmax()
+            line += f"  {clock(found.starts[peak])}-{clock(found.ends[peak])}"
+        print(line.rstrip())

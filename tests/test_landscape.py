@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,12 @@ from fastat.landscape import (
     Sharpness,
     Slice,
     dot,
-    evaluation_set_of,
     filter_normalised,
     loss_slice,
     sharpness,
-    surface_of,
-    twice_differentiable,
 )
 from fastat.landscape_plot import draw
 from fastat.models import create_model
-from fastat.models.crnn import Crnn
 from tests.conftest import SMALL_MODELS, TINY_MODEL, TinySets, fastat
 
 CLIPS, FRAMES, MELS, CLASSES = 3, 32, 64, 3
@@ -96,10 +93,9 @@ def test_products_are_the_gradient_s_differences(
     """In float64, where a step is so small that no ReLU and no maximum changes its mind."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # the models' float32 heads
     surface = LossSurface(small_model(name).double(), small_batches(torch.float64))
-    with twice_differentiable(surface.model):
-        v = filter_normalised(surface.parameters, seed=1)
-        got = surface.hessian_product(v)
-        want = product_by_differences(surface, v, 1e-7)
+    v = filter_normalised(surface.parameters, seed=1)
+    got = surface.hessian_product(v)
+    want = product_by_differences(surface, v, 1e-7)
     error = [g - w for g, w in zip(got, want, strict=True)]
     assert dot(error, error).sqrt() < 1e-4 * dot(want, want).sqrt()
     assert dot(want, want) > 0
@@ -116,15 +112,14 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(
     chosen = [p for n, p in model.named_parameters() if n.endswith(ends)]
     surface = LossSurface(model, small_batches(torch.float64))
     surface.parameters = chosen
-    with twice_differentiable(model):
-        columns = []
-        for i, p in enumerate(chosen):
-            for j in range(len(p)):
-                unit = [torch.zeros_like(q) for q in chosen]
-                unit[i][j] = 1
-                columns.append(torch.cat(product_by_differences(surface, unit, 1e-6)).numpy())
-        want = np.linalg.eigvalsh(np.array(columns))
-        got = sharpness(surface, tolerance=1e-3, max_iterations=1000)
+    columns = []
+    for i, p in enumerate(chosen):
+        for j in range(len(p)):
+            unit = [torch.zeros_like(q) for q in chosen]
+            unit[i][j] = 1
+            columns.append(torch.cat(product_by_differences(surface, unit, 1e-6)).numpy())
+    want = np.linalg.eigvalsh(np.array(columns))
+    got = sharpness(surface, tolerance=1e-3, max_iterations=1000)
     assert len(chosen) == 3 and want[0] < -1e-3 * want[-1]
     assert got.converged and got.eigenvalue == pytest.approx(want[-1], rel=2e-3)
 
@@ -206,7 +201,7 @@ def test_a_direction_is_as_long_as_the_weights_filter_by_filter() -> None:
     assert not torch.equal(direction[0], other[0])
 
 
-def test_the_slice_and_that_weights_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slice_and_that_weights_are_put_back() -> None:
     surface = LossSurface(small_model("conformer"), small_batches())
     before = {name: x.clone() for name, x in surface.model.state_dict().items()}
     direction = filter_normalised(surface.parameters)
@@ -219,34 +214,18 @@ def test_the_slice_and_that_weights_are_put_back(monkeypatch: pytest.MonkeyPatch
     for name, x in surface.model.state_dict().items():
         assert torch.equal(x, before[name]), name
 
-    def interrupted() -> float:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(surface, "loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        loss_slice(surface, direction, alphas)
-    for name, x in surface.model.state_dict().items():
-        assert torch.equal(x, before[name]), name
-
-
-def test_what_was_switched_off_is_on_again() -> None:
-    model = create_model(
-        "crnn", num_mels=64, num_frames=16, num_classes=2, embedding=64,
-        activation_checkpointing=True,
-    )  # fmt: skip
-    matmul = torch.backends.cuda.matmul
-    before = torch.backends.cudnn.enabled, matmul.fp32_precision
-    seen = []
-    assert isinstance(model, Crnn)
-    model.gru.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
-    with twice_differentiable(model):
-        model(torch.randn(1, 16, 64))
-        assert not model.checkpointing
-        assert torch.backends.cudnn.enabled  # for the convolutions
-    assert model.checkpointing
-    assert (torch.backends.cudnn.enabled, matmul.fp32_precision) == before
-    model(torch.randn(1, 16, 64))
-    assert seen == [True, True]  # this hook comes before the others
+def test_activation_checkpointing_does_not_change_a_product() -> None:
+    products = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = create_model(
+            "transformer", num_mels=MELS, num_frames=FRAMES, num_classes=CLASSES,
+            activation_checkpointing=checkpointing, **SMALL_MODELS["transformer"],
+        )  # fmt: skip
+        surface = LossSurface(model, small_batches())
+        products.append(surface.hessian_product(filter_normalised(surface.parameters)))
+    assert all(torch.equal(a, b) for a, b in zip(*products, strict=True))
 
 
 @pytest.mark.cuda
@@ -255,12 +234,10 @@ def test_what_was_switched_off_is_on_again() -> None:
 def test_on_a_gpu_as_on_a_processor(name: str) -> None:
     model, batches = small_model(name), small_batches()
     v = filter_normalised(list(model.parameters()), seed=1)
-    with twice_differentiable(model):
-        want = LossSurface(model, batches).hessian_product(v)
+    want = LossSurface(model, batches).hessian_product(v)
     model.cuda()
     on_gpu = [(x.cuda(), y.cuda()) for x, y in batches]
-    with twice_differentiable(model):
-        got = LossSurface(model, on_gpu).hessian_product([x.cuda() for x in v])
+    got = LossSurface(model, on_gpu).hessian_product([x.cuda() for x in v])
     error = [g.cpu() - w for g, w in zip(got, want, strict=True)]
     assert dot(error, error).sqrt() < 1e-2 * dot(want, want).sqrt()
 
@@ -287,19 +264,22 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["slice"]["losses"][20] == pytest.approx(found["loss"], rel=1e-6)
     assert found["sharpness"]["estimates"][-1] == found["sharpness"]["eigenvalue"]
     assert "iteration 1, eigenvalue" in done.stderr
+    assert not found["sharpness"]["converged"] and "not converged after 4" in done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
     config = TrainConfig.load(run / "config.json")
     assert config.eval is not None
     assert found["precision"] == config.precision
-    surface, _ = surface_of(
-        run, Path(config.eval), clips=6, batch=4, seed=0, precision=config.precision
-    )
-    with twice_differentiable(surface.model):
-        assert found["loss"] == pytest.approx(surface.loss(), rel=1e-5)  # the same clips
     study.landscape([run, run], clips=6, batch=4, max_iterations=1)
     shown = capsys.readouterr().out
     assert shown.count(f"{found['slice']['losses'][-1]:.4f}") == 2  # the last column is there
-    assert shown.count(f"{found['loss']:.4f}") == 2 and shown.count("not converged") == 2
+    assert shown.count(f"{found['loss']:.4f}") == 2  # the same clips again
+
+
+def test_the_loss_is_that_of_the_evaluation(run: Path) -> None:
+    done = fastat("landscape", run, "--clips", 1000, "--max-iterations", 1, "--json")
+    (found,) = json.loads(done.stdout)
+    (epoch,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert found["loss"] == pytest.approx(epoch["eval_loss"], rel=1e-5)
 
 
 def test_mistakes_are_found_before_the_work(run: Path, tmp_path: Path) -> None:
@@ -315,10 +295,12 @@ def test_mistakes_are_found_before_the_work(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_an_evaluation_set(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
     document = json.loads((run / "config.json").read_text()) | {"eval": None}
-    (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="trained without an evaluation set"):
-        evaluation_set_of(tmp_path)
+    (copy / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="give the set by --data"):
+        study.landscape([copy])
 
 
 def test_the_picture_shows_what_was_found() -> None:
@@ -338,8 +320,11 @@ def test_the_picture_shows_what_was_found() -> None:
     assert slices.get_yscale() == "log"
     widths = [patch.get_window_extent().width for patch in bars.patches]
     assert widths[1] == pytest.approx(widths[0] * 40.0 / 0.3)
-    assert [t.get_text() for t in bars.get_yticklabels()] == ["a$b$ (crnn)", "crnn-b"]
-    assert any(t.get_text() == "40 *" for t in bars.texts)
+    assert [t.get_text() for t in bars.get_yticklabels()] == [
+        "a$b$ (crnn)",
+        "crnn-b (crnn)\nnot converged",
+    ]
+    assert [t.get_text() for t in bars.texts] == ["0.3", "40"]
     assert draw([found("a", 0.3, True)]).axes[0].get_yscale() == "linear"
 
 

@@ -25,7 +25,7 @@ from fastat.data.shards import ClassInfo
 from fastat.extract import read_waveform
 from fastat.features import FEATURES
 from fastat.plot import COLUMNS, _bin_of, draw, mel_image, timeline
-from fastat.predict import Prediction, Tagger, clock, sparkline, window_starts
+from fastat.predict import Prediction, Tagger, clock, window_starts
 
 CLASSES = tuple(
     ClassInfo(f"/m/{i}", name)
@@ -257,7 +257,7 @@ def test_the_timeline_shows_the_loud_half(
     mel, tags = figure.axes[:2]
     assert mel.get_xlim() == tags.get_xlim() == (0.0, 20.0)
     (mesh,) = (c for c in tags.collections if isinstance(c, QuadMesh))
-    labels = [label.get_text() for label in tags.get_yticklabels()]
+    labels = [label.get_text().split()[0] for label in tags.get_yticklabels()]
     rows = dict(zip(labels, np.asarray(mesh.get_array()), strict=True))
     assert rows["Dog"] == pytest.approx([0.0] * 10 + [1.0] * 10, abs=0.1)
     assert rows["Rain"] == pytest.approx([1.0] * 10 + [0.0] * 10, abs=0.1)
@@ -389,22 +389,15 @@ def test_table_when_piped(
     lines = out.splitlines()
     assert lines[0] == f"{half_loud}  (0:20, 20 windows)"
     assert [line.split()[1] for line in lines[1:3]] in (["Rain", "Dog"], ["Dog", "Rain"])
-    assert lines[3:5] == ["", f"{short}  (0.5 s, 1 window)"]
-    assert len(lines) == 7 and lines[5].split()[1:] == ["Dog"]
+    assert lines[3] == f"{short}  (0:00.5, 1 window)"
+    assert len(lines) == 6 and lines[4].split()[1:] == ["Dog"]
 
 
-def test_table_on_a_terminal(
-    loudness: ModelMeta, half_loud: Path, fastat: Fastat, monkeypatch: pytest.MonkeyPatch
+def test_names_are_printed_as_they_are(
+    loudness: ModelMeta, half_loud: Path, fastat: Fastat
 ) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("NO_COLOR", "1")
     _, out, _ = fastat("predict", "any", half_loud, "--top", 5)
-    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert "▁" * 10 + "█" * 10 in lines["Dog"]
-    assert "█" * 10 + "▁" * 10 in lines["Rain"]
-    assert "[bold]Bell[/bold]" in out, "a class name is text, not markup"
-    assert "Cash $ register $" in out
+    assert "[bold]Bell[/bold]" in out and "Cash $ register $" in out
 
 
 def test_json_is_all_there_is_on_standard_output(run: Path, tmp_path: Path, fastat: Fastat) -> None:
@@ -423,15 +416,6 @@ def test_json_is_all_there_is_on_standard_output(run: Path, tmp_path: Path, fast
 )
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
-
-
-def test_sparkline_keeps_short_peaks() -> None:
-    values = np.zeros(1000, np.float32)
-    values[500] = 1.0
-    line = sparkline(values, 10)
-    assert len(line) == 10
-    assert line.replace("▁", "") == "█"
-    assert sparkline(np.array([0.0, 0.5, 1.0], np.float32)) == "▁▅█"
 
 
 # ------------------------------------------------------------------------------------- mistakes
@@ -483,7 +467,7 @@ def test_a_wrong_length_in_the_header_is_one_line(
     data = path.read_bytes()
     path.write_bytes(data[:40] + (len(data) // 4 * 2).to_bytes(4, "little") + data[44:])
     code, out, err = fastat("predict", run, path)
-    assert code == 0 and "0.5 s" in out
+    assert code == 0 and "(0:00.5, 1 window)" in out
     assert err.startswith(f"fastat: {path}: wrong length: ") and err.count("\n") == 1
 
 
@@ -558,18 +542,6 @@ def test_timeline_with_gaps_shows_them() -> None:
     values, edges = timeline(found, [0])
     np.testing.assert_allclose(values, [[0.25, np.nan, 0.5, np.nan, 0.75]], rtol=1e-6)
     assert edges.tolist() == [0, 10, 30, 40, 50, 60]
-
-
-def test_timeline_of_very_many_windows_keeps_peaks() -> None:
-    count = 3 * COLUMNS + 1
-    starts = [float(i) for i in range(count)]
-    values = [0.0] * count
-    values[2000] = 1.0
-    shown, edges = timeline(prediction(starts, [s + 1 for s in starts], values), [0])
-    assert shown.shape[1] <= COLUMNS
-    (column,) = np.flatnonzero(shown[0] == 1.0)
-    assert edges[column] <= 2000 < edges[column + 1]
-    assert edges[0] == 0 and edges[-1] == count
 
 
 @pytest.mark.parametrize("feature", ["logmel64", "fbank128"])

@@ -229,7 +229,6 @@ def landscape(
     """
     from fastat.checkpoint import find_checkpoint
     from fastat.data.shards import read_index
-    from fastat.landscape import evaluation_set_of
     from fastat.landscape import landscape as landscape_of
     from fastat.system.device import choose_precision, default_device
 
@@ -237,7 +236,7 @@ def landscape(
     sets = []
     for run in runs:  # mistakes are reported before any work is done
         find_checkpoint(run)
-        sets.append(data if data is not None else evaluation_set_of(run))
+        sets.append(data if data is not None else _evaluation_set(run))
         read_index(sets[-1])
     chosen = choose_precision(precision, default_device())
     if (precision, chosen) == ("auto", "fp16"):
@@ -265,23 +264,24 @@ def landscape(
     console.print(_landscape_table(found))
     if len({result.data for result in found}) > 1:
         console.print(Text("The runs have different evaluation sets: --data gives one for all."))
-    for result in found:
-        if not result.sharpness.converged:
-            console.print(
-                Text(
-                    f"{result.run}: not converged after {len(result.sharpness.estimates)} "
-                    f"iterations (residual {result.sharpness.residual:.2g}); "
-                    "increase --max-iterations"
-                )
-            )
+
+
+def _evaluation_set(run: Path) -> Path:
+    """The evaluation set that a run was scored on. Raises UserError if it has none."""
+    from fastat.config import TrainConfig
+
+    config = run / "config.json"
+    evaluation = TrainConfig.load(config).eval if config.is_file() else None
+    if evaluation is None:
+        raise UserError(f"{run} is not a run with an evaluation set: give the set by --data")
+    return Path(evaluation)
 
 
 def _landscape_table(found: "list[Landscape]") -> Table:
-    r = found[0]
     table = Table(
-        caption=f"loss: mean over {r.clips:,} clips; at -1 and +1: every filter moved by its own "
-        "norm; residual: relative error of the eigenvalue, at most; iterations: products with the "
-        "Hessian",
+        caption=f"loss: mean over {found[0].clips:,} clips; at -1 and +1: every filter moved by "
+        "its own norm; residual: relative error of the eigenvalue, at most; iterations: products "
+        "with the Hessian",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )

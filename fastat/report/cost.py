@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fastat.paper import TABLE_3
-from fastat.procedures import AST_STRIDE, PROCEDURES
+from fastat.procedures import AST_STRIDE
 from fastat.report.inputs import Profile, ProfileRow
 from fastat.report.runs import Run
 from fastat.report.table import NONE, Cell, Column, Table, mAP, number, printed, significant
@@ -89,8 +89,7 @@ def cost_tables(profiles: Sequence[Profile]) -> list[Table]:
         notes = [
             f"{profile.conditions}; medians; GiB: peak memory. The paper's hours are those of "
             "Table 1, for the best model under the procedure: AST under A1 and A3, "
-            "CNN+Transformer under A2 and A4. For the AST at another stride they are ten times "
-            "the hours per epoch of Table 3."
+            "CNN+Transformer under A2 and A4."
         ]
         caption = f"What training costs on {profile.name}"
         body = [_cost_cells(row) for row in profile.rows]
@@ -121,15 +120,9 @@ def _cost_cells(row: ProfileRow) -> list[Cell]:
 
 
 def _paper_hours(row: ProfileRow) -> Cell:
-    """The hours of Table 1; for the AST at another stride those of Table 3, if it has them."""
-    hours = row.values.get("paper_hours")
-    procedure = PROCEDURES.get(row.proc)
+    """The hours of Table 1, which has the AST at one stride alone."""
     strides = {row.values[name] for name in ("fstride", "tstride") if name in row.values}
-    if procedure is not None and strides - {AST_STRIDE[procedure.name]}:
-        epoch = row.values.get("paper_hours_per_epoch")
-        hours = None if epoch is None else epoch * procedure.epochs
-    if hours is None:
+    hours, gpus = row.values.get("paper_hours"), row.values.get("paper_gpus")
+    if hours is None or gpus is None or strides - {AST_STRIDE.get(row.proc)}:
         return NONE
-    gpus = row.values.get("paper_gpus")
-    suffix = "" if gpus is None else f" ({gpus:g} × V100)"
-    return Cell(f"{hours:g}{suffix}", hours, "paper")
+    return Cell(f"{hours:g} ({gpus:g} × V100)", hours, "paper")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastat.config import TrainConfig
-from fastat.data.shards import read_index, sizes_of
+from fastat.data.shards import sizes_of
 from fastat.errors import Failure, UserError, first_line
 from fastat.paper import TABLE_2
 from fastat.predictions import PREDICTIONS_FILE, read_predictions
@@ -38,10 +38,10 @@ class EvalSet:
     """A set that runs are scored on."""
 
     key: str
-    """A hash of its clips and classes if a run's predictions name them, else its path."""
+    """The same for sets of the same clips and classes."""
     path: str
-    clips: int | None
-    classes: int | None
+    clips: int
+    classes: int
 
     @property
     def name(self) -> str:
@@ -51,9 +51,7 @@ class EvalSet:
     @property
     def size(self) -> str:
         """The number of clips and classes, in words."""
-        clips = "unknown number of" if self.clips is None else f"{self.clips:,}"
-        classes = "unknown number of" if self.classes is None else f"{self.classes:,}"
-        return f"{clips} clips, {classes} classes"
+        return f"{self.clips:,} clips, {self.classes:,} classes"
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ class Run:
     clips_source: str
     """Where ``train_clips`` comes from."""
     eval_set: EvalSet | None
+    """None without ``predictions``, which name its clips and classes."""
 
     @property
     def best(self) -> Epoch | None:
@@ -120,13 +119,15 @@ def read_run(path: Path) -> Run:
     with reading(path / "env.json") as file:
         environment = json.loads(file.read_text("utf-8"))
         device, commit = environment["device"], environment["commit"]
-    epochs, predictions = [], None
+    epochs: list[Epoch] = []
+    predictions = eval_set = None
     if (path / "metrics.jsonl").is_file():
         with reading(path / "metrics.jsonl") as file:
             epochs = [_epoch(json.loads(line)) for line in file.read_text("utf-8").splitlines()]
     if config.eval is not None and (path / PREDICTIONS_FILE).is_file():
         with reading(path / PREDICTIONS_FILE) as file:
             predictions = class_curves(read_predictions(file))
+        eval_set = _eval_set(config.eval, predictions)
     train_clips, source = _train_clips(config, epochs)
     return Run(
         path=path,
@@ -138,7 +139,7 @@ def read_run(path: Path) -> Run:
         predictions=predictions,
         train_clips=train_clips,
         clips_source=source,
-        eval_set=_eval_set(config, predictions),
+        eval_set=eval_set,
     )
 
 
@@ -182,7 +183,7 @@ def _train_clips(config: TrainConfig, epochs: list[Epoch]) -> tuple[int | None, 
     """
     whole = [e for e in epochs if e.step != config.steps and e.step % e.epoch == 0]
     steps = whole[0].step // whole[0].epoch if whole else None
-    clips, _ = _set_size(config.data)
+    clips = _set_size(config.data)
     if clips is not None and (steps is None or clips // config.batch == steps):
         return clips, "its index"
     if steps is None:
@@ -190,37 +191,28 @@ def _train_clips(config: TrainConfig, epochs: list[Epoch]) -> tuple[int | None, 
     return steps * config.batch, "steps × batch"
 
 
-def _set_size(path: str) -> tuple[int | None, int | None]:
-    """Clips and classes of a packed set; None where it was moved, or is on another machine."""
+def _set_size(path: str) -> int | None:
+    """Clips of a packed set; None where it was moved, or is on another machine."""
     try:
-        return sizes_of(Path(path))[0], len(read_index(Path(path))["classes"])
+        return sizes_of(Path(path))[0]
     except (UserError, Failure, OSError):
-        return None, None
-
-
-def _eval_set(config: TrainConfig, predictions: Curves | None) -> EvalSet | None:
-    if config.eval is None:
         return None
-    if predictions is None:
-        return EvalSet(config.eval, config.eval, *_set_size(config.eval))
+
+
+def _eval_set(path: str, predictions: Curves) -> EvalSet:
     text = "\0".join([*sorted(predictions.ids), "", *predictions.clips])
     key = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    return EvalSet(key, config.eval, len(predictions.clips), len(predictions.ids))
+    return EvalSet(key, path, len(predictions.clips), len(predictions.ids))
 
 
 def distinguish(runs: Sequence[Run]) -> list[Run]:
-    """The runs with names that differ. A run without predictions gets the evaluation set that
-    another run with the same path has."""
+    """The runs, each named by its path below the folder that they share."""
     paths = [run.path.resolve() for run in runs]
     common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    known = {r.eval_set.path: r.eval_set for r in runs if r.eval_set and r.predictions}
-    out = []
-    for run, path in zip(runs, paths, strict=True):
-        eval_set = run.eval_set
-        if eval_set is not None and run.predictions is None:
-            eval_set = known.get(eval_set.path, eval_set)
-        out.append(replace(run, name=str(path.relative_to(common)), eval_set=eval_set))
-    return out
+    return [
+        replace(run, name=str(path.relative_to(common)))
+        for run, path in zip(runs, paths, strict=True)
+    ]
 
 
 COMPARED = tuple(

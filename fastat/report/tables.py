@@ -15,7 +15,7 @@ def eval_sets(runs: Sequence[Run]) -> list[EvalSet]:
     """The sets that runs were scored on, the largest first."""
     scored = [r for r in runs if r.eval_set is not None and r.best is not None]
     sets = {r.eval_set.key: r.eval_set for r in scored if r.eval_set is not None}
-    return sorted(sets.values(), key=lambda s: (-(s.clips or 0), s.path))
+    return sorted(sets.values(), key=lambda s: (-s.clips, s.path))
 
 
 def on_set(runs: Sequence[Run], eval_set: EvalSet) -> list[Run]:

@@ -4,94 +4,64 @@
   const read = (id) => JSON.parse(element(id).textContent);
   // plotly takes names for markup
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const root = document.documentElement;
   const runs = read("data-runs");
   const whole = (n) => n.toLocaleString("en");
   const MISSING = "\u2013";
   const PRINT = { width: 660, height: 310 }; // pixels that fit on a page of A4 and of Letter
 
-  // ---------------------------------------------------------------- theme
-  const LIGHT = ["#1f6aa5", "#c8591a", "#2f8a57", "#9b3f86", "#9a7412", "#5a57b5", "#5d666d", "#b8383d"];
-  const DARK = ["#7ab4e0", "#f09a5f", "#74c797", "#d48fc4", "#d9b85a", "#a5a2ee", "#aab2b8", "#ee8a8a"];
-  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-  let printing = false;
-  const isDark = () =>
-    !printing && (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
-  const colour = (series) => {
-    const palette = isDark() ? DARK : LIGHT;
-    return palette[series % palette.length];
-  };
-  const INK = () =>
-    isDark()
-      ? { ink: "#e4e2dd", soft: "#9aa1a7", rule: "#34383c", paper: "#141618" }
-      : { ink: "#1c1e20", soft: "#5d6368", rule: "#dcdcd6", paper: "#fdfdfb" };
-
   // ---------------------------------------------------------------- charts
-  const drawn = []; // a function each, called again when theme or size change
+  const PALETTE = ["#1f6aa5", "#c8591a", "#2f8a57", "#9b3f86", "#9a7412", "#5a57b5", "#5d666d", "#b8383d"];
+  const INK = "#1c1e20";
+  const SOFT = "#5d6368";
+  const RULE = "#dcdcd6";
+  const colour = (series) => PALETTE[series % PALETTE.length];
+  const drawn = []; // a function for each chart, called again for print
+  let printing = false;
 
   function axis(title, more) {
-    const { soft, rule } = INK();
     return {
-      title: { text: title, font: { size: 12, color: soft }, standoff: 8 },
-      color: soft, gridcolor: rule, linecolor: rule, zeroline: false,
+      title: { text: title, font: { size: 12, color: SOFT }, standoff: 8 },
+      color: SOFT, gridcolor: RULE, linecolor: RULE, zeroline: false,
       tickfont: { size: 11 }, ...more,
     };
   }
 
-  function plot(id, traces, x, y, more) {
-    const { ink, soft, paper, rule } = INK();
+  function plot(id, traces, x, y) {
     const layout = {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: INK },
       margin: { l: 58, r: 14, t: 12, b: 44 },
       xaxis: x, yaxis: y, hovermode: "closest", dragmode: false,
-      hoverlabel: { bgcolor: paper, bordercolor: rule, font: { color: ink }, namelength: 60 },
-      showlegend: false,
+      hoverlabel: { bgcolor: "white", bordercolor: RULE, font: { color: INK }, namelength: 60 },
+      showlegend: true,
       legend: {
-        orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: soft },
-        itemclick: false, itemdoubleclick: false, bgcolor: "rgba(0,0,0,0)",
+        orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: SOFT },
+        maxheight: printing ? 0.6 : 0.25, tracegroupgap: 0, // a longer one scrolls
       },
-      ...(printing ? PRINT : { autosize: true }), ...more,
+      ...(printing ? PRINT : { autosize: true }),
     };
     return Plotly.react(element(id), traces, layout, { displayModeBar: false, responsive: true });
   }
 
   function drawChart(chart) {
-    const figure = element(`chart-${chart.id}`).closest("figure");
-    const off = new Set(
-      [...figure.querySelectorAll('[aria-pressed="false"]')].map((b) => b.dataset.trace),
-    );
     const traces = chart.traces.map((t) => {
       const mark = t.text.length ? "%{text}<br>" : "";
       return {
-        x: t.x, y: t.y, name: plain(t.name), visible: !off.has(t.name), text: t.text.map(plain),
+        x: t.x, y: t.y, name: plain(t.name), text: t.text.map(plain),
+        legendgroup: t.series, showlegend: t.legend,
         type: "scatter", mode: "lines+markers",
-        line: { color: colour(t.series), width: t.style === "dot" ? 1.3 : 2, dash: t.style === "dot" ? "dot" : t.series < LIGHT.length ? "solid" : "dashdot" },
+        line: { color: colour(t.series), width: t.style === "dot" ? 1.3 : 2, dash: t.style === "dot" ? "dot" : t.series < PALETTE.length ? "solid" : "dashdot" },
         marker: { color: colour(t.series), size: t.style === "dot" ? 3 : 5 },
         hovertemplate: `${mark}${chart.x} %{x:.3~g}<br>${chart.y} %{y:.4~g}`,
       };
     });
-    const whole = chart.x === "epoch" ? { tickformat: "d", ...steps(chart) } : {};
-    return plot(`chart-${chart.id}`, traces, axis(chart.x, whole), axis(chart.y), {});
+    const few = chart.x === "epoch" && Math.max(...chart.traces.flatMap((t) => t.x)) <= 10;
+    const whole = few ? { dtick: 1 } : {}; // plotly would also write halves
+    return plot(`chart-${chart.id}`, traces, axis(chart.x, whole), axis(chart.y));
   }
 
-  // whole numbers alone, where plotly would also write halves
-  function steps(chart) {
-    return Math.max(...chart.traces.flatMap((t) => t.x)) <= 10 ? { dtick: 1 } : {};
-  }
+  for (const chart of read("data-charts")) drawn.push(() => drawChart(chart));
 
-  for (const chart of read("data-charts")) {
-    drawn.push(() => drawChart(chart));
-    const figure = element(`chart-${chart.id}`).closest("figure");
-    figure.querySelector(".legend").addEventListener("click", (event) => {
-      const button = event.target.closest("button");
-      if (!button) return;
-      button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
-      drawChart(chart);
-    });
-  }
-
-  // ---------------------------------------------------------------- tables: sort and find
+  // ---------------------------------------------------------------- tables
   const rowsOf = (table) => [...table.tBodies[0].rows];
 
   function valueOf(row, column) {
@@ -128,23 +98,6 @@
     });
   }
 
-  function filter(field) {
-    const table = element(field.dataset.filters);
-    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const rows = rowsOf(table);
-    let shown = 0;
-    for (const row of rows) {
-      const text = (row.dataset.find || row.textContent).toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += !row.hidden;
-    }
-    const count = document.querySelector(`[data-counts="${table.id}"]`);
-    count.textContent = `${shown} of ${rows.length} ${count.dataset.what}`;
-  }
-
-  const fields = [...document.querySelectorAll("[data-filters]")];
-  for (const field of fields) field.addEventListener("input", () => filter(field));
-
   // ---------------------------------------------------------------- classes
   const parsed = new Map(); // a run's scores, read when they are first asked for
   function scores(run) {
@@ -158,6 +111,17 @@
 
   const browser = element("class-table");
   const chosen = { a: null, b: null, id: null };
+
+  function filter() {
+    const words = element("find").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const rows = rowsOf(browser);
+    let shown = 0;
+    for (const row of rows) {
+      row.hidden = !words.every((word) => row.dataset.find.includes(word));
+      shown += !row.hidden;
+    }
+    element("found").textContent = `${shown} of ${rows.length} classes`;
+  }
 
   function cellOf(value, digits, share) {
     const cell = document.createElement("td");
@@ -199,7 +163,7 @@
     const rows = a.ids.map((id, k) => {
       const row = document.createElement("tr");
       row.dataset.id = id;
-      row.dataset.find = `${a.names[k]} ${id}`;
+      row.dataset.find = `${a.names[k]} ${id}`.toLowerCase();
       const head = document.createElement("th");
       head.scope = "row";
       const button = document.createElement("button");
@@ -220,7 +184,7 @@
     });
     browser.tBodies[0].replaceChildren(...rows);
     sort(browser, 2, "descending");
-    filter(fields.find((field) => field.dataset.filters === "class-table"));
+    filter();
     const order = a.ids.map((id, k) => [a.names[k], id]).sort((p, q) => p[0].localeCompare(q[0], "en"));
     element("class").replaceChildren(...order.map(([name, id]) => new Option(name, id)));
     const known = a.place.has(chosen.id);
@@ -268,14 +232,13 @@
         const chance = positives / data.clips;
         traces.push({
           type: "scatter", mode: "lines", name: "chance", x: [0, 1], y: [chance, chance],
-          line: { dash: "dot", width: 1.3, color: INK().soft }, hoverinfo: "skip",
+          line: { dash: "dot", width: 1.3, color: SOFT }, hoverinfo: "skip",
         });
       }
     }
     element("class-note").textContent = `${words.join("; ")}.`;
     const range = { range: [0, 1.02], constrain: "domain" };
-    const more = { showlegend: traces.length > 0 };
-    return plot("precision-recall", traces, axis("recall", range), axis("precision", range), more);
+    return plot("precision-recall", traces, axis("recall", range), axis("precision", range));
   }
 
   if (browser) {
@@ -286,6 +249,7 @@
         listClasses();
       });
     }
+    element("find").addEventListener("input", filter);
     element("class").addEventListener("change", (event) => choose(event.target.value));
     browser.tBodies[0].addEventListener("click", (event) => {
       if (event.target.closest("button")) choose(event.target.closest("tr").dataset.id);
@@ -294,27 +258,17 @@
     listClasses();
     drawn.push(drawClass);
   }
-  for (const field of fields) filter(field);
 
-  // ---------------------------------------------------------------- drawing again
-  const toggle = element("theme");
+  // ---------------------------------------------------------------- swatches and print
+  for (const swatch of document.querySelectorAll(".swatch")) {
+    const series = Number(swatch.dataset.series);
+    const again = series >= PALETTE.length; // a ring, as its line is dashed
+    swatch.style.background = again ? "none" : colour(series);
+    swatch.style.border = again ? `2px solid ${colour(series)}` : "none";
+  }
   function redraw() {
-    toggle.textContent = isDark() ? "Light" : "Dark";
-    toggle.setAttribute("aria-label", `${toggle.textContent} colours`);
-    for (const swatch of document.querySelectorAll(".swatch")) {
-      const series = Number(swatch.dataset.series);
-      const again = series >= LIGHT.length; // a ring, as its line is dashed
-      swatch.style.background = again ? "none" : colour(series);
-      swatch.style.border = again ? `2px solid ${colour(series)}` : "none";
-    }
     for (const draw of drawn) draw();
   }
-  toggle.hidden = false;
-  toggle.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    redraw();
-  });
-  prefersDark.addEventListener("change", redraw);
   function print(on) {
     if (printing === on) return;
     printing = on;
