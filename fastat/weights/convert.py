@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastat.atomic import atomic_path
 from fastat.checkpoint import (
+    ClipSeconds,
     ModelMeta,
     checkpoint_in,
     load_meta,
@@ -28,6 +29,7 @@ from fastat.data.classes import ClassList
 from fastat.data.shards import ClassInfo
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
+from fastat.fields import check_value
 from fastat.weights.foreign import read_foreign, shape_of
 from fastat.weights.hugging_face import AST_FEATURE, AST_STATISTICS, write_hugging_face
 from fastat.weights.layouts import AST, HF_AST, RESNET_TRUNK
@@ -96,6 +98,8 @@ def convert(
         if statistics is not None and statistics not in STATISTICS:
             expected = ", ".join(STATISTICS)
             raise UserError(f"--statistics must be one of {expected}, got {statistics!r}")
+        if clip_seconds is not None:
+            check_value("--clip-seconds", clip_seconds, ClipSeconds)
         given = parse_settings(settings or [])
         if set(given) - {"model_options"}:
             raise UserError(f"--set takes model.KEY=value here, got {', '.join(settings or [])}")

@@ -103,6 +103,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: expected only tensors, got {name!r}: {type(value).__name__}")
+        if value.layout is not torch.strided or value.is_meta or value.is_nested:
+            raise UserError(f"{path}: expected dense tensors, and {name!r} is none")
     return {str(name): tensor for name, tensor in content.items()}
 
 

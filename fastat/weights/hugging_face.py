@@ -135,7 +135,7 @@ def _check_fixed(document: dict[str, Any], expected: dict[str, Any], path: Path)
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON: {error}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(document).__name__}")

@@ -528,6 +528,10 @@ BAD: dict[str, tuple[Callable[[State], object], str]] = {
         _with("fc_att.bias", torch.quantize_per_tensor(torch.ones(K), 0.1, 0, torch.qint8)),
         "floating-point numbers in fc_att.bias, got torch.qint8",
     ),
+    "sparse": (
+        _with("fc_att.bias", torch.zeros(K).to_sparse()), "dense tensors, and 'fc_att.bias' is none"
+    ),
+    "meta": (_with("fc_att.bias", torch.zeros(K, device="meta")), "'fc_att.bias' is none"),
     "counter": (
         _with("conv.0.bn.num_batches_tracked", torch.tensor(3.0)),
         "expected integers in conv.0.bn.num_batches_tracked, got torch.float32",
@@ -594,6 +598,15 @@ def test_one_line_on_the_command_line(authors_state: State, labels: Path, tmp_pa
     line = one_line(fastat("convert", tmp_path / "x.pth", tmp_path / "ours", code=2))
     assert "no class list" in line and "its 5 classes" in line
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, 0.0, 1e9])
+def test_impossible_lengths_of_clips(
+    seconds: float, authors_state: State, labels: Path, tmp_path: Path
+) -> None:
+    torch.save(authors_state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="--clip-seconds"):
+        convert(tmp_path / "x.pth", tmp_path / "ours", labels=labels, clip_seconds=seconds)
 
 
 def test_class_lists_that_do_not_fit(authors_state: State, labels: Path, tmp_path: Path) -> None:
