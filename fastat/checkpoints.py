@@ -120,7 +120,7 @@ class CheckpointManager:
 
         Every rank takes part, because the random states of all ranks are saved.
         """
-        random_states = self.ranks.gather(random_state(self.device))
+        random_states = self.ranks.gather(random_state(self.device), patient=True)
         if not self.ranks.first:
             return
         self.check_last_write(progress, wait=True)
@@ -169,7 +169,7 @@ class CheckpointManager:
             Failure: it cannot be written.
         """
         self._result(wait=True)
-        self.ranks.gather(None)
+        self.ranks.gather(None, patient=True)
 
     def _result(self, *, wait: bool) -> None:
         """Raises what the last write raised, once; an error other than Failure is a bug of ours."""

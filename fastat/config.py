@@ -366,11 +366,13 @@ def parse_field(name: str, text: str, *, option: str) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """A number, true, false or null as JSON reads it; any other text as it is."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    """A number, true, false or null as JSON or Python reads it; any other text as it is."""
+    for read in (json.loads, int, float):
+        try:
+            return read(text)
+        except (ValueError, RecursionError):
+            continue
+    return text
 
 
 def resumed(

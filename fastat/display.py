@@ -56,7 +56,13 @@ class _ConsoleHandler(logging.Handler):
     A warning, like an error, begins with the program's name.
     """
 
+    held: list[logging.LogRecord] | None = None
+    """Messages to print later; None: they are printed at once."""
+
     def emit(self, record: logging.LogRecord) -> None:
+        if self.held is not None:
+            self.held.append(record)
+            return
         who = "fastat: " if record.levelno >= logging.WARNING else ""
         _console.print(Text(f"{who}{one_line(record.getMessage())}"))
 
@@ -70,6 +76,22 @@ def show_messages(*, shown: bool = True) -> None:
     fastat = logging.getLogger("fastat")
     fastat.handlers = [_ConsoleHandler() if shown else logging.NullHandler()]
     fastat.setLevel(logging.INFO)
+
+
+def hold_messages() -> None:
+    """Holds messages back until ``release_messages``: a mistake found before is the only line."""
+    for handler in logging.getLogger("fastat").handlers:
+        if isinstance(handler, _ConsoleHandler):
+            handler.held = []
+
+
+def release_messages() -> None:
+    """Prints the messages held back, and further ones at once."""
+    for handler in logging.getLogger("fastat").handlers:
+        if isinstance(handler, _ConsoleHandler):
+            held, handler.held = handler.held or [], None
+            for record in held:
+                handler.emit(record)
 
 
 class StatusDisplay:

@@ -93,7 +93,7 @@ class Ranks:
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do, which may then find what it left.
+        """Runs the block on rank 0 first, so that the others find the files that it made.
 
         The block must not exchange anything between ranks.
 
@@ -111,7 +111,8 @@ class Ranks:
             yield
 
     def _wait_for_all(self) -> None:
-        dist.monitored_barrier(self.control, timeout=PATIENCE)
+        """Waits until every rank calls this, for up to PATIENCE: the default group's timeout."""
+        dist.barrier()
 
     def _send(self, value: object, exit_code: int | None) -> None:
         """Sends what rank 0 made, or the exit code with which it failed, to the other ranks."""
@@ -125,7 +126,8 @@ class Ranks:
             yield
         except BaseException as error:
             code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
-            self._send(None, code)
+            with suppress(RuntimeError):  # another rank is gone too, which matters less
+                self._send(None, 130 if isinstance(error, KeyboardInterrupt) else code)
             raise
 
     def _receive(self) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from fastat.config import TrainConfig
 from fastat.data.shards import sizes_of
+from fastat.display import release_messages
 from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
@@ -69,6 +70,7 @@ def fit_batch(config: TrainConfig, ranks: Ranks = ALONE) -> int:
     if config.cache == "device":
         limit -= _cached_bytes(config, num_clips, clip_samples, ranks.size)
     where = f"{limit / 2**30:.1f} GiB on {device_name(device)}"
+    release_messages()  # the options fit together
     log.info(f"batch auto: trying training steps in {where}, which takes minutes")
     batch = _largest(config, device, limit, at_most=most // ranks.size)
     batch = min(ranks.gather(batch, patient=True)) * ranks.size

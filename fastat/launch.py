@@ -38,6 +38,11 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
+def _is_first() -> bool:
+    """Whether this process is rank 0 of a distributed run, or trains alone."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
 def run_training(
     proc: str | None,
     model: str | None,
@@ -58,16 +63,16 @@ def run_training(
         if out is None:
             raise UserError("a training that torchrun starts again needs --out to go on in")
         resume = True
-    if os.environ.get("RANK", "0") != "0":
-        from fastat.display import show_messages
+    from fastat.display import hold_messages, release_messages, show_messages
 
-        show_messages(shown=False)  # rank 0 reports for all
+    show_messages(shown=_is_first())  # rank 0 reports for all
+    hold_messages()
     keep_compiled(cache_folder() / "compiled")
     make = partial(configure_ranks, proc, model, overrides, out, resume=resume)
     folder = out
 
     def drop_unused() -> None:
-        if out is None and folder is not None and os.environ.get("RANK", "0") == "0":
+        if out is None and folder is not None and _is_first():
             remove_if_unused(folder)
 
     try:
@@ -91,9 +96,11 @@ def run_training(
         again = f"fastat train --resume --out {shlex.quote(str(folder))}"
         saved = f"saved in {folder}; go on with: {again}"
         why = saved if stop.saved else "there was nothing to save"
+        release_messages()
         log.warning(f"stopped; {why}")
         return stop.exit_code
     except KeyboardInterrupt:
+        release_messages()
         log.warning("interrupted")
         drop_unused()
         os._exit(130)  # Python's own way out aborts under a thread that writes a checkpoint

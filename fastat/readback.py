@@ -39,9 +39,9 @@ class DelayedReadback:
         self._behind = BEHIND if device.type == "cuda" else 0
         self._waiting: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, step: int, lr: float, taken: StepResult, loss_sum: Tensor) -> None:
+    def put(self, step: int, lr: float, result: StepResult, loss_sum: Tensor) -> None:
         """Queues the numbers of a step. loss_sum: scalar float64 on the device; it is copied."""
-        values = torch.stack([x.detach().double() for x in (*taken, loss_sum)])  # [5]
+        values = torch.stack([x.detach().double() for x in (*result, loss_sum)])  # [5]
         event = None
         if self.device.type == "cuda":
             host = torch.empty(5, dtype=torch.float64, pin_memory=True)

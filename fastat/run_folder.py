@@ -120,16 +120,18 @@ class RunFolder:
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the curves, except after a second Ctrl-C, and releases the lock."""
         try:
-            if self._curves is not None:
+            if self._curves is not None and kind is not KeyboardInterrupt:
                 self._curves.close()
         except OSError as error:
-            self._curves_failed(error)
-        threading.excepthook = self._excepthook
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            log.warning(f"cannot write TensorBoard's curves in {self.path}: {error}")
+        finally:
+            threading.excepthook = self._excepthook
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def prepare(self, config: TrainConfig, device: torch.device, keep_epochs: int | None) -> None:
         """Writes ``config.json`` and ``env.json``, and removes what a killed run left half-written
@@ -187,7 +189,7 @@ class RunFolder:
     def add_epoch(self, line: dict[str, Any]) -> None:
         """Adds an epoch to ``metrics.jsonl`` and to the curves."""
         values = {f"epoch/{k}": v for k, v in line.items() if k not in ("epoch", "step")}
-        self._add_points(values, line["epoch"])
+        self._add_points(values, line["step"])
         text = json.dumps(finite(line)) + "\n"
         self._write(
             f"metrics of epoch {line['epoch']}",

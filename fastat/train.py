@@ -15,7 +15,7 @@ from fastat.checkpoints import CheckpointManager, holds_checkpoints
 from fastat.compiling import CompileClock
 from fastat.config import TrainConfig
 from fastat.data.loader import with_features
-from fastat.display import Status, StatusDisplay
+from fastat.display import Status, StatusDisplay, release_messages
 from fastat.distributed import ALONE, Ranks, Vote, peers_may_fail, seed_rank
 from fastat.environment import memory_is_full, peak_memory_gib
 from fastat.errors import Failure, UserError
@@ -59,12 +59,13 @@ def train(
     with StatusDisplay(shown=ranks.first) as display, peers_may_fail(ranks):
         try:
             trainer = Trainer(config, run, display, resume=resume, ranks=ranks)
+            release_messages()
             return trainer.run_epochs()
         except RuntimeError as error:
             if not memory_is_full(error):
                 raise
-            whose = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-            raise Failure(f"{whose} is full: {LESS_MEMORY} ({error})") from error
+            which = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            raise Failure(f"{which} is full: {LESS_MEMORY} ({error})") from error
 
 
 class Trainer:
@@ -329,7 +330,8 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         """Scores the model; None without an evaluation set.
 
-        A signal leaves an evaluation little time; what it did not score, a resume scores.
+        After a signal an evaluation that takes too long is cut off; resuming the run makes up for
+        it.
         """
         d = self.data
         if d.eval_set is None or d.eval_source is None or d.match is None:

@@ -98,7 +98,7 @@ def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Traini
     if config.cache != "none":
         source, usable = _cached(config, train_set, device, ranks)
     elif config.source == "dali":
-        with ranks.first_goes_ahead():  # the others then find what it found of the files
+        with ranks.first_goes_ahead():  # the other ranks then read its results of the check
             source, usable = _dali(config, train_set, config.batch // ranks.size, device)
     with ranks.first_goes_ahead():
         weights = balanced_weights(train_set.target_bits, train_set.label_counts)

@@ -259,6 +259,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--gpus 1": {},
     "--on-nan skip": {"on_nan": "skip"},
     "--max-bad 0": {"max_bad": 0.0},
+    "--lr .001 --epochs +3": {"lr": 0.001, "epochs": 3},
     "--seed 5": {"seed": 5},
     "--set beta1=0.5 --set seed=6 --seed 5": {"beta1": 0.5, "seed": 6},
     "--data a --eval b": {"data": Path("a"), "eval": Path("b")},

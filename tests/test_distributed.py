@@ -391,6 +391,27 @@ def test_a_rank_that_hangs_is_given_up(tiny_sets: TinySets, tmp_path: Path) -> N
     assert error.startswith("Failure: another rank did not answer in time (rank_timeout)")
 
 
+def slow_work(ranks: Ranks) -> list[int]:
+    """One rank works for longer than ranks wait in a step, in each exchange that allows it."""
+    ranks = ranks.with_timeout(1)
+
+    def slow() -> int:
+        time.sleep(2)
+        return 7
+
+    found = [ranks.from_first(slow)]
+    with ranks.first_goes_ahead():
+        time.sleep(2 if ranks.first else 0)
+    for late in range(ranks.size):
+        time.sleep(2 if ranks.rank == late else 0)
+        found += ranks.gather(ranks.rank, patient=True)
+    return found
+
+
+def test_ranks_wait_for_work_that_is_no_step() -> None:
+    assert run_ranks(2, slow_work) == [[7, 0, 1, 0, 1]] * 2
+
+
 def first_fails(ranks: Ranks) -> str:
     def make() -> str:
         raise UserError("no")

@@ -234,17 +234,17 @@ def test_curves_are_readable_after_a_full_disk(
         disk.fill()
         for step in range(10, 500):  # some fit into the file's last page
             folder.add_step(step_of(step, loss=0.25))
-        folder.add_epoch({"epoch": 1, "mAP": 0.5})
+        folder.add_epoch({"epoch": 1, "step": 500, "mAP": 0.5})
         disk.empty()
         folder.add_step(step_of(500, loss=0.25))
-        folder.add_epoch({"epoch": 2, "mAP": 0.75})
+        folder.add_epoch({"epoch": 2, "step": 501, "mAP": 0.75})
         folder.add_step(step_of(501, loss=0.125))
     warnings = [x.getMessage() for x in caplog.records if "curves" in x.getMessage()]
     assert warnings and all("No space left" in warning for warning in warnings)
     losses = curve(disk.folder, "train/loss")
     assert [loss for step, loss in losses if step <= 10] == [0.5] * 10
     assert losses[-1] == (502, 0.125) and len(losses) < 500
-    assert curve(disk.folder, "epoch/mAP") == [(2, 0.75)]
+    assert curve(disk.folder, "epoch/mAP") == [(501, 0.75)]
 
 
 def curve(run: Path, tag: str) -> list[tuple[int, float]]:
@@ -261,8 +261,9 @@ def test_resuming_hides_the_points_that_are_made_again(tmp_path: Path) -> None:
             for step in range(first, 5):
                 folder.add_step(step_of(step, loss))
         time.sleep(1.1)  # the files are sorted by the second that is in their names
-    assert curve(tmp_path, "train/loss")[-2:] == [(4, 0.25), (5, 0.25)]
-    assert len({step for step, _ in curve(tmp_path, "train/loss")}) == 5
+    curve_of_both = curve(tmp_path, "train/loss")
+    assert [step for step, _ in curve_of_both] == [1, 2, 3, 4, 5]
+    assert [loss for _, loss in curve_of_both] == [0.5, 0.5, 0.5, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["new", "resumed"])

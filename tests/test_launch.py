@@ -19,7 +19,8 @@ from fastat.config import TrainConfig
 from fastat.data import demo, shards
 from fastat.errors import Failure, UserError
 from fastat.launch import cache_folder, configure, practice_sets, run_folder_of, run_training
-from tests.conftest import TinySets
+from tests.conftest import TINY_MODEL, TinySets
+from tests.conftest import fastat as command
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +191,16 @@ def test_what_was_chosen_is_logged_once_for_the_set_at_hand(
     assert sum("a small set (36 clips)" in line for line in caplog.messages) == 1
     assert sum(line.startswith("precision ") for line in caplog.messages) == 1
     assert len(caplog.messages) == len(set(caplog.messages))
+
+
+def test_a_rank_of_no_distributed_run_is_not_silent(
+    tiny_sets: TinySets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch systems set RANK for other uses."""
+    monkeypatch.setenv("RANK", "3")
+    args = ("train", "--proc", "A4", "--model", "cnn_trans", *TINY_MODEL, "--data", tiny_sets.train)
+    done = command(*args, "--out", tmp_path / "run", "--steps", 1)
+    assert "tag a sound with" in done.stderr
 
 
 # ------------------------------------------------------------------------------ run folders

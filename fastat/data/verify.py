@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,10 +120,10 @@ def _check_rows(
     reader = RowReader([RowFile(path, 0, 0)], row_crc, 0, RowSpans(starts[:-1], sizes))
     blocks = list(_blocks(starts))
     memory = np.empty(max(int(starts[b[-1] + 1] - starts[b[0]]) for b in blocks), np.uint8)
-    for block in blocks:
-        bad = reader.read(block, memory.data, starts[block] - starts[block[0]])
-        yield len(block), {int(block[place]): reason for place, reason in sorted(bad.items())}
-    reader.close()
+    with closing(reader):
+        for block in blocks:
+            bad = reader.read(block, memory.data, starts[block] - starts[block[0]])
+            yield len(block), {int(block[place]): reason for place, reason in sorted(bad.items())}
 
 
 def _drop_from_page_cache(path: Path) -> None:
