@@ -168,6 +168,8 @@ class TrainConfig:
         """
         try:
             document = json.loads(path.read_text())
+            if not isinstance(document, dict):
+                raise Failure(f"{path} is damaged: expected a JSON object")
             check_keys(path, document, cls)
             return cls(**document)
         except OSError as error:

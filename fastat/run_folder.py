@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class RunFolder:
         self.path = path
         self._lock: IO[str] | None = None
         self._curves: SummaryWriter | None = None
+        self._curves_folder: int | None = None
         self._purge_step: int | None = None
         self._unwritten: dict[str, Callable[[], None]] = {}
 
@@ -129,6 +131,9 @@ class RunFolder:
             log.warning(f"cannot write TensorBoard's curves in {self.path}: {error}")
         finally:
             threading.excepthook = self._excepthook
+            if self._curves_folder is not None:
+                os.close(self._curves_folder)
+                self._curves_folder = None
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
@@ -144,6 +149,7 @@ class RunFolder:
             Failure: the folder cannot be written, or ``metrics.jsonl`` is damaged.
         """
         try:
+            (self.path / "checkpoints").mkdir(exist_ok=True)
             for folder in (self.path, self.path / "checkpoints"):
                 remove_temporaries(folder)
             config.save(self.path / "config.json")
@@ -228,50 +234,57 @@ class RunFolder:
             Failure: something stays unwritten.
         """
         if errors := self._write_all():
-            raise Failure(f"cannot write {'; '.join(errors)}")
+            files = "; ".join(f"{name}: {reason}" for name, reason in errors.items())
+            raise Failure(f"cannot write {files}")
 
     def _write(self, name: str, write: Callable[[], None]) -> None:
         """Calls ``write`` after those that failed before; it replaces one of the same name."""
         self._unwritten[name] = write
-        if errors := self._write_all():
-            log.warning(f"cannot write {'; '.join(errors)}; training goes on, and tries again")
+        errors = self._write_all()
+        if name in errors:
+            log.warning(f"cannot write {name}: {errors[name]}; training goes on, and tries again")
 
-    def _write_all(self) -> list[str]:
-        errors = []
+    def _write_all(self) -> dict[str, str]:
+        """Tries all that is not written yet; returns the reason for each that still is not."""
+        errors = {}
         for name, write in list(self._unwritten.items()):
             try:
                 write()
                 del self._unwritten[name]
             except OSError as error:
-                errors.append(f"{name}: {error.strerror}")
+                errors[name] = error.strerror or str(error)
         return errors
 
     def _add_points(self, values: dict[str, float], step: int) -> None:
         """Adds a point to each curve; opens a new file first if an error ended the last one."""
         try:
             if self._curves is None:
-                # A long queue, so that a slow disk does not make training wait.
+                folder = self.path / "tb"
+                folder.mkdir(exist_ok=True)
+                if self._curves_folder is None:
+                    self._curves_folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                # This name of the folder is UTF-8, as SummaryWriter needs it, whatever its own is.
+                # The queue is long, so that a slow disk does not make training wait.
                 self._curves = SummaryWriter(
-                    str(self.path / "tb"), purge_step=self._purge_step, max_queue=10_000
+                    f"/proc/self/fd/{self._curves_folder}",
+                    purge_step=self._purge_step,
+                    max_queue=10_000,
                 )
                 self._purge_step = None
             for name, value in values.items():
                 self._curves.add_scalar(name, value, step)
-        except (OSError, UnicodeEncodeError) as error:  # it takes no path that is not UTF-8
+        except OSError as error:
             self._curves = None
-            self._curves_failed(error)
+            log.warning(
+                f"cannot write TensorBoard's curves in {self.path}: {error}; training goes on, "
+                "and the next epoch tries again"
+            )
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
         """Keeps an error of SummaryWriter's thread, which its next call raises again, from being
         printed with a traceback."""
         if not type(args.thread).__module__.startswith("tensorboard."):
             self._excepthook(args)
-
-    def _curves_failed(self, error: Exception) -> None:
-        log.warning(
-            f"cannot write TensorBoard's curves in {self.path}: {error}; training goes on, and "
-            "the next epoch tries again"
-        )
 
 
 def append_bad_clips(path: Path, packed: PackedSet, bad: dict[int, str]) -> int:

@@ -411,6 +411,8 @@ class Trainer:
     def _stop_after_signal(self, signum: int) -> NoReturn:
         """Waits for the last checkpoint to be written, and ends the training."""
         self.checkpoints.finish()
+        if self.ranks.first:
+            self.folder.finish()
         raise Interrupted(signum)
 
     def _save(self, *, best: bool) -> None:

@@ -170,7 +170,7 @@ def test_every_terminal_takes_every_name(named: Named, terminal: str, tmp_path: 
     assert any("two  spaces" in head for head in heads)
     if terminal == "utf-8":
         paths = [one_line(str(path)) for path in named.clips]
-        assert [head.partition("  (0.5 s")[0] for head in heads] == paths
+        assert [head.partition("  (0:00.5")[0] for head in heads] == paths
     text, err = fastat("predict", named.run, *named.clips, "--plot", tmp_path / "p.png", "--json")
     files = [os.fsencode(item["file"]) for item in json.loads(text)]
     assert files == [os.fsencode(path) for path in named.clips]
@@ -197,3 +197,7 @@ def test_a_class_that_no_file_can_hold_is_refused(label: str, tmp_path: Path) ->
     (tmp_path / "data.json").write_text(json.dumps({"data": data}))
     with pytest.raises(UserError, match="NUL character or half"):
         pack(tmp_path / "data.json", tmp_path / "set", workers=1)
+
+
+def test_the_curves_of_a_run_in_such_a_folder(named: Named) -> None:
+    assert any(path.stat().st_size for path in (named.run / "tb").iterdir())

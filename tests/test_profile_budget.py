@@ -191,10 +191,18 @@ def test_a_kept_step_comes_back(cache: Path) -> None:
     path = kept_file("a step", {"device": "a"})
     assert cache in path.parents
     assert read_kept(path) is None
-    write_kept(path, STEP)
+    write_kept("a step", {"device": "a"}, STEP)
     assert read_kept(kept_file("a step", {"device": "a"})) == STEP
-    write_kept(path, Measured(STEP.ms, 1, None))
+    write_kept("a step", {"device": "a"}, Measured(STEP.ms, 1, None))
     assert read_kept(path) == Measured(STEP.ms, 1, None)
+
+
+def test_a_step_that_cannot_be_kept_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FASTAT_CACHE", "/proc/nowhere")
+    write_kept("a step", {}, STEP)
+    assert "not kept" in caplog.text
 
 
 def test_other_steps_and_devices_have_files_of_their_own(cache: Path) -> None:
@@ -206,7 +214,7 @@ def test_other_steps_and_devices_have_files_of_their_own(cache: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", '{"ms": {}}', '{"ms": 3}', "{"])
 def test_a_damaged_step(cache: Path, text: str) -> None:
     path = kept_file("a step", {})
-    write_kept(path, STEP)
+    write_kept("a step", {}, STEP)
     path.write_text(text)
     with pytest.raises(Failure, match=f"{path.name}.*damaged"):
         read_kept(path)

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from fastat.errors import UserError, nearest
+from fastat.errors import UserError, first_line, nearest
 from fastat.fields import check_value
 from fastat.models.ast import Ast
 from fastat.models.base import TaggingModel
@@ -79,5 +79,9 @@ def create_model(
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"model {name}: {error}") from error
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise UserError(f"model {name} is too large: {first_line(error)}") from error
     model.checkpointing = activation_checkpointing
     return model

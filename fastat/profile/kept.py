@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastat.errors import Failure
+from fastat.errors import Failure, UserError
 from fastat.launch import cache_folder
 from fastat.outputs import written
 from fastat.profile.measure import Measured, Spread
+
+log = logging.getLogger(__name__)
 
 
 def kept_file(step: str, setup: dict[str, Any]) -> Path:
@@ -41,9 +44,16 @@ def read_kept(path: Path) -> Measured | None:
         ) from error
 
 
-def write_kept(path: Path, measured: Measured) -> None:
-    """Keeps a measured step, in place of an earlier one. Raises Failure where it cannot be
-    written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(asdict(measured), indent=1))
+def write_kept(step: str, setup: dict[str, Any], measured: Measured) -> None:
+    """Keeps a measured step, in place of an earlier one; warns if it cannot be written.
+
+    Args:
+        step, setup: as for ``kept_file``.
+    """
+    try:
+        path = kept_file(step, setup)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written(path) as temporary:
+            temporary.write_text(json.dumps(asdict(measured), indent=1))
+    except (OSError, UserError, Failure) as error:
+        log.warning(f"this step is not kept for --budget-hours and --memory-gib: {error}")

@@ -170,7 +170,7 @@ def profile(choices: Sequence[Choice], device: torch.device, settings: Settings)
                 for key, config in missing.items():
                     taken, found = measured[key] = measure_step(config, device, packed, settings)
                     if found is not None:
-                        write_kept(kept_file(step_key(taken), setup), found)
+                        write_kept(step_key(taken), setup, found)
                     advance()
         # Again: other work on the machine may have come between, and a ceiling is the most.
         ceiling = max(ceiling, matmul_flop_per_s(device, settings.precision))

@@ -350,3 +350,8 @@ def test_rejects_impossible_options(name: str, options: dict[str, Any], message:
 def test_unknown_model_names_the_nearest(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         create_model(name, num_mels=64, num_frames=64, num_classes=5)
+
+
+def test_sizes_that_no_tensor_has_are_one_line() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match="cnn_trans is too large"):
+        create_model("cnn_trans", num_mels=64, num_frames=400, num_classes=5, embedding=10**12)
