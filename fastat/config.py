@@ -369,7 +369,7 @@ def parse_field(name: str, text: str, *, option: str) -> Any:
 
 def _parsed(text: str) -> Any:
     """A number, true, false or null as JSON or Python reads it; any other text as it is."""
-    for read in (json.loads, int, float):
+    for read in (json.loads, int, float) if text.isascii() else (json.loads,):
         try:
             return read(text)
         except (ValueError, RecursionError):

@@ -73,6 +73,8 @@ def expected(hint: Any) -> str:
         return " or ".join(map(expected, arguments))
     if kind is list and arguments[0] is str:
         return "a list of text"
+    if kind is tuple and typing.get_origin(arguments[0]) is Annotated:
+        return f"a list, each of them {expected(arguments[0])}"
     return _NAMES[kind]
 
 

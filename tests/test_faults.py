@@ -203,14 +203,14 @@ def test_a_best_that_was_not_written_is_not_the_best(
 def test_a_line_of_metrics_is_written_whole_or_not_at_all(disk: Disk) -> None:
     """And it is written once there is space again."""
     with RunFolder(disk.folder) as folder:
-        folder.add_epoch({"epoch": 1})
+        folder.add_epoch({"epoch": 1, "step": 1})
         disk.fill()
-        folder.add_epoch({"epoch": 2} | {f"value_{i}": float(i) for i in range(1000)})
-        assert metrics(disk.folder) == [{"epoch": 1}]
+        folder.add_epoch({"epoch": 2, "step": 2} | {f"value_{i}": float(i) for i in range(1000)})
+        assert metrics(disk.folder) == [{"epoch": 1, "step": 1}]
         with pytest.raises(Failure, match=r"metrics of epoch 2: No space left"):
             folder.finish()
         disk.empty()
-        folder.add_epoch({"epoch": 3})
+        folder.add_epoch({"epoch": 3, "step": 3})
         folder.finish()
     assert [line["epoch"] for line in metrics(disk.folder)] == [1, 2, 3]
 

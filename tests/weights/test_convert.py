@@ -216,7 +216,10 @@ def test_labels_give_ids_to_names_that_are_there_twice(
         ({"layer_norm_eps": math.nan}, "norm_eps must be finite and >= 0, got nan"),
         ({"num_mel_bins": 80}, "expected 64 .logmel64. or 128 .fbank128. mel bins, it takes 80"),
         ({"frequency_stride": "x"}, "config.json is damaged: .*'x'"),
-        ({"id2label": dict(enumerate(["A", "B", 3, "D", "E"]))}, "expected a class's id and name"),
+        (
+            {"id2label": dict(enumerate(["A", "B", 3, "D", "E"]))},
+            "each of them a class's id and name",
+        ),
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "no class list: expected --labels"),
         ({"id2label": {"0": "A", "1": "B"}}, "head's 5 classes, got 2"),
         ({"id2label": {"0": "A", "2": "B"}}, "id2label with the keys 0, 1, ..., lacks '1'"),
@@ -238,8 +241,8 @@ def test_bad_hugging_face_config(
         ({"sampling_rate": 44_100}, "expected sampling_rate 16000, got 44100"),
         ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "'ASTFeatureExtractor', got 'Wav"),
         ({"num_mel_bins": 64}, "expected num_mel_bins 128, got 64"),
-        ({"mean": "x"}, "mean must be a number, got 'x'"),
-        ({"std": 0}, "std must be finite and positive, got 0"),
+        ({"mean": "x"}, "mean must be .*, got 'x'"),
+        ({"std": 0}, "std must be .*, got 0"),
         ({"do_normalize": "no"}, "normalize must be true or false, got 'no'"),
     ],
 )
