@@ -410,9 +410,12 @@ class Trainer:
 
     def _stop_after_signal(self, signum: int) -> NoReturn:
         """Waits for the last checkpoint to be written, and ends the training."""
-        self.checkpoints.finish()
         if self.ranks.first:
-            self.folder.finish()
+            try:
+                self.folder.finish()
+            except Failure as error:  # the run can be resumed all the same
+                log.warning(str(error))
+        self.checkpoints.finish()
         raise Interrupted(signum)
 
     def _save(self, *, best: bool) -> None:
