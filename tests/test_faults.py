@@ -232,19 +232,27 @@ def test_curves_are_readable_after_a_full_disk(
             folder.add_step(step_of(step, loss=0.5))
         time.sleep(1.1)  # points are written in the background, and files sorted by second
         disk.fill()
-        for step in range(10, 500):  # some fit into the file's last page
-            folder.add_step(step_of(step, loss=0.25))
-        folder.add_epoch({"epoch": 1, "step": 500, "mAP": 0.5})
+        last = 9
+        while not (warnings := warned(caplog)) and last < 5_000:
+            last += 1
+            folder.add_step(step_of(last, loss=0.25))  # some fit into the file's last page
+            time.sleep(0.002)
+        folder.add_epoch({"epoch": 1, "step": last + 1, "mAP": 0.5})
         disk.empty()
-        folder.add_step(step_of(500, loss=0.25))
-        folder.add_epoch({"epoch": 2, "step": 501, "mAP": 0.75})
-        folder.add_step(step_of(501, loss=0.125))
-    warnings = [x.getMessage() for x in caplog.records if "curves" in x.getMessage()]
-    assert warnings and all("No space left" in warning for warning in warnings)
+        folder.add_step(step_of(last + 1, loss=0.25))
+        folder.add_epoch({"epoch": 2, "step": last + 2, "mAP": 0.75})
+        folder.add_step(step_of(last + 2, loss=0.125))
+    assert warnings and all("No space left" in warning for warning in warned(caplog))
     losses = curve(disk.folder, "train/loss")
     assert [loss for step, loss in losses if step <= 10] == [0.5] * 10
-    assert losses[-1] == (502, 0.125) and len(losses) < 500
-    assert curve(disk.folder, "epoch/mAP") == [(501, 0.75)]
+    assert losses[-1] == (last + 3, 0.125)
+    assert curve(disk.folder, "epoch/mAP") == [(last + 2, 0.75)]
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said of the curves."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "curves" in message]
 
 
 def curve(run: Path, tag: str) -> list[tuple[int, float]]:
