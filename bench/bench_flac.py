@@ -22,9 +22,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.results import sized, write_row
 from fastat.data.decode import decode
 from fastat.data.demo import PEAK, make_scene
-from fastat.data.pack import pack
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.data.sounds import SOUNDS
+from fastat.packing.pack import pack
 
 SECONDS, NUM_CLIPS, NUM_ROWS, ROUNDS = 10, 40, 256, sized(5, 3)
 TARGET_CLIPS_PER_CORE_S = 600

@@ -16,8 +16,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.results import sized, write_row
 from fastat.data.decode import decode, to_int16
 from fastat.data.moments import Meter
-from fastat.data.pack import PackSummary, pack
 from fastat.data.shards import PackedSet
+from fastat.packing.pack import PackSummary, pack
 
 SECONDS, RATE = 10, 44_100
 NUM_FILES = 50

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from fastat.data.dali import DaliSource
 from fastat.data.loader import PackedSource, Source, evaluation_plans
-from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
+from fastat.packing.pack import pack
 
 BATCH = 20
 

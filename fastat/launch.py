@@ -333,8 +333,8 @@ def practice_sets() -> tuple[Path, Path]:
     A packed set is taken as it is: pack would miss its files where the cache folder was moved.
     """
     from fastat.data.demo import CLIP_SECONDS, DEMO_VERSION, make_demo
-    from fastat.data.pack import pack as pack_set
     from fastat.data.shards import INDEX_FILE, VERSION
+    from fastat.packing.pack import pack as pack_set
 
     folder = cache_folder() / f"practice-{DEMO_VERSION}.{VERSION}"
     raw, train, evaluation = folder / "made", folder / "train", folder / "eval"

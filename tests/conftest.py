@@ -74,7 +74,7 @@ class TinySets:
 
 @pytest.fixture(scope="session")
 def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> TinySets:
-    from fastat.data.pack import pack
+    from fastat.packing.pack import pack
 
     root = tmp_path_factory.mktemp("tiny")
     for split, clips, seed in (("train", 36, 0), ("eval", 15, 1)):

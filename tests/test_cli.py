@@ -22,9 +22,9 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from fastat.checkpoint import ModelMeta, load_model
 from fastat.checkpoints import write_checkpoint
 from fastat.cli import COMMANDS, main
-from fastat.data.pack import pack
 from fastat.data.shards import ClassInfo, PackedSet
 from fastat.display import show_messages
+from fastat.packing.pack import pack
 from fastat.predictions import read_predictions
 from fastat.procedures import PROCEDURES
 from fastat.report.curves import class_curves

@@ -21,9 +21,9 @@ import soundfile as sf
 
 from fastat import cli
 from fastat.checkpoint import load_meta
-from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.errors import UserError, one_line
+from fastat.packing.pack import pack
 from fastat.predictions import read_predictions
 from tests.conftest import QUIET, TINY_MODEL
 

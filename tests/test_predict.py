@@ -186,9 +186,9 @@ def test_a_short_file_is_padded_with_its_length_known(run: Path, tmp_path: Path)
 
 def test_same_score_as_evaluation_of_the_packed_clip(run: Path, tmp_path: Path) -> None:
     from fastat.data.loader import PackedSource
-    from fastat.data.pack import pack
     from fastat.data.shards import PackedSet
     from fastat.evaluate import ClassMatch, evaluate
+    from fastat.packing.pack import pack
 
     device = torch.device("cpu")
     table = ["path,labels"]

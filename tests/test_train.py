@@ -23,12 +23,12 @@ from fastat import step as stepping
 from fastat import train as training
 from fastat.checkpoint import ModelMeta, load_model
 from fastat.config import resolve
-from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.display import StatusDisplay
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.optim import train_step
+from fastat.packing.pack import pack
 from fastat.schedule import lr_factor
 from fastat.train import Trainer
 from tests.conftest import (

@@ -132,7 +132,7 @@ def pack(
 
     `fastat pack packed/train --verify`
     """
-    from fastat.data.pack_report import print_appended, print_packed, print_verified
+    from fastat.commands.pack_report import print_appended, print_packed, print_verified
 
     if verify:
         others = set(_given(context)) - {"source", "--verify", "--json"}
@@ -140,7 +140,7 @@ def pack(
             raise UserError(
                 f"--verify: expected the packed set alone, got {', '.join(sorted(others))} too"
             )
-        from fastat.data.verify import verify as verify_set
+        from fastat.packing.verify import verify as verify_set
 
         print_verified(verify_set(source), as_json=json_)
         return
@@ -168,12 +168,12 @@ def pack(
             raise UserError("--append adds to one set: expected no --holdout and no --group-by")
         if "--seed" in _given(context):
             raise UserError("--append draws nothing at random: expected no --seed")
-        from fastat.data.pack_append import append as append_to_set
+        from fastat.packing.append import append as append_to_set
 
         appended = append_to_set(source, out, clip_seconds=clip_seconds, codec=codec, **common)
         print_appended(appended, as_json=json_)
         return
-    from fastat.data.pack import pack as pack_set
+    from fastat.packing.pack import pack as pack_set
 
     summary = pack_set(
         source,

@@ -27,8 +27,6 @@ from typing import Any, NamedTuple
 
 from fastat.atomic import atomic_write_text, fsync
 from fastat.data.manifest import BadFile
-from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, read_bad, read_notes, write_bad, write_notes
-from fastat.data.pack_index import appended, finished_result, index_of, set_result
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_set import disk_errors, pack_rows, require_clips, require_space
 from fastat.data.pack_state import (
@@ -50,6 +48,15 @@ from fastat.data.shards import (
     write_index,
 )
 from fastat.errors import Failure, UserError
+from fastat.packing.bad_files import (
+    BAD_FILE,
+    NOTES_FILE,
+    read_bad,
+    read_notes,
+    write_bad,
+    write_notes,
+)
+from fastat.packing.index import appended, finished_result, index_of, set_result
 
 MAX_PARTS = 10_000
 APPEND_BAD_FILE = "bad-append.csv"

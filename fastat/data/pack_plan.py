@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
-from fastat.data.pack_bad import NotedFile
 from fastat.data.pack_messages import Job
 from fastat.errors import UserError
+from fastat.packing.bad_files import NotedFile
 
 
 class Plan(NamedTuple):

@@ -21,8 +21,8 @@ from fastat.data.pack_messages import (
     Write,
     Written,
 )
-from fastat.data.pack_worker import serve
 from fastat.errors import Failure
+from fastat.packing.block import serve
 
 BATCHES_AHEAD = 2
 """A worker decodes one batch while the next waits in its pipe."""
@@ -39,7 +39,7 @@ class Pool:
         # Forked from a server process that has imported what they need and has no threads: a fork
         # of the parent would copy locks that its threads (progress, sealing) hold.
         context: ForkServerContext = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastat.data.pack_worker"])
+        context.set_forkserver_preload(["fastat.packing.block"])
         self._processes = []
         self._connections: list[Connection] = []
         for _ in range(num_workers):

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from fastat.atomic import fsync
 from fastat.data.manifest import BadFile, Entry
-from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, NotedFile, stamp, write_bad, write_notes
-from fastat.data.pack_index import index_of, set_result
 from fastat.data.pack_messages import Bad, Clip, Decode, Decoded, Write
 from fastat.data.pack_plan import BadCount, Plan, SetResult
 from fastat.data.pack_pool import BATCHES_AHEAD, Pool
@@ -23,6 +21,8 @@ from fastat.data.shard_writer import ShardPart
 from fastat.data.shards import ShardInfo, ShardRows
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
+from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, NotedFile, stamp, write_bad, write_notes
+from fastat.packing.index import index_of, set_result
 from fastat.progress import progress
 
 BATCH_FILES = 8

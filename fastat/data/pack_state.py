@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Self
 
 from fastat.atomic import atomic_write_text
 from fastat.data.manifest import BadFile
-from fastat.data.pack_bad import BAD_FILE, NotedFile
 from fastat.data.shard_writer import PART_SUFFIX
 from fastat.data.shards import (
     INDEX_FILE,
@@ -25,6 +24,7 @@ from fastat.data.shards import (
 )
 from fastat.errors import UserError
 from fastat.fields import check_keys
+from fastat.packing.bad_files import BAD_FILE, NotedFile
 
 STATE_FILE = "state.json"
 

@@ -17,7 +17,6 @@ from fastat.data import cache
 from fastat.data.cache import CachedSource, TooLittleMemory
 from fastat.data.codes import decode, encode, log_floor, mix
 from fastat.data.loader import Batch, PackedSource, evaluation_plans
-from fastat.data.pack import pack
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
 from fastat.display import StatusDisplay
@@ -25,6 +24,7 @@ from fastat.distributed import ALONE, Ranks
 from fastat.errors import Failure, RankZeroFailed, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Augment, Frontend
+from fastat.packing.pack import pack
 from fastat.train import Trainer
 from tests.conftest import TinySets
 from tests.data.audio import noise

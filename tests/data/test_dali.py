@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from fastat.data import dali_check
 from fastat.data.dali import DaliSource
 from fastat.data.loader import Batch, PackedSource
-from fastat.data.pack import pack
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.frontend import Frontend
+from fastat.packing.pack import pack
 from tests.conftest import kept
 from tests.reference_features import NEAR_PEAK_DB, TOLERANCE, assert_right
 

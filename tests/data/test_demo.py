@@ -25,11 +25,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fastat.data import demo
-from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.data.sounds import SOUNDS, Sound, coloured_noise
 from fastat.errors import UserError
 from fastat.frontend import Frontend
+from fastat.packing.pack import pack
 
 SMALL = (
     demo.Split(name="train", num_clips=40, rarest=2, imbalance=5.0),

@@ -24,14 +24,14 @@ from fastat import train as training
 from fastat.config import resolve
 from fastat.data import flac
 from fastat.data.loader import PackedSource
-from fastat.data.pack import pack
 from fastat.data.sampler import Sampler
 from fastat.data.shards import PackedSet, ShardInfo, ShardRows, codec_of, write_index
 from fastat.errors import Failure, UserError
 from fastat.host import cores_of_rank
+from fastat.packing.pack import pack
 from tests.conftest import TinySets
 from tests.data.audio import write_table
-from tests.data.test_pack_real import check_rows
+from tests.packing.test_pack_real import check_rows
 
 SAMPLES = 8_000
 SHARD_BYTES = 250_000

@@ -11,14 +11,14 @@ import pytest
 import soundfile as sf
 from numpy.typing import NDArray
 
-from fastat.data.pack import pack
-from fastat.data.pack_append import append
 from fastat.data.pack_parts import Part
 from fastat.data.shards import PackedSet
-from fastat.data.verify import verify
 from fastat.errors import Failure, UserError
+from fastat.packing.append import append
+from fastat.packing.pack import pack
+from fastat.packing.verify import verify
 from tests.data.audio import noise, reference, run_python, write_table
-from tests.data.test_pack import KILL_AT, content
+from tests.packing.test_pack import KILL_AT, content
 
 SHARD_BYTES = 250_000
 OPTIONS = {"clip_seconds": 0.5, "max_bad": 0.1, "shard_bytes": SHARD_BYTES, "codec": "flac"}

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastat.data.pack import pack
 from fastat.data.row_reader import ROWS_PER_JOB
 from fastat.data.shards import PackedSet, write_index
-from fastat.data.verify import verify
 from fastat.errors import Failure, UserError
+from fastat.packing.pack import pack
+from fastat.packing.verify import verify
 from tests.data.audio import write_table
 
 SAMPLES = 8_000

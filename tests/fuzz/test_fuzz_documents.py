@@ -19,8 +19,8 @@ import torch
 from fastat.config import TrainConfig, resolve
 from fastat.data.classes import ClassList
 from fastat.data.manifest import read_manifest
-from fastat.data.pack import pack
 from fastat.data.shards import INDEX_FILE, PackedSet
+from fastat.packing.pack import pack
 from fastat.run_folder import RunFolder
 from tests.data.audio import write_table
 from tests.fuzz.child import SPARE_BYTES, error_of, run_cases

@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from fastat.data.pack import pack
 from fastat.data.shards import INDEX_FILE, PackedSet, write_index
+from fastat.packing.pack import pack
 from tests.data.audio import write_table
 from tests.fuzz.child import error_of, run_cases
 from tests.fuzz.mutations import SHARE, Mutant, Mutation, keep, mutate, rng_of

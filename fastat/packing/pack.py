@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 
 from fastat.data.flac import max_row_bytes
 from fastat.data.manifest import Manifest, read_manifest
-from fastat.data.pack_bad import BAD_FILE, NOTES_FILE, has_changed, read_bad
-from fastat.data.pack_index import finished_result
 from fastat.data.pack_messages import Job
 from fastat.data.pack_parts import Part, check_known, pack_parts, settle
 from fastat.data.pack_plan import BadCount, Plan, SetResult
@@ -36,6 +34,8 @@ from fastat.data.split import Holdout, holdout_mask
 from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 from fastat.host import cores_of_rank
+from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed, read_bad
+from fastat.packing.index import finished_result
 
 CODECS = ("pcm16", "flac")
 SHARD_BYTES = 1 << 30

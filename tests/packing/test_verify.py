@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fastat.commands.pack_report import MAX_DAMAGES, print_verified
 from fastat.data import verify as verify_module
-from fastat.data.pack import pack
-from fastat.data.pack_report import MAX_DAMAGES, print_verified
 from fastat.data.shards import ShardRows, write_index
-from fastat.data.verify import verify
 from fastat.errors import Failure, UserError
+from fastat.packing.pack import pack
+from fastat.packing.verify import verify
 from tests.data.audio import write_table
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from fastat.commands.pack_report import print_appended
 from fastat.data import pack_parts
-from fastat.data.pack import pack
-from fastat.data.pack_append import AppendSummary, append
-from fastat.data.pack_bad import read_notes
 from fastat.data.pack_parts import Part
-from fastat.data.pack_report import print_appended
 from fastat.data.shards import PackedSet
 from fastat.errors import UserError
+from fastat.packing.append import AppendSummary, append
+from fastat.packing.bad_files import read_notes
+from fastat.packing.pack import pack
 from tests.data.audio import noise, write_table
 from tests.data.kills import killed_at
 

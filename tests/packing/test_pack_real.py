@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastat.data.pack import pack
 from fastat.data.shards import PackedSet
 from fastat.errors import UserError
+from fastat.packing.pack import pack
 from tests.data.audio import reference
 
 

@@ -17,13 +17,13 @@ import soundfile as sf
 import torch
 from numpy.typing import NDArray
 
-from fastat.data import pack as pack_module
-from fastat.data.pack import pack
 from fastat.data.pack_state import PackState
 from fastat.data.shards import PackedSet, Stats
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
+from fastat.packing import pack as pack_module
+from fastat.packing.pack import pack
 from tests.data.audio import noise, reference, run_python, write_table
 
 SHARD_BYTES = 250_000  # 11 clips of half a second
@@ -171,7 +171,7 @@ def counted(call):
         return call(*args, **kwargs)
     return wrapper
 os.replace, os.fsync = counted(os.replace), counted(os.fsync)
-from fastat.data.pack import pack
+from fastat.packing.pack import pack
 options = dict(clip_seconds=0.5, workers=2, max_bad=0.1, shard_bytes=250_000)
 pack(Path(sys.argv[1]), Path(sys.argv[2]), **options)
 """
@@ -286,7 +286,7 @@ def test_two_commands_at_once(table: Path, tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from fastat.data import pack_set
-from fastat.data.pack import pack
+from fastat.packing.pack import pack
 from fastat.errors import UserError
 def again(*args):
     pack_set._run = None
@@ -308,7 +308,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from fastat.data import pack_pool
-from fastat.data.pack import pack
+from fastat.packing.pack import pack
 from fastat.errors import Failure
 LIMIT = (20_000, 20_000)
 start = pack_pool.Pool.__enter__
@@ -550,7 +550,7 @@ def test_a_worker_that_dies(table: Path, tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from fastat.data import pack_pool
-from fastat.data.pack import pack
+from fastat.packing.pack import pack
 from fastat.errors import Failure
 decode = pack_pool.Pool.decode
 def kill(self, worker, message):

@@ -12,7 +12,7 @@ import pytest
 import soundfile as sf
 
 from fastat.cli import main
-from fastat.data.pack_report import duration
+from fastat.commands.pack_report import duration
 from fastat.data.shards import PackedSet
 from tests.data.audio import noise, write_table
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastat.data.manifest import BadFile
-from fastat.data.pack_bad import NOTES_FILE, read_notes
 from fastat.data.pack_plan import Plan, SetResult
 from fastat.data.pack_state import FinishedShard
 from fastat.data.shards import (
@@ -22,6 +21,7 @@ from fastat.data.shards import (
 )
 from fastat.errors import UserError
 from fastat.features import FEATURES
+from fastat.packing.bad_files import NOTES_FILE, read_notes
 
 
 def index_of(plan: Plan, shards: Sequence[FinishedShard], num_bad: int) -> dict[str, Any]:

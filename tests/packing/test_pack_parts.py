@@ -15,11 +15,11 @@ import pytest
 import soundfile as sf
 
 from fastat.data import pack_parts
-from fastat.data.pack import PackSummary, pack
 from fastat.data.pack_parts import Part
 from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
+from fastat.packing.pack import PackSummary, pack
 from tests.data.audio import noise, run_python, write_table
 from tests.data.kills import killed_at
 
@@ -180,7 +180,7 @@ def counted(call):
         return call(*args, **kwargs)
     return wrapper
 os.replace, os.fsync = counted(os.replace), counted(os.fsync)
-from fastat.data.pack import pack
+from fastat.packing.pack import pack
 from fastat.data.pack_parts import Part
 options = dict(clip_seconds=0.5, workers=2, max_bad=0.1, shard_bytes=250_000)
 pack(Path(sys.argv[1]), Path(sys.argv[2]), part=Part.parse(sys.argv[3]), **options)

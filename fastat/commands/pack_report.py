@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fastat.data.pack import PackSummary
-from fastat.data.pack_append import AppendSummary
-from fastat.data.pack_bad import BAD_FILE, NOTES_FILE
-from fastat.data.verify import VerifySummary
 from fastat.errors import Failure, one_line
+from fastat.packing.append import AppendSummary
+from fastat.packing.bad_files import BAD_FILE, NOTES_FILE
+from fastat.packing.pack import PackSummary
+from fastat.packing.verify import VerifySummary
 
 MAX_DAMAGES = 20
 """Lines of --verify; --json has all."""

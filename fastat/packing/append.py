@@ -14,7 +14,16 @@ import numpy as np
 
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Manifest, read_manifest
-from fastat.data.pack import (
+from fastat.data.pack_messages import Job
+from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
+from fastat.data.pack_plan import Plan
+from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
+from fastat.data.table_layout import ColumnNames
+from fastat.errors import UserError
+from fastat.host import cores_of_rank
+from fastat.packing.bad_files import BAD_FILE, has_changed, read_bad
+from fastat.packing.index import finished_result
+from fastat.packing.pack import (
     SHARD_BYTES,
     SHARD_OVERHEAD,
     RarestClass,
@@ -24,15 +33,6 @@ from fastat.data.pack import (
     named,
     rarest_class,
 )
-from fastat.data.pack_bad import BAD_FILE, has_changed, read_bad
-from fastat.data.pack_index import finished_result
-from fastat.data.pack_messages import Job
-from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
-from fastat.data.pack_plan import Plan
-from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
-from fastat.data.table_layout import ColumnNames
-from fastat.errors import UserError
-from fastat.host import cores_of_rank
 
 CHUNK_ROWS = 65_536
 """Number of rows whose paths are read at once."""

@@ -1,0 +1,1 @@
+"""Turns tables of audio files into packed sets."""
