@@ -1,7 +1,7 @@
 """Packed sets for the benchmarks of reading, written without any audio to pack."""
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from fastat.data.shard_writer import ShardPart
-from fastat.data.shards import FORMAT, VERSION, ShardInfo, ShardRows, write_index
+from fastat.data.shard_file import ShardInfo, ShardRows, write_shard
+from fastat.data.shards import FORMAT, VERSION, write_index
 from fastat.features import FEATURES
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 256 << 20
 
 
 def write_set(
@@ -30,35 +30,26 @@ def write_set(
     room of their small datasets alone, and fail their CRC.
     """
     num_clips = len(target_bits)
-    rows_per_shard = min(num_clips, SHARD_BYTES // (2 * clip_samples) - 2)
+    rows_per_shard = min(num_clips, SHARD_BYTES // (2 * clip_samples))
     shards: list[ShardInfo] = []
     for first in range(0, num_clips, rows_per_shard):
         rows = np.arange(first, min(first + rows_per_shard, num_clips))
-        part = ShardPart(directory, len(shards), "pcm16", clip_samples, 0, SHARD_BYTES)
-        offsets = [part.add_row(2 * clip_samples) for _ in rows]
-        os.truncate(part.path, part.end)
         crc = np.zeros(len(rows), np.uint32)
+        audio = None
         if waveform is not None:
-            with part.path.open("r+b") as file:
-                file.seek(offsets[0])
-                file.write(waveform[rows].data)
+            audio = io.BytesIO(waveform[rows].data)
             crc[:] = [zlib_ng.crc32(waveform[row]) for row in rows]
         names = [f"Y{row:011d}.wav" for row in rows]
-        shards.append(
-            part.seal(
-                ShardRows(
-                    np.full(len(rows), clip_samples, np.int32),
-                    target_bits[rows],
-                    np.array(names, np.bytes_),
-                    np.array(
-                        [f"/datasets/audioset/unbalanced/{name}" for name in names], np.bytes_
-                    ),
-                    np.zeros(len(rows)),
-                    crc,
-                )
-            )
+        shard = ShardRows(
+            np.full(len(rows), clip_samples, np.int32),
+            target_bits[rows],
+            np.array(names, np.bytes_),
+            np.array([f"/datasets/audioset/unbalanced/{name}" for name in names], np.bytes_),
+            np.zeros(len(rows)),
+            crc,
         )
-        part.publish()
+        path = directory / f"shard-{len(shards):05d}.h5"
+        shards.append(write_shard(path, shard, "pcm16", clip_samples, audio))
     counts = np.zeros(len(class_ids), np.int64)
     for first in range(0, num_clips, 100_000):
         counts += np.unpackbits(

@@ -4,6 +4,7 @@ import csv
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,14 +31,15 @@ def atomic_path(path: Path, *, over_folder: bool = False) -> Iterator[Path]:
     renames: a process killed between them leaves neither the old nor the new folder. If the block
     raises, what it wrote is removed and ``path`` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not by the process's number: processes on several hosts may write the same path.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         if temporary.is_dir():
             for child in temporary.iterdir():
                 fsync(child)
         fsync(temporary)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        old = temporary.with_suffix(".old.tmp")
         if over_folder and path.is_dir():
             os.replace(path, old)
         os.replace(temporary, path)

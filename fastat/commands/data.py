@@ -87,11 +87,16 @@ def pack(
     codec: Annotated[
         str | None,
         typer.Option(
-            help="pcm16 (default), or flac: about 58 % of the bytes, decoded while training."
+            help="pcm16 (default); flac: about 58 % of the bytes, decoded while training; none: no "
+            "audio, for --source dali to train from the original files."
         ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Decoding processes; default: one per core.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Pack on the workers of this Dask scheduler."),
     ] = None,
     max_bad: Annotated[
         float, typer.Option(help="More than this share of bad files fails the command.")
@@ -148,10 +153,14 @@ def pack(
         raise UserError("pack needs --out DIR, the folder of the packed set")
     if label_separator == "":
         raise UserError("--label-separator: expected a character, got none")
-    from fastat.data.pack_parts import Part
     from fastat.data.split import parse_holdout
     from fastat.data.table_layout import ColumnNames
+    from fastat.packing.plan import Part
 
+    if scheduler is not None and (workers is not None or shard is not None):
+        raise UserError(
+            "--scheduler: its cluster has workers: expected no --workers and no --shard"
+        )
     part = Part.parse(shard) if shard is not None else Part.from_environment(os.environ)
     common: dict[str, Any] = {
         "audio": audio,
@@ -160,6 +169,7 @@ def pack(
         "columns": ColumnNames(path_column, label_column, label_separator),
         "segments": segments,
         "workers": workers,
+        "scheduler": scheduler,
         "max_bad": max_bad,
         "part": part,
     }

@@ -22,22 +22,6 @@ MAX_VALUES = 10
 """Limit of a column's values that a message lists."""
 
 
-class Entry(NamedTuple):
-    """A file that exists and whose labels are known."""
-
-    name: str
-    """Its path inside the audio folder."""
-    path: str
-    """Absolute; a row of an HDF5 file is ``/path/file.h5#row``."""
-    labels: tuple[int, ...]
-    """Numbers of its classes in the class list."""
-    line: int
-    """Line of the table; 0 for a folder."""
-    group: str
-    """What ``--group-by`` keeps together, or the value that ``--holdout COLUMN=VALUE`` looks at;
-    otherwise the file itself."""
-
-
 class BadFile(NamedTuple):
     """A line of bad.csv."""
 
@@ -51,15 +35,42 @@ class BadFile(NamedTuple):
     """Size and time of change when the file was tried; zeros if it was missing or not tried."""
 
 
+class Entry(NamedTuple):
+    """A file of a table."""
+
+    name: str
+    """Its path inside the audio folder."""
+    path: str
+    """Absolute; a row of an HDF5 file is ``/path/file.h5#row``."""
+    labels: tuple[int, ...]
+    """Numbers of its classes in the class list; none if one of them is unknown."""
+    line: int
+    """Line of the table; 0 for a folder."""
+    group: str
+    """What ``--group-by`` keeps together, or the value that ``--holdout COLUMN=VALUE`` looks at;
+    otherwise the file itself."""
+    bad: BadFile | None = None
+    """Why it cannot be packed, if that is known already: it is missing or has an unknown label."""
+
+
 class Manifest(NamedTuple):
     """Content of a table, in its order."""
 
     classes: ClassList
-    entries: list[Entry]
-    bad: list[BadFile]
-    """Files that are missing or have an unknown label."""
+    lines: list[Entry]
+    """All files of the table."""
     held: "Manifest | None" = None
     """With ``--holdout COLUMN=VALUE`` the rows with that value; the fields above are the others."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The files that exist and whose labels are known."""
+        return [entry for entry in self.lines if entry.bad is None]
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """The others."""
+        return [entry.bad for entry in self.lines if entry.bad is not None]
 
 
 def read_manifest(
@@ -125,22 +136,22 @@ def read_manifest(
 
 def _labelled(source: Path, table: Table, classes: ClassList) -> Manifest:
     """Looks up the classes of the rows of ``table``; rows that cannot be packed are bad."""
-    entries: list[Entry] = []
-    bad: list[BadFile] = []
+    lines: list[Entry] = []
     for row in table.rows:
         names = _names(source, row, table, classes)
         unknown = list(dict.fromkeys(name for name in names if name not in classes))
-        if names and not unknown and row.exists:
-            numbers = tuple(sorted({classes.number(name) for name in names}))
-            entries.append(Entry(row.name, row.path, numbers, row.line, row.group))
-            continue
         listed = ";".join(part.labels for part in (row, *row.more))
+        numbers: tuple[int, ...] = ()
+        bad = None
         if not names or unknown:
             detail = ", ".join(unknown) if names else "no label"
-            bad.append(BadFile(row.path, "label unknown", detail, listed, row.line))
+            bad = BadFile(row.path, "label unknown", detail, listed, row.line)
         else:
-            bad.append(BadFile(row.path, "missing", "", listed, row.line))
-    return Manifest(classes, entries, bad)
+            numbers = tuple(sorted({classes.number(name) for name in names}))
+            if not row.exists:
+                bad = BadFile(row.path, "missing", "", listed, row.line)
+        lines.append(Entry(row.name, row.path, numbers, row.line, row.group, bad))
+    return Manifest(classes, lines)
 
 
 def _check_holdout(source: Path, rows: Sequence[Row], holdout: Holdout) -> None:
@@ -214,14 +225,13 @@ def _read_hdf5(
             "them"
         )
     path = os.path.abspath(source)
-    entries: list[Entry] = []
-    bad: list[BadFile] = []
+    lines: list[Entry] = []
     for row, (name, numbers) in enumerate(read_rows(source, len(classes))):
         place = f"{path}#{row}"
-        if numbers:
-            entries.append(Entry(name, place, numbers, row + 1, place))
-        else:
-            bad.append(BadFile(place, "label unknown", "no label", "", row + 1))
-    if not entries and not bad:
+        bad = None
+        if not numbers:
+            bad = BadFile(place, "label unknown", "no label", "", row + 1)
+        lines.append(Entry(name, place, numbers, row + 1, place, bad))
+    if not lines:
         raise UserError(f"{source}: no clips in it")
-    return Manifest(classes, entries, bad)
+    return Manifest(classes, lines)

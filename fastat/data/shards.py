@@ -1,23 +1,8 @@
 """A packed set on disk, opened for reading.
 
 A set is a folder with ``dataset.json`` (classes, counts, statistics and, for every shard, its rows,
-bytes and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of at
-most 1 GiB. A shard is HDF5:
-
-    waveform       int16 [N, S]            16 kHz mono, contiguous: a row is one range of the file
-    num_samples    int32 [N]               real samples of the row, the rest is zero padding
-    target         uint8 [N, ceil(K / 8)]  labels, np.packbits order
-    audio_name     bytes [N]               UTF-8, the file's path inside the audio folder
-    audio_path     bytes [N]               UTF-8, absolute path of the file it was packed from
-    start_seconds  float64 [N]             where in that file the clip starts
-    row_crc        uint32 [N]              CRC-32 of the row's waveform bytes
-
-A FLAC shard (``flac``) has instead of ``waveform``
-
-    flac_bytes     uint8 [total]           contiguous, a FLAC stream of each row's real samples
-    flac_offsets   int64 [N + 1]           where in it a row starts; the next row's start ends it
-
-and ``row_crc`` is of the stream. A set may have shards of both kinds.
+bytes and checksum) and ``shard-00000.h5``, ``shard-00001.h5``, ... of
+as much as 256 MiB of audio (``shard_file`` says what is in one).
 
 Opening a set checks the size and layout of each shard and the CRC-32 of everything but the waveform
 (``row_crc`` included), without reading the waveform. Reading checks every row against ``row_crc``.
@@ -38,27 +23,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
-from zlib_ng import zlib_ng
 
 from fastat.atomic import atomic_write_text
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
-from fastat.errors import Failure, UserError, first_line
+from fastat.data.shard_file import Damaged, ShardInfo, read_shard
+from fastat.errors import Failure, UserError
 from fastat.fields import check_keys
 
 SAMPLE_RATE = 16_000
 FORMAT = "fastat packed set"
-VERSION = 2
+VERSION = 3
 INDEX_FILE = "dataset.json"
-STATE_FOLDER = ".pack"
-"""Folder inside the set's, in which an unfinished ``fastat pack`` keeps its state."""
-
-
-class Damaged(Failure):
-    """A file of a packed set is missing, or is not as it was packed."""
 
 
 class ClassInfo(NamedTuple):
@@ -77,65 +55,10 @@ class Stats(NamedTuple):
     num_clips: int
 
 
-class ShardInfo(NamedTuple):
-    """A shard's entry in dataset.json."""
-
-    file: str
-    rows: int
-    bytes: int
-    crc32: int
-    """Checksum of everything but the waveform, ``row_crc`` included."""
-    codec: str = "pcm16"
-
-
-class ShardRows(NamedTuple):
-    """Everything about a shard's rows but the waveform, by the datasets' names."""
-
-    num_samples: NDArray[np.int32]  # [N]
-    target: NDArray[np.uint8]  # [N, ceil(K / 8)]
-    audio_name: NDArray[np.bytes_]  # [N]
-    audio_path: NDArray[np.bytes_]  # [N]
-    start_seconds: NDArray[np.float64]  # [N]
-    row_crc: NDArray[np.uint32]  # [N]
-    flac_offsets: NDArray[np.int64] | None = None  # [N + 1], only in a FLAC shard
-
-    def datasets(self) -> dict[str, NDArray[Any]]:
-        """The arrays that the shard holds, by the datasets' names."""
-        return {name: array for name, array in self._asdict().items() if array is not None}
-
-    def offsets(self, clip_samples: int) -> NDArray[np.int64]:
-        """Bytes from the first row to the start of each, and to the end of the last: [N + 1]."""
-        if self.flac_offsets is not None:
-            return self.flac_offsets
-        return np.arange(len(self.row_crc) + 1, dtype=np.int64) * 2 * clip_samples
-
-    def crc32(self) -> int:
-        """One checksum over all arrays."""
-        crc = 0
-        for array in self.datasets().values():
-            crc = zlib_ng.crc32(array, crc)
-        return crc
-
-
-SMALL_DTYPES = {
-    "num_samples": "<i4", "target": "|u1", "audio_name": "|S", "audio_path": "|S",
-    "start_seconds": "<f8", "row_crc": "<u4", "flac_offsets": "<i8",
-}  # fmt: skip
-"""The datasets' dtypes, as numpy spells them. Names are as wide as the longest one."""
-
-H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
-"""Errors that h5py raises on damage; the last two if a group stands in a dataset's place."""
-
-
 def codec_of(shards: Iterable[ShardInfo]) -> str:
     """The codec of a set of these shards: theirs, or ``mixed``."""
     codecs = {info.codec for info in shards}
     return codecs.pop() if len(codecs) == 1 else "mixed"
-
-
-def shard_file(index: int) -> str:
-    """The file name of a shard."""
-    return f"shard-{index:05d}.h5"
 
 
 class PackedSet:
@@ -149,7 +72,7 @@ class PackedSet:
     num_clips: int
     clip_samples: int
     codec: str
-    """``pcm16``, ``flac`` or ``mixed``."""
+    """``pcm16``, ``flac``, ``none`` or ``mixed``."""
     label_counts: NDArray[np.int64]  # [K]
     stats: dict[str, Stats]
     fingerprint: str
@@ -263,6 +186,7 @@ class PackedSet:
             raise ValueError("out: expected a C-contiguous array")
         if not len(rows):
             return {}
+        self.require_audio()
         if not (rows.min() >= 0 and rows.max() < self.num_clips):
             raise ValueError(f"rows: expected 0..{self.num_clips - 1}, got {rows.tolist()}")
         memory = out.data.cast("B")
@@ -288,6 +212,14 @@ class PackedSet:
         if bad:
             place = min(bad)
             raise Failure(f"{self.describe(int(rows[place]), bad[place])}; pack the set again")
+
+    def require_audio(self) -> None:
+        """Raises UserError when the set was packed without its audio."""
+        if self.codec == "none":
+            raise UserError(
+                f"{self.directory}: packed with --codec none, it holds no audio; train from it "
+                "with --source dali, or pack it with another codec"
+            )
 
     def describe(self, row: int, reason: str) -> str:
         """A message that names a damaged row, its shard and its clip."""
@@ -321,7 +253,7 @@ def read_index(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"{directory}: expected the folder of a packed set, found none")
     if not path.is_file():
-        if (directory / STATE_FOLDER).is_dir():
+        if any(directory.glob("shard-*.h5")):
             raise UserError(
                 f"{directory}: packing did not finish; run the same fastat pack command again"
             )
@@ -369,55 +301,3 @@ def checksum(index: dict[str, Any]) -> str:
     """A checksum of everything in the index but the checksum itself."""
     rest = {name: value for name, value in index.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_shard(
-    directory: Path, info: ShardInfo, clip_samples: int, num_classes: int
-) -> tuple[int, ShardRows]:
-    """The waveform's offset in the file and everything else of a shard, checked against ``info``.
-
-    Raises:
-        Damaged: it is missing, of another size or layout, or damaged outside the waveform.
-        Failure: it cannot be read.
-    """
-    path = directory / info.file
-    if not path.is_file():
-        raise Damaged(f"{path}: this shard of the set is missing")
-    size = path.stat().st_size
-    if size != info.bytes:
-        raise Damaged(f"{path}: damaged: expected {info.bytes:,} bytes, found {size:,}")
-    try:
-        with h5py.File(path, locking=False) as file:
-            waveform = file["flac_bytes" if info.codec == "flac" else "waveform"]
-            layout = (waveform.shape, waveform.dtype, waveform.chunks)
-            offset = waveform.id.get_offset()
-            names = ShardRows._fields if info.codec == "flac" else ShardRows._fields[:-1]
-            rows = ShardRows(*(_read_small(file[name], info) for name in names))
-    except PermissionError as error:
-        raise Failure(f"{path}: cannot be read: Permission denied") from error
-    except H5PY_ERRORS as error:
-        raise Damaged(f"{path}: damaged: {first_line(error)}") from error
-    expected: tuple[Any, ...] = ((info.rows, clip_samples), np.dtype(np.int16), None)
-    if rows.flac_offsets is not None:
-        expected = ((int(rows.flac_offsets[-1]),), np.dtype(np.uint8), None)
-    if layout != expected or offset is None:
-        raise Damaged(f"{path}: damaged: expected waveform {expected}, found {layout}")
-    if rows.target.shape != (info.rows, -(-num_classes // 8)) or rows.crc32() != info.crc32:
-        raise Damaged(f"{path}: damaged: the checksum of its labels and names differs")
-    return offset, rows
-
-
-def _read_small(dataset: Any, info: ShardInfo) -> NDArray[Any]:
-    """Reads a dataset other than the waveform.
-
-    Its header is checked first: the checksum is one of bytes, which mean something else in another
-    dtype, and a damaged header may promise an array that is larger than its file.
-    """
-    kind = SMALL_DTYPES[dataset.name.removeprefix("/")]
-    length = info.rows + 1 if dataset.name == "/flac_offsets" else info.rows
-    if not dataset.dtype.str.startswith(kind) or dataset.shape[:1] != (length,):
-        raise ValueError(f"{dataset.name}: {dataset.dtype} {dataset.shape}")
-    if dataset.nbytes > info.bytes:
-        raise ValueError(f"{dataset.name}: {dataset.nbytes:,} bytes")
-    array: NDArray[Any] = dataset[()]
-    return array

@@ -1,41 +1,43 @@
 """``fastat pack --append``: what of a table is not in a finished set yet -> further shards of it.
 
 A file counts as packed by its path. The set's statistics stay, so that runs before and after are
-comparable; its fingerprint changes, so that a run that goes on notices.
+comparable; its fingerprint changes, so that a run that goes on notices. The further shards are
+named by what they hold, and until the new dataset.json names them the set stays as it is.
 """
 
+import os
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from fastat.atomic import lock
 from fastat.data.classes import ClassList
-from fastat.data.manifest import BadFile, Manifest, read_manifest
-from fastat.data.pack_messages import Job
-from fastat.data.pack_parts import APPEND_BAD_FILE, Part, pack_parts, settle
-from fastat.data.pack_plan import Plan
-from fastat.data.shards import SAMPLE_RATE, PackedSet, ShardInfo, checksum, read_index
+from fastat.data.manifest import Entry, read_manifest
+from fastat.data.shard_file import ShardInfo, load_shard
+from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, read_index, write_index
 from fastat.data.table_layout import ColumnNames
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.host import cores_of_rank
-from fastat.packing.bad_files import BAD_FILE, has_changed, read_bad
-from fastat.packing.index import finished_result
+from fastat.packing.bad_files import has_changed
+from fastat.packing.block import Layout
+from fastat.packing.index import Content, grown_index, read_content
 from fastat.packing.pack import (
-    SHARD_BYTES,
-    SHARD_OVERHEAD,
+    BadCount,
     RarestClass,
     check_ranges,
-    inputs_of,
-    label_bytes,
+    count_notes,
     named,
     rarest_class,
+    run_blocks,
+    unfinished_parts,
 )
+from fastat.packing.plan import Part, Plan, write_lists
 
-CHUNK_ROWS = 65_536
-"""Number of rows whose paths are read at once."""
+APPEND_BAD_FILE = "bad-append.csv"
+"""When too many files of an --append are bad; bad.csv stays that of the set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ def append(
     columns: ColumnNames | None = None,
     codec: str | None = None,
     workers: int | None = None,
+    scheduler: str | None = None,
     max_bad: float = 0.01,
-    shard_bytes: int = SHARD_BYTES,
     part: Part | None = None,
 ) -> AppendSummary:
     """Adds to the finished set ``out`` the files of SOURCE that it does not have.
@@ -101,139 +103,149 @@ def append(
     started = time.monotonic()
     check_ranges(clip_seconds, codec, workers, max_bad)
     out = named(out)
-    base = _open_base(out)
-    _check_classes(base, labels, classes_from, out)
+    base = read_index(out)
+    classes = ClassList.from_packed(out)
+    _check_classes(classes, labels, classes_from, out)
     _check_layout(base, clip_seconds, segments, out)
-    new = _news(base, read_manifest(source, audio=audio, classes_from=out, columns=columns))
-    result = None
-    if new.manifest.entries or new.manifest.bad:
-        num_files = len(new.manifest.entries) + len(new.manifest.bad)
-        result = pack_parts(
-            [_plan(out, base, new.manifest, codec, shard_bytes)],
-            part or Part(0, 1),
-            workers or cores_of_rank(),
-            num_files,
-            max_bad,
-            base.index,
-        )
-    whole = finished_result(out) if result is None else result.sets[0]
-    clips = whole.clips
-    waiting_for = () if result is None else result.waiting_for
+    earlier = [shard["file"] for shard in base["shards"]]
+    before = read_content([out / file for file in earlier], len(classes))
+    packed = _packed_paths(out, earlier)
+    table = read_manifest(source, audio=audio, classes_from=out, columns=columns).lines
+    others = [entry for entry in table if entry.path not in packed]
+    new = _news(others, before)
+    plan = Plan(
+        directory=out,
+        classes=classes,
+        entries=new,
+        layout=_layout(base, classes, codec, out),
+        stats_clips=np.zeros(len(new), np.int64),
+        options=base["options"],
+        command="append",
+        appends=True,
+        earlier=earlier,
+        bad_list=APPEND_BAD_FILE,
+    )
+    plan.look()
+    resumed = sum(report.clips for report in plan.reports.values())
+    bad_count = BadCount(len(new), max_bad)
+    waiting_for: tuple[int, ...] = ()
+    whole = before
+    if new:
+        run_blocks([plan], part, workers or cores_of_rank(), scheduler, bad_count)
+        waiting_for = unfinished_parts([plan], part)
+        if waiting_for:
+            whole = plan.partial_content(part)
+        else:
+            whole = plan.content()
+            _replace_index(out, base, whole)
+    ours = whole.reports if waiting_for else whole.reports[len(earlier) :]
+    appended = sum(report.clips for report in ours)
+    noted = Content(whole.label_counts, noted=[file for report in ours for file in report.noted])
     return AppendSummary(
         directory=out,
-        clips=clips,
-        shards=whole.shards,
-        appended_clips=clips if waiting_for else clips - base.index["clips"],
+        clips=whole.clips,
+        shards=len(whole.reports),
+        appended_clips=appended,
         audio_seconds=whole.seconds,
-        num_classes=len(base.classes),
-        rarest=rarest_class(base.classes.classes, whole.label_counts),
-        already_there=new.already_there,
-        known_bad=new.known_bad,
-        bad=0 if result is None else result.bad_count.reasons.total(),
-        bad_reasons={} if result is None else dict(result.bad_count.reasons),
-        notes=dict(Counter(file.note for file in whole.noted if file.path not in base.paths)),
-        resumed_clips=0 if result is None else result.sets[0].resumed_clips,
+        num_classes=len(classes),
+        rarest=rarest_class(classes.classes, whole.label_counts),
+        already_there=len(table) - len(others),
+        known_bad=len(others) - len(new),
+        bad=bad_count.reasons.total(),
+        bad_reasons=dict(bad_count.reasons),
+        notes=count_notes([noted]),
+        resumed_clips=resumed,
         part=None if part is None else str(part),
         waiting_for=waiting_for,
         seconds=time.monotonic() - started,
     )
 
 
-@dataclass(frozen=True)
-class _Base:
-    """The set that is appended to."""
-
-    index: dict[str, Any]
-    classes: ClassList
-    paths: set[str]
-    """Files in it."""
-    bad: list[BadFile]
-
-
-class _News(NamedTuple):
-    """What is new in a table."""
-
-    manifest: Manifest
-    already_there: int
-    known_bad: int
-
-
-def _open_base(directory: Path) -> _Base:
-    """Opens the set, which must be whole, and ends what a killed append has left."""
-    index = read_index(directory)
-    settle(directory)
-    packed = PackedSet.open(directory)
+def _packed_paths(out: Path, files: list[str]) -> set[str]:
+    """The original files of the clips in these shards."""
     paths: set[str] = set()
-    for start in range(0, packed.num_clips, CHUNK_ROWS):
-        rows = np.arange(start, min(start + CHUNK_ROWS, packed.num_clips))
-        paths.update(path for path, _ in packed.sources(rows))
-    packed.close()
-    bad = read_bad(directory / BAD_FILE)
-    return _Base(index, ClassList.from_packed(directory), paths, bad)
+    for file in files:
+        _, rows = load_shard(out / file)
+        paths.update(map(os.fsdecode, rows.audio_path))
+    return paths
 
 
-def _check_classes(base: _Base, labels: Path | None, classes_from: Path | None, out: Path) -> None:
+def _news(entries: list[Entry], before: Content) -> list[Entry]:
+    """What of ``entries``, which the set does not have, is to be packed.
+
+    A file that bad.csv lists is tried again when it has changed since; a line of the table that
+    was bad then and is now does not count again.
+    """
+    unchanged = {bad.path for bad in before.bad if not has_changed(bad)}
+    listed = {(bad.path, bad.reason, bad.labels) for bad in before.bad}
+    return [
+        entry
+        for entry in entries
+        if (
+            entry.path not in unchanged
+            if entry.bad is None
+            else (entry.path, entry.bad.reason, entry.bad.labels) not in listed
+        )
+    ]
+
+
+def _replace_index(out: Path, base: dict[str, Any], content: Content) -> None:
+    """Writes the lists and dataset.json of the grown set, unless it is no longer ``base``.
+
+    Of several that wait for the lock, those that come too late find another dataset.json.
+    """
+    try:
+        with (out / INDEX_FILE).open("r+b") as file:
+            lock(file)
+            if read_index(out)["checksum"] != base["checksum"]:
+                raise BlockingIOError
+            write_lists(out, content)
+            (out / APPEND_BAD_FILE).unlink(missing_ok=True)
+            write_index(out, grown_index(base, content))
+    except BlockingIOError:
+        raise UserError(
+            f"--out {out}: another --append has changed the set since; run the same command again"
+        ) from None
+    except OSError as error:
+        raise Failure(f"{out}: cannot write: {error.strerror}") from error
+
+
+def _layout(base: dict[str, Any], classes: ClassList, codec: str | None, out: Path) -> Layout:
+    earlier = ShardInfo(**base["shards"][-1]).codec
+    codec = codec or earlier
+    if (codec == "none") != (base["codec"] == "none"):
+        raise UserError(
+            f"--codec {codec}: {out} was packed with --codec {base['codec']}; all of a set has its "
+            "audio, or none"
+        )
+    ids = tuple(c.id for c in classes.classes)
+    return Layout(base["clip_samples"], base["options"]["segments"], codec, ids)
+
+
+def _check_classes(
+    classes: ClassList, labels: Path | None, classes_from: Path | None, out: Path
+) -> None:
     if labels is not None and classes_from is not None:
         raise UserError("expected --labels or --classes-from, got both")
     if labels is not None:
         given = ClassList.from_csv(labels)
     else:
         given = ClassList.from_packed(classes_from or out)
-    if [c.id for c in given.classes] != [c.id for c in base.classes.classes]:
+    if [c.id for c in given.classes] != [c.id for c in classes.classes]:
         raise UserError(
-            f"{given.source}: expected the {len(base.classes)} classes of {out} in their order, "
+            f"{given.source}: expected the {len(classes)} classes of {out} in their order, "
             f"got {len(given)} others; without this option --append takes the set's"
         )
 
 
-def _check_layout(base: _Base, clip_seconds: float | None, segments: bool, out: Path) -> None:
-    clip_samples = base.index["clip_samples"]
+def _check_layout(
+    base: dict[str, Any], clip_seconds: float | None, segments: bool, out: Path
+) -> None:
+    clip_samples = base["clip_samples"]
     if clip_seconds is not None and round(clip_seconds * SAMPLE_RATE) != clip_samples:
         raise UserError(
             f"--clip-seconds: expected {clip_samples / SAMPLE_RATE:g} as in {out}, "
             f"got {clip_seconds:g}"
         )
-    if segments and not base.index["options"]["segments"]:
+    if segments and not base["options"]["segments"]:
         raise UserError(f"--segments: {out} was packed without, and --append does the same")
-
-
-def _news(base: _Base, manifest: Manifest) -> _News:
-    """What of ``manifest`` is to be packed.
-
-    A file that bad.csv lists is tried again when it has changed since; a line of the table that
-    was bad then and is now does not count again.
-    """
-    unchanged = {bad.path for bad in base.bad if not has_changed(bad)}
-    listed = {(bad.path, bad.reason, bad.labels) for bad in base.bad}
-    others = [entry for entry in manifest.entries if entry.path not in base.paths]
-    entries = [entry for entry in others if entry.path not in unchanged]
-    bad = [bad for bad in manifest.bad if (bad.path, bad.reason, bad.labels) not in listed]
-    return _News(
-        manifest._replace(entries=entries, bad=bad),
-        already_there=len(manifest.entries) - len(others),
-        known_bad=len(others) - len(entries) + len(manifest.bad) - len(bad),
-    )
-
-
-def _plan(out: Path, base: _Base, manifest: Manifest, codec: str | None, shard_bytes: int) -> Plan:
-    clip_samples = base.index["clip_samples"]
-    job = Job(
-        clip_samples,
-        base.index["options"]["segments"],
-        min(SAMPLE_RATE, clip_samples),
-        codec or ShardInfo(**base.index["shards"][-1]).codec,
-    )
-    return Plan(
-        title=f"append to {out.name}",
-        directory=out,
-        bad_list=out / APPEND_BAD_FILE,
-        inputs=inputs_of(manifest, job, shard_bytes, {"append to": checksum(base.index)}),
-        classes=manifest.classes,
-        entries=manifest.entries,
-        bad=manifest.bad,
-        job=job,
-        shard_room=shard_bytes - SHARD_OVERHEAD,
-        label_bytes=label_bytes(manifest, job, shard_bytes),
-        stats_clips=np.zeros(len(manifest.entries), np.int64),
-        options=base.index["options"],
-    )

@@ -5,7 +5,6 @@ A bad file is listed with its size and time of change when it was tried: one tha
 seen to have changed, and ``fastat pack --append`` tries it again.
 """
 
-import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,34 +43,6 @@ def write_notes(path: Path, noted: Iterable[NotedFile]) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_notes(path: Path) -> list[NotedFile]:
-    """What ``write_notes`` wrote."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [
-            NotedFile(row["path"], row["note"], row["detail"], int(row["line"]))  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
-
-
-def read_bad(path: Path) -> list[BadFile]:
-    """What ``write_bad`` wrote."""
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [
-            BadFile(
-                row["path"],
-                row["reason"],  # type: ignore[arg-type]
-                row["detail"],
-                row["labels"],
-                int(row["line"]),
-                int(row["size"]),
-                int(row["mtime_ns"]),
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
 def stamp(path: str) -> tuple[int, int]:
     """Size and time of change of an entry's file; zeros when there is none."""
     try:
@@ -83,4 +54,4 @@ def stamp(path: str) -> tuple[int, int]:
 
 def has_changed(bad: BadFile) -> bool:
     """Whether the file is another than the one that was tried, or is there now."""
-    return stamp(bad.path) != (bad.size, bad.mtime_ns)
+    return bad.reason != "label unknown" and stamp(bad.path) != (bad.size, bad.mtime_ns)

@@ -1,165 +1,278 @@
-"""What one worker process of ``fastat pack`` does: decode, measure, and write rows where it is
-told.
+"""One task of ``fastat pack``: a block of a table's lines -> one shard.
 
-The samples never travel between processes. A worker decodes a batch of files, reports what it
-found, keeps the samples, and writes them into the shard when the parent has decided their row
-numbers. The parent's decision needs all earlier files, so the set does not depend on the number of
-workers.
+A task depends on nothing but its block, and leaves nothing but its shard, so any process on any
+host may run it. What the set must know of the shard besides its rows is inside it: the dataset
+``block`` holds a ``Report``.
 """
 
-import ctypes
-import errno
+import hashlib
+import json
+import math
 import os
-import signal
-import sys
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 from zlib_ng import zlib_ng
 
 from fastat.data.bad_audio import BadAudio
 from fastat.data.decode import decode, to_int16
 from fastat.data.flac import encode
 from fastat.data.hdf5_source import Hdf5Rows, is_row
-from fastat.data.moments import Meter
-from fastat.data.pack_messages import (
-    Bad,
-    Clip,
-    Decode,
-    Decoded,
-    Forget,
-    Good,
-    Job,
-    Message,
-    Refused,
-    Reply,
-    Write,
-    Written,
-)
-from fastat.data.shards import SAMPLE_RATE
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+from fastat.data.manifest import BadFile, Entry
+from fastat.data.shard_file import H5PY_ERRORS, Damaged, ShardRows, write_shard
+from fastat.data.shards import SAMPLE_RATE, VERSION
+from fastat.errors import Failure, UserError, first_line
+from fastat.features import FEATURES
+from fastat.packing.bad_files import NotedFile, has_changed, stamp
 
 
-def serve(connection: Connection, job: Job) -> None:
-    """Answers the parent's messages until it closes the connection or is gone."""
-    # Ctrl-C reaches the whole group; the parent ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _keep_freed_memory()
-    threadpool_limits(1)  # numpy's BLAS would take every core in every worker
-    # mpg123 and FFmpeg print warnings into the progress bar; Python's tracebacks stay visible.
-    sys.stderr = os.fdopen(os.dup(2), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    measure = Meter()
-    hdf5 = Hdf5Rows()
-    held: dict[int, list[bytes]] = {}
-    target = _Target()
-    while True:
+class Layout(NamedTuple):
+    """What decides the rows of a set besides its table."""
+
+    clip_samples: int
+    segments: bool
+    codec: str
+    class_ids: tuple[str, ...]
+
+    @property
+    def min_segment_samples(self) -> int:
+        """A shorter remainder of a file is dropped, unless it is all there is."""
+        return min(SAMPLE_RATE, self.clip_samples)
+
+
+class Block(NamedTuple):
+    """Neighbouring lines of a table, which become one shard."""
+
+    path: Path
+    """Of the shard."""
+    layout: Layout
+    entries: tuple[Entry, ...]
+    stats_clips: tuple[int, ...]
+    """How many clips of each entry the statistics are taken from."""
+    command: str
+    fingerprint: str
+    crashing: dict[str, str] = {}  # noqa: RUF012
+    """Files that must not be decoded here, because that ends the process, with what happened."""
+
+
+class Sums(NamedTuple):
+    """Over the bins of real frames of sampled clips, in the feature's units."""
+
+    clips: int = 0
+    bins: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def over(cls, parts: Iterable["Sums"]) -> "Sums":
+        """Added up in the order given."""
+        return cls(*(sum(column) for column in zip(cls(), *parts, strict=True)))
+
+    def mean_and_std(self) -> tuple[float, float]:
+        """NaN where there is no bin."""
+        if not self.bins:
+            return math.nan, math.nan
+        mean = self.total / self.bins
+        return mean, math.sqrt(max(self.squares / self.bins - mean**2, 0.0))
+
+
+class Report(NamedTuple):
+    """What a shard adds to its set."""
+
+    command: str
+    """Fingerprint of the command without the content of its table: only the same one replaces a
+    shard."""
+    fingerprint: str
+    """Of the block."""
+    clips: int
+    num_samples: int
+    """Without padding."""
+    bad: list[BadFile]
+    noted: list[NotedFile]
+    sums: dict[str, Sums]
+    """Of each feature."""
+
+    @classmethod
+    def parse(cls, text: bytes, path: Path) -> "Report":
+        """From the dataset ``block`` of the shard at ``path``; Damaged if it is none."""
         try:
-            message: Message = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        match message:
-            case Decode():
-                held[message.batch] = []
-                reply: Reply = _decode(message, job, hdf5, measure, held[message.batch])
-            case Write():
-                rows = held[message.batch][message.first : message.first + message.num_clips]
-                reply = target.write(message, rows)
-            case Forget():
-                del held[message.batch]
-                continue
-        try:
-            connection.send(reply)
-        except (BrokenPipeError, ConnectionResetError):
-            return
+            fields = json.loads(text)
+            bad = [BadFile(*file) for file in fields["bad"]]
+            noted = [NotedFile(*file) for file in fields["noted"]]
+            sums = {name: Sums(*values) for name, values in fields["sums"].items()}
+            return cls(**fields | {"bad": bad, "noted": noted, "sums": sums})
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"{path}: damaged: {error!r} in its dataset block") from error
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether its bad files still are as they were when they were tried."""
+        return not any(has_changed(file) for file in self.bad)
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed.
+def fingerprint(layout: Layout, entries: tuple[Entry, ...], stats_clips: tuple[int, ...]) -> str:
+    """Of everything that decides the shard of a block, but for the content of its files."""
+    digest = hashlib.sha256(json.dumps([VERSION, layout, stats_clips]).encode())
+    for entry in entries:
+        digest.update(repr(tuple(entry)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
-    Giving a clip's megabytes back to the system and faulting them in for the next clip costs a
-    quarter of its decoding: 10.2 ms against 7.8.
+
+def read_report(path: Path) -> Report:
+    """The report in the shard at ``path``; raises Damaged if it holds none."""
+    try:
+        with h5py.File(path, locking=False) as file:
+            text = file["block"][()].tobytes()
+    except H5PY_ERRORS as error:
+        raise Damaged(f"{path}: damaged: {first_line(error)}") from error
+    return Report.parse(text, path)
+
+
+def pack_block(block: Block) -> Report:
+    """Decodes the files of ``block`` and writes its shard; the report that is in it.
+
+    The rows wait in a temporary file until their number is known, so that a block takes little
+    memory.
+
+    Raises:
+        UserError: another command has written this shard.
+        Failure: the disk refuses, or there is no memory for a file.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc alone has it, and needs it
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    try:
+        with tempfile.TemporaryFile(dir=block.path.parent, prefix=".shard-") as spill:
+            rows = _Rows(block.layout, spill)
+            for entry, stats_clips in zip(block.entries, block.stats_clips, strict=True):
+                rows.add_file(entry, stats_clips, block.crashing.get(entry.path))
+            report = rows.report(block)
+            spill.seek(0)
+            _write(block, report, rows, spill)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Failure(f"{block.path.parent}: cannot write: {reason}") from error
+    return report
 
 
-def cut(samples: NDArray[np.float32], job: Job) -> list[NDArray[np.int16]]:
-    """A file's samples [S] -> its clips, each at most clip_samples long, rounded to int16."""
-    starts = range(0, len(samples), job.clip_samples) if job.segments else (0,)
-    pieces = [samples[start : start + job.clip_samples] for start in starts]
-    return [
-        to_int16(p)
-        for p in pieces[:1] + [p for p in pieces[1:] if len(p) >= job.min_segment_samples]
-    ]
+def try_file(entry: Entry, layout: Layout) -> None:
+    """Does with a file what ``pack_block`` does, to see whether the process survives it."""
+    with open(os.devnull, "wb") as nowhere:
+        _Rows(layout, nowhere).add_file(entry, 0, None)
 
 
-def _decode(
-    message: Decode, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
-) -> Decoded | Refused:
-    files: list[Good | Bad] = []
-    for path, stats_clips in zip(message.paths, message.stats_clips, strict=True):
+def _write(block: Block, report: Report, rows: "_Rows", spill: BinaryIO) -> None:
+    layout, path = block.layout, block.path
+    if path.exists() and read_report(path).command != block.command:
+        raise UserError(f"--out {path.parent}: another fastat pack is writing to it")
+    try:
+        write_shard(path, rows.arrays(report), layout.codec, layout.clip_samples, spill)
+    except FileNotFoundError:
+        # The same command runs twice, and the other has finished the set and tidied up.
+        if not path.exists():
+            raise
+
+
+class _Rows:
+    """The rows of a shard so far; their audio goes to ``spill``."""
+
+    def __init__(self, layout: Layout, spill: BinaryIO) -> None:
+        self.layout, self.spill = layout, spill
+        self.entries: list[Entry] = []
+        self.start_seconds: list[float] = []
+        self.num_samples: list[int] = []
+        self.crcs: list[int] = []
+        self.ends = [0]
+        self.bad: list[BadFile] = []
+        self.noted: list[NotedFile] = []
+        self._hdf5 = Hdf5Rows()
+        self._meter: Any = None
+
+    def add_file(self, entry: Entry, stats_clips: int, crash: str | None) -> None:
+        """Appends the clips of a file, ``stats_clips`` of them measured, or lists it as bad."""
+        seconds = None
+        if not self.layout.segments:
+            seconds = self.layout.clip_samples / SAMPLE_RATE
         try:
-            files.append(_decode_file(path, stats_clips, job, hdf5, measure, rows))
+            if entry.bad is not None:
+                raise BadAudio(entry.bad.reason, entry.bad.detail)
+            if crash is not None:
+                raise BadAudio("unreadable", crash)
+            if is_row(entry.path):
+                audio = self._hdf5.decode(entry.path, SAMPLE_RATE, seconds)
+            else:
+                audio = decode(Path(entry.path), SAMPLE_RATE, seconds)
         except BadAudio as bad:
-            files.append(Bad(bad.reason, bad.detail))
-        except MemoryError:
-            return Refused(errno.ENOMEM, path)
-    return Decoded(message.batch, files)
+            self.bad.append(self._bad_file(entry, bad))
+            return
+        except MemoryError as error:
+            raise Failure(
+                f"not enough memory for {entry.path}; the same command goes on, perhaps with "
+                "fewer --workers"
+            ) from error
+        self.noted.extend(NotedFile(entry.path, *note, entry.line) for note in audio.notes)
+        clips = cut(audio.samples, self.layout)
+        # Evenly spread over the file.
+        step = max(1.0, len(clips) / stats_clips) if stats_clips else 0.0
+        measured = {int(i * step) for i in range(stats_clips)}
+        for number, clip in enumerate(clips):
+            self._add_clip(entry, number, to_int16(clip), number in measured)
+
+    def _bad_file(self, entry: Entry, bad: BadAudio) -> BadFile:
+        if entry.bad is not None:
+            return entry.bad
+        labels = ";".join(self.layout.class_ids[k] for k in entry.labels)
+        return BadFile(entry.path, bad.reason, bad.detail, labels, entry.line, *stamp(entry.path))
+
+    def _add_clip(self, entry: Entry, number: int, clip: NDArray[np.int16], measured: bool) -> None:
+        row = np.zeros(self.layout.clip_samples, np.int16)
+        row[: len(clip)] = clip
+        stored = encode(clip, SAMPLE_RATE) if self.layout.codec == "flac" else row.tobytes()
+        if self.layout.codec != "none":
+            self.spill.write(stored)
+        self.entries.append(entry)
+        self.start_seconds.append(number * self.layout.clip_samples / SAMPLE_RATE)
+        self.num_samples.append(len(clip))
+        self.crcs.append(zlib_ng.crc32(stored))
+        self.ends.append(self.ends[-1] + len(stored))
+        if measured:
+            if self._meter is None:
+                from fastat.packing.statistics import Meter  # brings torch
+
+                self._meter = Meter(self.layout.clip_samples)
+            self._meter.add(row, len(clip))
+
+    def report(self, block: Block) -> Report:
+        """What the rows add to the set."""
+        sums = {name: Sums() for name in FEATURES}
+        if self._meter is not None:
+            sums = self._meter.finish()
+        clips, total = len(self.entries), sum(self.num_samples)
+        return Report(block.command, block.fingerprint, clips, total, self.bad, self.noted, sums)
+
+    def arrays(self, report: Report) -> ShardRows:
+        """Everything but the audio, as it goes into the shard."""
+        target = np.zeros((len(self.entries), len(self.layout.class_ids)), np.uint8)
+        for row, entry in enumerate(self.entries):
+            target[row, list(entry.labels)] = 1
+        return ShardRows(
+            np.array(self.num_samples, np.int32),
+            np.packbits(target, axis=1),
+            np.array([os.fsencode(entry.name) for entry in self.entries], np.bytes_),
+            np.array([os.fsencode(entry.path) for entry in self.entries], np.bytes_),
+            np.array(self.start_seconds, np.float64),
+            np.array(self.crcs, np.uint32),
+            np.frombuffer(json.dumps(report._asdict()).encode(), np.uint8),
+            np.array(self.ends, np.int64) if self.layout.codec == "flac" else None,
+        )
 
 
-def _decode_file(
-    path: str, stats_clips: int, job: Job, hdf5: Hdf5Rows, measure: Meter, rows: list[bytes]
-) -> Good:
-    """The file's clips, ``stats_clips`` of them measured; their bytes go to ``rows``."""
-    seconds = None if job.segments else job.clip_samples / SAMPLE_RATE
-    if is_row(path):
-        audio = hdf5.decode(path, SAMPLE_RATE, seconds)
-    else:
-        audio = decode(Path(path), SAMPLE_RATE, seconds)
-    pieces = cut(audio.samples, job)
-    # Evenly spread over the file.
-    step = max(1.0, len(pieces) / stats_clips) if stats_clips else 0.0
-    measured = {int(i * step) for i in range(stats_clips)}
-    clips = []
-    for number, piece in enumerate(pieces):
-        row = np.zeros(job.clip_samples, np.int16)
-        row[: len(piece)] = piece
-        moments = measure(row, len(piece)) if number in measured else None
-        start = number * job.clip_samples / SAMPLE_RATE
-        stored = encode(piece, SAMPLE_RATE) if job.codec == "flac" else row.tobytes()
-        rows.append(stored)
-        clips.append(Clip(start, len(piece), len(stored), zlib_ng.crc32(stored), moments))
-    return Good(clips, audio.notes)
-
-
-class _Target:
-    """The shard being written, kept open."""
-
-    def __init__(self) -> None:
-        self.path, self.fd = "", -1
-
-    def write(self, message: Write, rows: Sequence[bytes]) -> Written | Refused:
-        try:
-            if message.path != self.path:
-                if self.fd >= 0:
-                    os.close(self.fd)
-                self.path, self.fd = "", -1
-                self.fd = os.open(message.path, os.O_WRONLY | os.O_CLOEXEC)
-                self.path = message.path
-            offset = message.offset
-            for row in rows:
-                left = memoryview(row)
-                while left:  # a disk that fills takes part of a row first
-                    count = os.pwrite(self.fd, left, offset)
-                    left, offset = left[count:], offset + count
-        except OSError as error:
-            return Refused(error.errno or 0, message.path)
-        return Written(message.path)
+def cut(samples: NDArray[np.float32], layout: Layout) -> list[NDArray[np.float32]]:
+    """A file's samples [S] -> its clips, each at most clip_samples long."""
+    size = layout.clip_samples
+    if not layout.segments:
+        return [samples[:size]]
+    clips = [samples[start : start + size] for start in range(0, len(samples), size)]
+    return clips[:1] + [clip for clip in clips[1:] if len(clip) >= layout.min_segment_samples]

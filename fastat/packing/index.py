@@ -1,7 +1,8 @@
-"""dataset.json: what a finished set says of itself."""
+"""dataset.json: what the shards of a set say, put together."""
 
-import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,120 +10,119 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastat.data.manifest import BadFile
-from fastat.data.pack_plan import Plan, SetResult
-from fastat.data.pack_state import FinishedShard
-from fastat.data.shards import (
-    FORMAT,
-    SAMPLE_RATE,
-    VERSION,
-    ShardInfo,
-    codec_of,
-    read_index,
-)
+from fastat.data.shard_file import ShardInfo, load_shard
+from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ClassInfo, codec_of
 from fastat.errors import UserError
-from fastat.features import FEATURES
-from fastat.packing.bad_files import NOTES_FILE, read_notes
+from fastat.packing.bad_files import NotedFile
+from fastat.packing.block import Layout, Report, Sums
 
 
-def index_of(plan: Plan, shards: Sequence[FinishedShard], num_bad: int) -> dict[str, Any]:
-    """The index of a set of ``shards``, in order.
+@dataclass
+class Content:
+    """What shards hold, in their order."""
+
+    label_counts: NDArray[np.int64]  # [K]
+    shards: list[ShardInfo] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+    clips: int = 0
+    num_samples: int = 0
+    """Without padding."""
+    bad: list[BadFile] = field(default_factory=list)
+    """Without those that a later shard tried again."""
+    noted: list[NotedFile] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of audio, without padding."""
+        return self.num_samples / SAMPLE_RATE
+
+
+def read_content(paths: Iterable[Path], num_classes: int) -> Content:
+    """Reads everything but the audio of the shards at ``paths``.
+
+    Raises:
+        Damaged: one of them is no shard.
+    """
+    content = Content(np.zeros(num_classes, np.int64))
+    for path in paths:
+        info, rows = load_shard(path)
+        report = Report.parse(rows.block.tobytes(), path)
+        content.shards.append(info)
+        content.reports.append(report)
+        content.clips += report.clips
+        content.num_samples += report.num_samples
+        bits = np.unpackbits(rows.target, axis=1, count=num_classes)
+        content.label_counts += bits.sum(axis=0, dtype=np.int64)
+        if content.bad:
+            tried = {os.fsdecode(name) for name in rows.audio_path}
+            tried.update(file.path for file in report.bad)
+            content.bad = [file for file in content.bad if file.path not in tried]
+        content.bad += report.bad
+        content.noted += report.noted
+    return content
+
+
+def index_of(
+    directory: Path,
+    content: Content,
+    layout: Layout,
+    classes: Iterable[ClassInfo],
+    inputs: str,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The index of the set of these shards.
+
+    ``inputs`` is the fingerprint of what the command reads, ``options`` what it was told.
 
     Raises:
         UserError: its sampled clips give no statistics.
     """
-    infos = [shard.info for shard in shards]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "inputs": plan.inputs,
-        "clips": sum(shard.rows for shard in shards),
-        "seconds": _seconds(shards),
-        "bad_files": num_bad,
-        "clip_seconds": plan.job.clip_samples / SAMPLE_RATE,
-        "clip_samples": plan.job.clip_samples,
+        "inputs": inputs,
+        "clips": content.clips,
+        "seconds": content.seconds,
+        "bad_files": len(content.bad),
+        "clip_seconds": layout.clip_samples / SAMPLE_RATE,
+        "clip_samples": layout.clip_samples,
         "sample_rate": SAMPLE_RATE,
-        "codec": codec_of(infos),
-        "options": plan.options,
-        "stats": {name: _stats(plan, shards, name) for name in FEATURES},
-        "shards": [info._asdict() for info in infos],
-        "label_counts": label_counts(shards, len(plan.classes)).tolist(),
-        "classes": [c._asdict() for c in plan.classes.classes],
+        "codec": layout.codec,
+        "options": options,
+        "stats": _stats(directory, content.reports),
+        "shards": [info._asdict() for info in content.shards],
+        "label_counts": content.label_counts.tolist(),
+        "classes": [c._asdict() for c in classes],
     }
 
 
-def appended(base: dict[str, Any], shards: Sequence[FinishedShard], num_bad: int) -> dict[str, Any]:
-    """The index of the set ``base`` with further ``shards`` behind its own.
+def grown_index(base: dict[str, Any], content: Content) -> dict[str, Any]:
+    """The index of the set ``base`` after an append; ``content`` is of all its shards.
 
     Statistics, options and ``inputs`` stay those of the first pack: runs on the grown set are
     comparable with runs before, and the first command still finds its own set.
     """
-    counts = np.array(base["label_counts"], np.int64)
-    clips = sum(shard.rows for shard in shards)
-    infos = [ShardInfo(**entry) for entry in base["shards"]] + [shard.info for shard in shards]
     return base | {
-        "clips": base["clips"] + clips,
-        "seconds": base["seconds"] + _seconds(shards),
+        "clips": content.clips,
+        "seconds": content.seconds,
         "appends": base.get("appends", 0) + 1,
-        "appended_clips": base.get("appended_clips", 0) + clips,
-        "bad_files": num_bad,
-        "codec": codec_of(infos),
-        "shards": [info._asdict() for info in infos],
-        "label_counts": (counts + label_counts(shards, len(counts))).tolist(),
+        "appended_clips": base.get("appended_clips", 0) + content.clips - base["clips"],
+        "bad_files": len(content.bad),
+        "codec": codec_of(content.shards),
+        "shards": [info._asdict() for info in content.shards],
+        "label_counts": content.label_counts.tolist(),
     }
 
 
-def set_result(
-    plan: Plan, shards: Sequence[FinishedShard], bad: Sequence[BadFile], resumed_clips: int
-) -> SetResult:
-    """The result of a set of ``shards``, or of a part of one."""
-    return SetResult(
-        sum(shard.rows for shard in shards),
-        _seconds(shards),
-        len(shards),
-        len(bad),
-        [file for shard in shards for file in shard.noted],
-        label_counts(shards, len(plan.classes)),
-        resumed_clips,
-    )
-
-
-def finished_result(directory: Path) -> SetResult:
-    """The result of a set that is finished."""
-    index = read_index(directory)
-    return SetResult(
-        index["clips"],
-        index["seconds"],
-        len(index["shards"]),
-        index["bad_files"],
-        read_notes(directory / NOTES_FILE),
-        np.array(index["label_counts"], np.int64),
-        0,
-    )
-
-
-def _seconds(shards: Iterable[FinishedShard]) -> float:
-    return sum(shard.num_samples for shard in shards) / SAMPLE_RATE
-
-
-def label_counts(shards: Iterable[FinishedShard], num_classes: int) -> NDArray[np.int64]:
-    """Clips of each class, [K]."""
-    counts = np.zeros(num_classes, np.int64)
-    for shard in shards:
-        counts += shard.label_counts
-    return counts
-
-
-def _stats(plan: Plan, shards: Sequence[FinishedShard], feature: str) -> dict[str, float]:
-    clips = bins = 0
-    total = squares = 0.0
-    for shard in shards:  # in order: the same sum after any resume
-        m = shard.moments[feature]
-        clips, bins, total, squares = clips + m[0], bins + m[1], total + m[2], squares + m[3]
-    mean = total / bins if bins else math.nan
-    std = math.sqrt(max(squares / bins - mean**2, 0.0)) if bins else math.nan
-    if not std > 0.0:
-        raise UserError(
-            f"{plan.directory}: no statistics of {feature}: the {clips} sampled clips are "
-            "silent or too short for a frame"
-        )
-    return {"mean": mean, "std": std, "clips": clips}
+def _stats(directory: Path, reports: list[Report]) -> dict[str, dict[str, float]]:
+    stats = {}
+    for name in reports[0].sums:
+        sums = Sums.over(report.sums[name] for report in reports)
+        mean, std = sums.mean_and_std()
+        if not std > 0.0:
+            raise UserError(
+                f"{directory}: no statistics of {name}: the {sums.clips} sampled clips are "
+                "silent or too short for a frame"
+            )
+        stats[name] = {"mean": mean, "std": std, "clips": sums.clips}
+    return stats

@@ -1,48 +1,47 @@
 """``fastat pack``: a table of labelled audio -> a packed set.
 
-Files are decoded once, in parallel, and their clips become rows in the order of the table: a row's
-number depends on which earlier files are good and on nothing else. A finished shard is kept when
-the command is killed and run again; what else a killed run leaves is redone.
-
-State while packing, in OUT/.pack: ``state.json`` (a fingerprint of the command and its inputs),
-``lock``, and for every finished shard ``shard-00000.h5.json`` with what its rows add to the set.
-dataset.json is written last and makes the set. Several processes pack a part each, and so does
---append (``pack_parts``).
+The lines of the table are cut into blocks, a function of the table and the layout alone. One task
+decodes one block into one shard (``block``), and any number of workers run the tasks, in any order
+and on any host (``workers``). A shard has its name when it is whole, and says which block it holds.
+So what is missing is all that there is to do: after a kill, after a file was mended, or for
+another host. Who finds that nothing is missing writes dataset.json from what the shards say
+(``index``), and with that the set is finished.
 """
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.flac import max_row_bytes
-from fastat.data.manifest import Manifest, read_manifest
-from fastat.data.pack_messages import Job
-from fastat.data.pack_parts import Part, check_known, pack_parts, settle
-from fastat.data.pack_plan import BadCount, Plan, SetResult
-from fastat.data.pack_set import pack_set
-from fastat.data.pack_state import Claim, Standing, standing
+from fastat.data.manifest import BadFile, Manifest, read_manifest
 from fastat.data.shards import SAMPLE_RATE, VERSION, ClassInfo
 from fastat.data.split import Holdout, holdout_mask
 from fastat.data.table_layout import ColumnNames
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.host import cores_of_rank
-from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed, read_bad
-from fastat.packing.index import finished_result
+from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed
+from fastat.packing.block import Block, Layout, pack_block, try_file
+from fastat.packing.index import Content
+from fastat.packing.plan import Part, Plan, known_bad
+from fastat.packing.workers import Killed, Processes, Workers, dask_cluster
+from fastat.progress import progress
 
-CODECS = ("pcm16", "flac")
-SHARD_BYTES = 1 << 30
-SHARD_OVERHEAD = 64 << 10
-"""More than HDF5's own structures in a shard, bytes."""
+CODECS = ("pcm16", "flac", "none")
 MIN_CLIP_SECONDS, MAX_CLIP_SECONDS = 0.1, 1000.0
 EVAL_SUFFIX = "-eval"
+MAX_KILLS = 3
+"""A block whose process is killed so often, though none of its files does it, ends the command."""
 
 STATS_CLIPS = 1_000
 """Clips that the statistics are taken from. Features of a clip cost as much as decoding it, and
@@ -116,9 +115,9 @@ def pack(
     segments: bool = False,
     codec: str = "pcm16",
     workers: int | None = None,
+    scheduler: str | None = None,
     max_bad: float = 0.01,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
     part: Part | None = None,
 ) -> PackSummary:
     """Packs SOURCE into the folder ``out``; with ``holdout`` also an eval set into ``<out>-eval``.
@@ -126,9 +125,9 @@ def pack(
     ``source`` is a segments CSV of AudioSet or VGGSound, an AST data file, a CSV or TSV of files
     and labels (DCASE's also without a header), a folder of classes (``table_forms``) or an HDF5
     file (``hdf5_source``). ``holdout`` is a share of the clips or the value of a column.
-    ``workers`` and ``max_bad`` may differ when a killed command is run again; everything else is
-    part of the set. With ``part`` this packs one of several parts, and makes the set when it is
-    the last.
+    ``workers``, ``scheduler`` (address of a Dask scheduler), ``part`` and ``max_bad`` may differ
+    when a killed command is run again; everything else is part of the set. With ``part`` this packs
+    one of several parts, and makes the set when it is the last.
 
     Raises:
         UserError: a wrong argument, table or folder, or too many bad files.
@@ -147,79 +146,280 @@ def pack(
         group_by=group_by,
         holdout=holdout if isinstance(holdout, Holdout) else None,
     )
-    clip_samples = round(clip_seconds * SAMPLE_RATE)
-    job = Job(clip_samples, segments, min(SAMPLE_RATE, clip_samples), codec)
     held = str(holdout) if isinstance(holdout, Holdout) else holdout
     options = {"segments": segments, "seed": seed, "holdout": held, "group_by": group_by}
+    given = (source, audio, labels, classes_from)
+    paths = [None if path is None else os.path.abspath(path) for path in given]
+    ids = tuple(c.id for c in manifest.classes.classes)
+    layout = Layout(round(clip_seconds * SAMPLE_RATE), segments, codec, ids)
     plans = []
     for role, directory, share in _roles(manifest, out, holdout, seed, source):
-        if not share.entries and not share.bad:
+        if not share.lines:
             raise UserError(f"{source}: no clips in it")
+        own = options | {"role": role}
+        command = json.dumps([VERSION, layout[:-1], own, paths, columns])
         plans.append(
             Plan(
-                title=f"pack {directory.name}",
                 directory=directory,
-                bad_list=directory / BAD_FILE,
-                inputs=inputs_of(share, job, shard_bytes, {**options, "role": role}),
                 classes=share.classes,
-                entries=share.entries,
-                bad=share.bad,
-                job=job,
-                shard_room=shard_bytes - SHARD_OVERHEAD,
-                label_bytes=label_bytes(share, job, shard_bytes),
-                stats_clips=_stats_clips(len(share.entries), segments, seed),
-                options={**options, "role": role},
+                entries=share.lines,
+                layout=layout,
+                stats_clips=_stats_clips(len(share.lines), segments, seed),
+                options=own,
+                command=hashlib.sha256(command.encode()).hexdigest(),
             )
         )
-    num_files = sum(len(plan.entries) + len(plan.bad) for plan in plans)
-    num_workers = workers or cores_of_rank()
-    parts = part.count if part is not None and part.count > 1 else 0
     # Both folders are looked at before either is written.
-    finished = [
-        standing(plan.directory, Claim(plan.inputs, parts)) is Standing.FINISHED for plan in plans
-    ]
-    waiting_for: tuple[int, ...] = ()
-    if part is not None and parts and not all(finished):
-        results, waiting_for, bad_count = pack_parts(plans, part, num_workers, num_files, max_bad)
+    for plan in plans:
+        plan.look()
+    todo = [plan for plan in plans if not plan.finished]
+    resumed = sum(report.clips for plan in todo for report in plan.reports.values())
+    bad_count = BadCount(sum(len(plan.entries) for plan in plans), max_bad)
+    if todo:
+        run_blocks(todo, part, workers or cores_of_rank(), scheduler, bad_count)
+    waiting_for = unfinished_parts(todo, part)
+    if waiting_for:
+        contents = [plan.partial_content(part) for plan in plans]
     else:
-        unfinished = [plan for plan, done in zip(plans, finished, strict=True) if not done]
-        check_known(unfinished, num_files, max_bad)
-        bad_count = BadCount(num_files, max_bad)
-        results = [
-            _finished(plan, bad_count) if done else pack_set(plan, num_workers, bad_count)
-            for plan, done in zip(plans, finished, strict=True)
-        ]
+        contents = [plan.content() for plan in plans]
+        bad_count.recount(contents)
+        bad_count.check(todo)
+        for plan, content in zip(plans, contents, strict=True):
+            if not plan.finished:
+                plan.finish(content)
 
-    def listed(name: str, has_files: list[bool]) -> tuple[Path, ...]:
+    def lists(name: str, files: Sequence[Sequence[object]]) -> tuple[Path, ...]:
         """The list ``name`` of each set that has one, once the sets are whole."""
-        pairs = zip(plans, has_files, strict=True)
+        pairs = zip(plans, files, strict=True)
         return tuple(plan.directory / name for plan, has in pairs if has and not waiting_for)
 
-    train = results[0]
+    train, held_out = contents[0], contents[1] if holdout is not None else None
     classes = manifest.classes.classes
     return PackSummary(
         directory=out,
         clips=train.clips,
         audio_seconds=train.seconds,
-        shards=train.shards,
+        shards=len(train.reports),
         num_classes=len(classes),
         rarest=rarest_class(classes, train.label_counts),
         bad=bad_count.reasons.total(),
         bad_reasons=dict(bad_count.reasons),
-        bad_lists=listed(BAD_FILE, [result.bad > 0 for result in results]),
-        notes=dict(Counter(file.note for result in results for file in result.noted)),
-        note_lists=listed(NOTES_FILE, [len(result.noted) > 0 for result in results]),
+        bad_lists=lists(BAD_FILE, [content.bad for content in contents]),
+        notes=count_notes(contents),
+        note_lists=lists(NOTES_FILE, [content.noted for content in contents]),
         empty_classes=tuple(classes[k].id for k in np.flatnonzero(train.label_counts == 0)),
-        eval_directory=plans[1].directory if holdout is not None else None,
-        eval_clips=results[1].clips if holdout is not None else 0,
-        eval_audio_seconds=results[1].seconds if holdout is not None else 0.0,
-        resumed_clips=sum(result.resumed_clips for result in results),
-        already_packed=all(finished),
-        changed_bad=sum(map(_num_changed, plans)) if all(finished) else 0,
+        eval_directory=plans[1].directory if held_out else None,
+        eval_clips=held_out.clips if held_out else 0,
+        eval_audio_seconds=held_out.seconds if held_out else 0.0,
+        resumed_clips=resumed if todo else sum(content.clips for content in contents),
+        already_packed=not todo,
+        changed_bad=sum(has_changed(file) for content in contents for file in content.bad),
         part=None if part is None else str(part),
         waiting_for=waiting_for,
         seconds=time.monotonic() - started,
     )
+
+
+def run_blocks(
+    plans: Sequence[Plan],
+    part: Part | None,
+    num_workers: int,
+    scheduler: str | None,
+    bad_count: "BadCount",
+) -> None:
+    """Packs the blocks of ``part`` (None: all) whose shards are not there.
+
+    Raises:
+        UserError: too many bad files, or a folder that cannot be written.
+        Failure: the disk, or a worker process.
+    """
+    for plan in plans:
+        bad_count.add(plan.bad_files())
+    bad_count.check(plans)
+    todo = [
+        (plan, number)
+        for plan in plans
+        for number in range(plan.num_blocks)
+        if number not in plan.reports and (part is None or part.has(number))
+    ]
+    running: dict[Future[Any], tuple[Plan, int, Block]] = {}
+    kills: Counter[Path] = Counter()
+    num_files = sum(len(plan.entries[plan.lines(number)]) for plan, number in todo)
+    with _folders(plans, running), _workers(num_workers, scheduler, todo) as workers:
+        for plan in plans:
+            _check_space(plan, bad_count)
+        title = f"pack {plans[0].directory.name}" + (f" {part}" if part else "")
+        with progress(title, num_files, "files") as advance:
+            waiting = iter(todo)
+            while True:
+                while len(running) < workers.count and (following := next(waiting, None)):
+                    plan, number = following
+                    block = plan.block(number)
+                    running[workers.submit(pack_block, block)] = (plan, number, block)
+                if not running:
+                    break
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    plan, number, block = running[future]
+                    try:
+                        report = future.result()
+                    except workers.killed as killed:
+                        kills[block.path] += 1
+                        block = _without_crashes(block, kills[block.path], killed)
+                        running[workers.submit(pack_block, block)] = (plan, number, block)
+                    else:
+                        plan.reports[number] = report
+                        bad_count.replace(known_bad(block.entries), report.bad)
+                        bad_count.check(plans)
+                        advance(len(block.entries))
+                    del running[future]
+
+
+def _workers(
+    count: int, scheduler: str | None, todo: Sequence[tuple[Plan, int]]
+) -> AbstractContextManager[Workers]:
+    if scheduler is not None:
+        return dask_cluster(scheduler)
+    modules = ["fastat.packing.block"]
+    if any(plan.stats_clips[plan.lines(number)].any() for plan, number in todo):
+        modules.append("fastat.packing.statistics")  # brings torch
+    return Processes(max(1, min(count, len(todo))), modules)
+
+
+def _without_crashes(block: Block, kills: int, killed: Exception) -> Block:
+    """The block of a process that ended, without the files that did it: each is tried by itself."""
+    crashing = dict(block.crashing)
+    with Processes(1, ["fastat.packing.block"]) as process:
+        for entry in block.entries:
+            if entry.bad is None and entry.path not in crashing:
+                try:
+                    process.submit(try_file, entry, block.layout).result()
+                except Killed as reason:
+                    crashing[entry.path] = f"decoding it ends the process: {reason}"
+    if len(crashing) == len(block.crashing) and kills >= MAX_KILLS:
+        raise Failure(
+            f"the process that packed {block.path.name} ended ({killed}), {kills} times, though "
+            "none of its files does that alone: perhaps it had too little memory; the same command "
+            "goes on, perhaps with fewer --workers"
+        )
+    return block._replace(crashing=crashing)
+
+
+@contextmanager
+def _folders(
+    plans: Sequence[Plan], running: dict[Future[Any], tuple[Plan, int, Block]]
+) -> Iterator[None]:
+    """Makes the folders of ``plans``; after an error removes what is half written, and a folder in
+    which nothing else is."""
+    made = []
+    try:
+        for plan in plans:
+            if not plan.directory.exists():
+                made.append(plan.directory)
+                plan.directory.mkdir(parents=True)
+            if not os.access(plan.directory, os.W_OK):
+                raise UserError(f"--out {plan.directory}: cannot write there: Permission denied")
+    except OSError as error:
+        raise UserError(f"--out {plan.directory}: cannot write there: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        for _, _, block in running.values():
+            for path in block.path.parent.glob(f".{block.path.name}.*.tmp"):
+                path.unlink(missing_ok=True)
+        for directory in made:
+            if not any(directory.iterdir()):
+                directory.rmdir()
+        raise
+
+
+def _check_space(plan: Plan, bad_count: "BadCount") -> None:
+    """Raises Failure when the disk cannot hold what is missing: better now than hours later.
+
+    Nobody knows before decoding how many clips segments are, or how long FLAC rows.
+    """
+    if plan.layout.segments or plan.layout.codec != "pcm16":
+        return
+    clips = sum(
+        len(plan.entries[plan.lines(number)])
+        for number in range(plan.num_blocks)
+        if number not in plan.reports
+    )
+    needed = int((clips - bad_count.max_bad * bad_count.num_files) * 2 * plan.layout.clip_samples)
+    disk = os.statvfs(plan.directory)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise Failure(
+            f"{plan.directory}: {needed / 2**30:.1f} GiB needed for {clips:,} clips, "
+            f"the disk has {free / 2**30:.1f} GiB left"
+        )
+
+
+def unfinished_parts(plans: Sequence[Plan], part: Part | None) -> tuple[int, ...]:
+    """The other parts whose shards are not all there.
+
+    Raises:
+        Failure: shards of this part are not to be seen.
+    """
+    missing = [number for plan in plans for number in plan.missing()]
+    parts = {number % part.count for number in missing} if part is not None else set()
+    if missing and (part is None or part.index in parts):
+        raise Failure(
+            f"{plans[0].directory}: {len(missing)} shards that were packed are not to be seen "
+            "there; if the file system is slow, run the same command again"
+        )
+    return tuple(sorted(parts))
+
+
+def count_notes(contents: Iterable[Content]) -> dict[str, int]:
+    """Files that were noted, by what was noted."""
+    return dict(Counter(file.note for content in contents for file in content.noted))
+
+
+class BadCount:
+    """Bad files over all sets of a command, against --max-bad."""
+
+    def __init__(self, num_files: int, max_bad: float) -> None:
+        self.num_files, self.max_bad = num_files, max_bad
+        self.reasons: Counter[str] = Counter()
+        self._example: BadFile | None = None
+
+    def add(self, files: Iterable[BadFile]) -> None:
+        """Counts files."""
+        for self._example in files:
+            self.reasons[self._example.reason] += 1
+
+    def replace(self, files: Iterable[BadFile], others: Iterable[BadFile]) -> None:
+        """Counts ``others`` in the place of ``files``, which have been counted."""
+        self.reasons -= Counter(file.reason for file in files)
+        self.add(others)
+
+    def recount(self, contents: Iterable[Content]) -> None:
+        """Counts the files of whole sets, instead of all counted so far."""
+        self.reasons.clear()
+        for content in contents:
+            self.add(content.bad)
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Raises UserError when there are more than --max-bad; lists those of each set."""
+        count = self.reasons.total()
+        if count <= self.max_bad * self.num_files:
+            return
+        example = self._example
+        assert example is not None, "no file is bad"
+        lists = []
+        for plan in plans:
+            if bad := plan.bad_files():
+                lists.append(str(plan.list_bad(bad)))
+        enough = math.ceil(100 * count / self.num_files) / 100
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+        detail = f" ({example.detail})" if example.detail else ""
+        others = f"--max-bad {enough:g} or more packs the others"
+        raise UserError(
+            f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
+            f"{reasons}, such as {example.path}{detail}; listed in {' and '.join(lists)}; "
+            + (others if count < self.num_files else "there are no others")
+        )
 
 
 def rarest_class(
@@ -243,7 +443,7 @@ def check_ranges(
 ) -> None:
     """Raises UserError when an option that --append has too is out of its range."""
     if codec is not None and codec not in CODECS:
-        raise UserError(f"--codec: expected {' or '.join(CODECS)}, got {codec}")
+        raise UserError(f"--codec: expected {', '.join(CODECS[:-1])} or {CODECS[-1]}, got {codec}")
     if clip_seconds is not None and not MIN_CLIP_SECONDS <= clip_seconds <= MAX_CLIP_SECONDS:
         raise UserError(
             f"--clip-seconds: expected {MIN_CLIP_SECONDS} to {MAX_CLIP_SECONDS}, "
@@ -285,34 +485,12 @@ def _roles(
         raise UserError(
             f"--holdout: nothing of {source} can be held out: no class has two groups to spread"
         )
-    kept = [entry for entry, held in zip(entries, mask, strict=True) if not held]
-    held = [entry for entry, held in zip(entries, mask, strict=True) if held]
+    is_held = iter(mask)
+    marked = [(entry, entry.bad is None and next(is_held)) for entry in manifest.lines]
     return [
-        ("train", out, manifest._replace(entries=kept)),
-        ("eval", eval_out, manifest._replace(entries=held, bad=[])),
+        ("train", out, manifest._replace(lines=[entry for entry, held in marked if not held])),
+        ("eval", eval_out, manifest._replace(lines=[entry for entry, held in marked if held])),
     ]
-
-
-def inputs_of(manifest: Manifest, job: Job, shard_bytes: int, options: dict[str, object]) -> str:
-    """Of everything that decides the rows, but for the content of the audio files."""
-    digest = hashlib.sha256()
-    head = [VERSION, job, shard_bytes, options, manifest.classes.classes]
-    digest.update(json.dumps(head).encode())
-    for line in (*manifest.entries, *manifest.bad):
-        digest.update(repr(tuple(line)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def label_bytes(manifest: Manifest, job: Job, shard_bytes: int) -> int:
-    """The most that everything of a row but its samples takes in a shard."""
-    name = max((len(os.fsencode(entry.name)) for entry in manifest.entries), default=0)
-    path = max((len(os.fsencode(entry.path)) for entry in manifest.entries), default=0)
-    labels = -(-len(manifest.classes) // 8)
-    row_labels = name + path + labels + 4 + 8 + 4 + 8 * (job.codec == "flac")
-    row_bytes = max_row_bytes(job.codec, job.clip_samples) + row_labels
-    if row_bytes > shard_bytes - SHARD_OVERHEAD:
-        raise UserError(f"--clip-seconds: a clip of {row_bytes:,} bytes is larger than a shard")
-    return row_labels
 
 
 def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:
@@ -323,17 +501,3 @@ def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int6
     clips = np.zeros(num_entries, np.int64)
     clips[np.random.default_rng([seed, 0x57A75]).permutation(num_entries)[:STATS_CLIPS]] = 1
     return clips
-
-
-def _finished(plan: Plan, bad_count: BadCount) -> SetResult:
-    """The result of a set that an earlier run finished."""
-    settle(plan.directory)
-    bad_count.add(read_bad(plan.directory / BAD_FILE), plan.bad_list)
-    result = finished_result(plan.directory)
-    return result._replace(resumed_clips=result.clips)
-
-
-def _num_changed(plan: Plan) -> int:
-    """Bad files of a finished set that are not as they were when they were tried."""
-    bad = read_bad(plan.directory / BAD_FILE)
-    return sum(has_changed(file) for file in bad if file.reason != "label unknown")

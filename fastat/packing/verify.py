@@ -11,13 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
+from fastat.data.shard_file import Damaged, ShardInfo, read_shard
 from fastat.data.shards import (
     INDEX_FILE,
-    Damaged,
-    ShardInfo,
     fingerprint,
     read_index,
-    read_shard,
 )
 from fastat.errors import Failure, UserError
 from fastat.progress import progress
@@ -42,7 +40,7 @@ class VerifySummary:
 
     directory: Path
     clips: int
-    """Number of clips whose checksum was computed."""
+    """Number of clips whose labels and names, and audio if the set has any, were checked."""
     bytes: int
     """Size of their audio."""
     damaged: tuple[Damage, ...]
@@ -81,13 +79,16 @@ def verify(directory: Path) -> VerifySummary:
                 continue
             bits = np.unpackbits(rows.target, axis=1, count=len(counts))
             counts += bits.sum(axis=0, dtype=np.int64)
+            clips += info.rows
+            if info.codec == "none" or not info.rows:
+                advance(info.rows)
+                continue
             starts = offset + rows.offsets(index["clip_samples"])
             for num_checked, bad in _check_rows(path, starts, rows.row_crc):
                 for row, reason in bad.items():
                     clip = os.fsdecode(rows.audio_name[row])
                     damaged.append(Damage(info.file, row, clip, reason))
                 advance(num_checked)
-            clips += info.rows
             num_bytes += int(starts[-1] - starts[0])
     if not lost_shards and counts.tolist() != index["label_counts"]:
         damaged.insert(0, _index_damage("its label counts are not those of the rows"))

@@ -1,12 +1,13 @@
 """A packed set of noise: what a step costs depends on the number of clips, not on their sound."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from zlib_ng import zlib_ng
 
-from fastat.data.shard_writer import ShardPart
-from fastat.data.shards import FORMAT, VERSION, PackedSet, ShardRows, write_index
+from fastat.data.shard_file import ShardRows, write_shard
+from fastat.data.shards import FORMAT, VERSION, PackedSet, write_index
 from fastat.features import CLIP_SAMPLES, FEATURES
 from fastat.paper import NUM_CLASSES
 
@@ -33,23 +34,17 @@ def noise_set(
     target = np.zeros((num_clips, num_classes), np.uint8)
     for _ in range(2):
         target[np.arange(num_clips), rng.integers(num_classes, size=num_clips)] = 1
-    part = ShardPart(folder, 0, "pcm16", clip_samples, 0, waveform.nbytes)
-    offsets = [part.add_row(row.nbytes) for row in waveform]
-    with part.path.open("r+b") as file:
-        file.seek(offsets[0])
-        file.write(waveform.data)
     names = np.array([f"noise-{i}" for i in range(num_clips)], np.bytes_)
-    info = part.seal(
-        ShardRows(
-            np.full(num_clips, clip_samples, np.int32),
-            np.packbits(target, axis=1),
-            names,
-            names,
-            np.zeros(num_clips),
-            np.array([zlib_ng.crc32(row) for row in waveform], np.uint32),
-        )
+    rows = ShardRows(
+        np.full(num_clips, clip_samples, np.int32),
+        np.packbits(target, axis=1),
+        names,
+        names,
+        np.zeros(num_clips),
+        np.array([zlib_ng.crc32(row) for row in waveform], np.uint32),
     )
-    part.publish()
+    path, audio = folder / "shard-00000.h5", io.BytesIO(waveform.data)
+    info = write_shard(path, rows, "pcm16", clip_samples, audio)
     index = {
         "format": FORMAT,
         "version": VERSION,
