@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.shards import INDEX_FILE, VERSION, read_index, write_index
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, write_bad, write_notes
 from fastat.packing.block import Block, Layout, Report, fingerprint, read_report
 from fastat.packing.index import Content, index_of, read_content
@@ -156,7 +157,7 @@ class Plan:
     def _require_own_shards(self) -> None:
         paths = sorted(self.directory.iterdir()) if self.directory.exists() else []
         for path in paths:
-            if path.name in (BAD_FILE, NOTES_FILE) or _is_temporary(path):
+            if path.name in (BAD_FILE, NOTES_FILE) or path.suffix == ".tmp":
                 continue
             if not path.match("shard-*.h5"):
                 raise UserError(
@@ -185,7 +186,7 @@ class Plan:
         return [k for k, block in enumerate(self.blocks()) if block.path.name not in names]
 
     def content(self) -> Content:
-        """What the set's shards hold, all of which are there, the earlier ones included.
+        """What the set's shards hold, the earlier ones included; all are there.
 
         Raises:
             UserError: another command has written one of them.
@@ -196,6 +197,7 @@ class Plan:
         for block, report in zip(blocks, content.reports[len(paths) :], strict=True):
             if report.fingerprint != block.fingerprint:
                 raise UserError(f"--out {self.directory}: another fastat pack is writing to it")
+        self.reports = dict(enumerate(content.reports[len(paths) :]))
         return content
 
     def partial_content(self, part: Part | None) -> Content:
@@ -212,14 +214,21 @@ class Plan:
 
     def list_bad(self, bad: Sequence[BadFile]) -> Path:
         """Writes the list of bad files of a set that is not finished; where it is."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / self.bad_list
-        write_bad(path, bad)
+        with disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_bad(path, bad)
         return path
 
     def finish(self, content: Content) -> None:
-        """Lists the bad and noted files, removes what is left over, and writes dataset.json."""
-        write_lists(self.directory, content)
+        """Lists the bad and noted files, and writes dataset.json.
+
+        Raises:
+            UserError: no clip is left.
+            Failure: the disk refuses.
+        """
+        with disk_errors(self.directory):
+            write_lists(self.directory, content)
         if not content.clips:
             raise UserError(
                 f"{self.directory}: no clip is left, all {len(content.bad)} files are bad; "
@@ -233,11 +242,16 @@ class Plan:
             self.inputs(),
             self.options,
         )
+        with disk_errors(self.directory):
+            write_index(self.directory, index)
+
+    def tidy(self, content: Content) -> None:
+        """Removes from a finished set what killed commands left, and shards of an older table."""
         names = {shard.file for shard in content.shards}
         for path in self.directory.iterdir():
-            if _is_temporary(path) or (path.match("shard-*.h5") and path.name not in names):
+            # Not what a --append is writing, whose names are longer.
+            if re.match(r"\.?shard-[0-9]{5,8}\.h5", path.name) and path.name not in names:
                 path.unlink(missing_ok=True)
-        write_index(self.directory, index)
 
 
 def known_bad(entries: Sequence[Entry]) -> list[BadFile]:
@@ -251,6 +265,10 @@ def write_lists(directory: Path, content: Content) -> None:
     write_notes(directory / NOTES_FILE, content.noted)
 
 
-def _is_temporary(path: Path) -> bool:
-    """Whether this or another pack writes it, or was killed while it did."""
-    return path.name.startswith((".shard-", f".{INDEX_FILE}.", f".{BAD_FILE}.", f".{NOTES_FILE}."))
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Raises what the disk refuses as Failure."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{directory}: cannot write: {error.strerror or error}") from error
