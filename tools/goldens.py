@@ -105,8 +105,9 @@ def read_set(directory: Path) -> Results:
             for name in ("waveform", "flac_bytes", "num_samples", "target", "row_crc"):
                 if name in file:
                     columns.setdefault(name, []).append(file[name][:].tobytes())
-            columns.setdefault("audio_name", []).extend(file["audio_name"][:].tolist())
-    return found | {name: digest(b"\n".join(parts)) for name, parts in columns.items()}
+            names = (name + b"\n" for name in file["audio_name"][:].tolist())
+            columns.setdefault("audio_name", []).extend(names)
+    return found | {name: digest(b"".join(parts)) for name, parts in columns.items()}
 
 
 def packed_sets(inputs: Path, out: Path) -> Results:

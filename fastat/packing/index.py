@@ -57,9 +57,7 @@ def read_content(
         content.num_samples += report.num_samples
         bits = np.unpackbits(rows.target, axis=1, count=num_classes)
         content.label_counts += bits.sum(axis=0, dtype=np.int64)
-        good = (
-            set(map(os.fsdecode, rows.audio_path)) if packed is not None or content.bad else set()
-        )
+        good = set(map(os.fsdecode, rows.audio_path))
         if packed is not None:
             packed |= good
         tried = good.union(file.path for file in report.bad)
