@@ -82,12 +82,12 @@ def read_streams(packed: PackedSet, rows: NDArray[np.int64]) -> list[NDArray[np.
 
 
 def soundfile_step(packed: PackedSet, rows: NDArray[np.int64], out: NDArray[np.int16]) -> Step:
-    """soundfile in as many threads as ours; it reads a row faster from memory than from a file."""
+    """soundfile in as many threads as ours, from memory."""
     threads = ThreadPoolExecutor(cores_of_rank())
 
     def decode_rows(places: NDArray[np.int64]) -> None:
         for place, stream in zip(places, read_streams(packed, rows[places]), strict=True):
-            with sf.SoundFile(io.BytesIO(stream)) as sound:
+            with sf.SoundFile(io.BytesIO(stream.data)) as sound:
                 sound.buffer_read_into(out[place], "int16")
 
     jobs = np.array_split(np.argsort(rows, kind="stable"), NUM_ROWS // 8)
