@@ -110,7 +110,7 @@ class Plan:
         print_ = fingerprint(self.layout, entries, stats_clips)
         # Two appends at once write different shards; one of them is lost only if they are the same.
         name = print_[:12] if self.appends else f"{number:05d}"
-        path = self.directory / f"shard-{name}.h5"
+        path = self.directory.absolute() / f"shard-{name}.h5"  # a Dask worker has another folder
         return Block(path, self.layout, entries, stats_clips, self.command, print_)
 
     def blocks(self) -> Iterator[Block]:
