@@ -107,9 +107,15 @@ class Plan:
         lines = self.lines(number)
         entries, stats_clips = tuple(self.entries[lines]), tuple(self.stats_clips[lines].tolist())
         print_ = fingerprint(self.layout, entries, stats_clips)
-        # Two appends at once write different shards; one of them is lost only if they are the same.
-        name = print_[:12] if self.appends else f"{number:05d}"
-        path = self.directory / f"shard-{name}.h5"
+        file = f"shard-{number:05d}.h5"
+        if self.appends:
+            # By content, so that two appends at once write different shards.
+            file = f"shard-{print_[:12]}.h5"
+            tries = 1
+            while file in self.earlier:  # these lines were bad before, and are tried once more
+                tries += 1
+                file = f"shard-{print_[:12]}-{tries}.h5"
+        path = self.directory / file
         return Block(path, self.layout, entries, stats_clips, self.command, print_)
 
     def blocks(self) -> Iterator[Block]:
@@ -196,6 +202,7 @@ class Plan:
         for block, report in zip(blocks, content.reports[len(paths) :], strict=True):
             if report.fingerprint != block.fingerprint:
                 raise UserError(f"--out {self.directory}: another fastat pack is writing to it")
+        self.reports = dict(enumerate(content.reports[len(paths) :]))
         return content
 
     def partial_content(self, part: Part | None) -> Content:
@@ -218,7 +225,19 @@ class Plan:
         return path
 
     def finish(self, content: Content) -> None:
-        """Lists the bad and noted files, removes what is left over, and writes dataset.json."""
+        """Lists the bad and noted files, writes dataset.json, and removes what is left over."""
+        try:
+            self._write_index(content)
+        except FileNotFoundError:
+            # Another process of the same command has finished the set and tidied up.
+            if not (self.directory / INDEX_FILE).exists():
+                raise
+        names = {shard.file for shard in content.shards}
+        for path in self.directory.iterdir():
+            if _is_temporary(path) or (path.match("shard-*.h5") and path.name not in names):
+                path.unlink(missing_ok=True)
+
+    def _write_index(self, content: Content) -> None:
         write_lists(self.directory, content)
         if not content.clips:
             raise UserError(
@@ -233,10 +252,6 @@ class Plan:
             self.inputs(),
             self.options,
         )
-        names = {shard.file for shard in content.shards}
-        for path in self.directory.iterdir():
-            if _is_temporary(path) or (path.match("shard-*.h5") and path.name not in names):
-                path.unlink(missing_ok=True)
         write_index(self.directory, index)
 
 
