@@ -93,19 +93,20 @@ def append(
     if new:
         run_blocks([plan], part, workers or cores_of_rank(), scheduler, bad_count)
         waiting_for = unfinished_parts([plan], part)
-        if waiting_for:
-            whole = plan.partial_content(part)
-        else:
+        if not waiting_for:
             whole = plan.content()
+            bad_count.recount([plan.partial_content(None)])
+            bad_count.check([plan])
             _replace_index(out, base, whole)
-    ours = whole.reports if waiting_for else whole.reports[len(earlier) :]
-    appended = sum(report.clips for report in ours)
-    noted = Content(whole.label_counts, noted=[file for report in ours for file in report.noted])
+            plan.tidy(whole)
+    ours = plan.partial_content(part if waiting_for else None)
+    if waiting_for:
+        whole = ours
     return AppendSummary(
         directory=out,
         clips=whole.clips,
         shards=len(whole.reports),
-        appended_clips=appended,
+        appended_clips=ours.clips,
         audio_seconds=whole.seconds,
         num_classes=len(classes),
         rarest=rarest_class(classes.classes, whole.label_counts),
@@ -113,7 +114,7 @@ def append(
         known_bad=len(others) - len(new),
         bad=bad_count.reasons.total(),
         bad_reasons=dict(bad_count.reasons),
-        notes=count_notes([noted]),
+        notes=count_notes([ours]),
         resumed_clips=resumed,
         part=None if part is None else str(part),
         waiting_for=waiting_for,
@@ -141,23 +142,21 @@ def _news(entries: list[Entry], before: Content) -> list[Entry]:
 
 
 def _replace_index(out: Path, base: dict[str, Any], content: Content) -> None:
-    """Writes the lists and dataset.json of the grown set, unless it is no longer ``base``.
-
-    Of several that wait for the lock, those that come too late find another dataset.json.
-    """
-    changed = UserError(
-        f"--out {out}: another --append has changed the set since; run the same command again"
-    )
+    """Writes the lists and dataset.json of the grown set, unless it is no longer ``base``."""
+    grown = grown_index(base, content)
     with disk_errors(out), (out / INDEX_FILE).open("r+b") as file:
-        try:
-            lock(file)
-        except BlockingIOError:
-            raise changed from None
-        if read_index(out)["checksum"] != base["checksum"]:
-            raise changed
+        lock(file, wait=True)
+        now = read_index(out)
+        if now["shards"] == grown["shards"]:
+            return  # another process of the same command was first
+        if now["checksum"] != base["checksum"]:
+            raise UserError(
+                f"--out {out}: another --append has changed the set since; run the same command "
+                "again"
+            )
         write_lists(out, content)
         (out / APPEND_BAD_FILE).unlink(missing_ok=True)
-        write_index(out, grown_index(base, content))
+        write_index(out, grown)
 
 
 def _layout(base: dict[str, Any], classes: ClassList, codec: str | None, out: Path) -> Layout:

@@ -108,9 +108,15 @@ class Plan:
         lines = self.lines(number)
         entries, stats_clips = tuple(self.entries[lines]), tuple(self.stats_clips[lines].tolist())
         print_ = fingerprint(self.layout, entries, stats_clips)
-        # Two appends at once write different shards; one of them is lost only if they are the same.
-        name = print_[:12] if self.appends else f"{number:05d}"
-        path = self.directory.absolute() / f"shard-{name}.h5"  # a Dask worker has another folder
+        file = f"shard-{number:05d}.h5"
+        if self.appends:
+            # By content, so that two appends at once write different shards.
+            file = f"shard-{print_[:12]}.h5"
+            tries = 1
+            while file in self.earlier:  # these lines were bad before, and are tried once more
+                tries += 1
+                file = f"shard-{print_[:12]}-{tries}.h5"
+        path = self.directory.absolute() / file  # a Dask worker has another folder
         return Block(path, self.layout, entries, stats_clips, self.command, print_)
 
     def blocks(self) -> Iterator[Block]:
@@ -224,11 +230,19 @@ class Plan:
         """Lists the bad and noted files, and writes dataset.json.
 
         Raises:
-            UserError: no clip is left.
+            UserError: no clip is left, or the sampled ones give no statistics.
             Failure: the disk refuses.
         """
         with disk_errors(self.directory):
-            write_lists(self.directory, content)
+            try:
+                self._write_index(content)
+            except FileNotFoundError:
+                # Another process of the same command has finished the set and tidied up.
+                if not (self.directory / INDEX_FILE).exists():
+                    raise
+
+    def _write_index(self, content: Content) -> None:
+        write_lists(self.directory, content)
         if not content.clips:
             raise UserError(
                 f"{self.directory}: no clip is left, all {len(content.bad)} files are bad; "
@@ -242,15 +256,17 @@ class Plan:
             self.inputs(),
             self.options,
         )
-        with disk_errors(self.directory):
-            write_index(self.directory, index)
+        write_index(self.directory, index)
 
     def tidy(self, content: Content) -> None:
-        """Removes from a finished set what killed commands left, and shards of an older table."""
+        """Removes what killed commands left in a whole set, and shards of an older table."""
         names = {shard.file for shard in content.shards}
+        written = names if self.finished else names | {INDEX_FILE, BAD_FILE, NOTES_FILE}
         for path in self.directory.iterdir():
-            # Not what a --append is writing, whose names are longer.
-            if re.match(r"\.?shard-[0-9]{5,8}\.h5", path.name) and path.name not in names:
+            temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", path.name)
+            # Only a --append gives longer numbers, and another one may be at work.
+            numbered = re.fullmatch(r"shard-[0-9]{5,8}\.h5", path.name)
+            if (temporary and temporary[1] in written) or (numbered and path.name not in names):
                 path.unlink(missing_ok=True)
 
 
