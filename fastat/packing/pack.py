@@ -18,13 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.manifest import BadFile, Manifest, read_manifest
+from fastat.data.manifest import BadFile, Entry, Manifest, read_manifest
 from fastat.data.shards import SAMPLE_RATE, VERSION, ClassInfo
 from fastat.data.split import Holdout, holdout_mask
 from fastat.data.table_layout import ColumnNames
@@ -164,7 +165,7 @@ def pack(
                 classes=share.classes,
                 entries=share.lines,
                 layout=layout,
-                stats_clips=_stats_clips(len(share.lines), segments, seed),
+                stats_clips=_stats_clips(share.lines, segments, seed),
                 options=own,
                 command=hashlib.sha256(command.encode()).hexdigest(),
             )
@@ -493,11 +494,13 @@ def _roles(
     ]
 
 
-def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:
+def _stats_clips(entries: Sequence[Entry], segments: bool, seed: int) -> NDArray[np.int64]:
     """How many clips of each entry to measure, [entries]: a function of the seed and the table."""
+    num_entries = len(entries)
     if num_entries <= STATS_CLIPS:
         each = STATS_CLIPS // max(num_entries, 1) if segments else 1
         return np.full(num_entries, each, np.int64)
     clips = np.zeros(num_entries, np.int64)
-    clips[np.random.default_rng([seed, 0x57A75]).permutation(num_entries)[:STATS_CLIPS]] = 1
+    order = np.random.default_rng([seed, 0x57A75]).permutation(num_entries).tolist()
+    clips[list(islice((i for i in order if entries[i].bad is None), STATS_CLIPS))] = 1
     return clips

@@ -88,7 +88,7 @@ def test_append_and_verify(table: Path, tmp_path: Path, fastat_pack: Command) ->
     table.write_text("".join(lines))
     done = fastat_pack(table, "--out", out, "--append")
     first, holds, *others = done.out.splitlines()
-    assert first.startswith(f"appended: 4 clips, {out} now has 11 in 2 shards")
+    assert first.startswith(f"appended: 4 clips, {out} now has 11 in 3 shards")
     assert holds == "audio: 4.5 s, 3 classes, the rarest is b with 4 clips"
     assert others == ["already in the set: 7 files", "bad before and unchanged: 1 files of bad.csv"]
     done = fastat_pack(table, "--out", out, "--append")
