@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.shards import INDEX_FILE, VERSION, read_index, write_index
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, write_bad, write_notes
 from fastat.packing.block import Block, Layout, Report, fingerprint, read_report
 from fastat.packing.index import Content, index_of, read_content
@@ -211,14 +211,37 @@ class Plan:
         )
 
     def list_bad(self, bad: Sequence[BadFile]) -> Path:
-        """Writes the list of bad files of a set that is not finished; where it is."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Writes the list of bad files of a set that is not finished; where it is.
+
+        Raises:
+            Failure: the disk refuses.
+        """
         path = self.directory / self.bad_list
-        write_bad(path, bad)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_bad(path, bad)
+        except OSError as error:
+            raise Failure(f"cannot write {path}: {error.strerror}") from error
         return path
 
     def finish(self, content: Content) -> None:
-        """Lists the bad and noted files, removes what is left over, and writes dataset.json."""
+        """Lists the bad and noted files, writes dataset.json, and removes what is left over.
+
+        Raises:
+            UserError: no file is good, or the sampled clips give no statistics.
+            Failure: the disk refuses.
+        """
+        try:
+            self._finish(content)
+        except OSError as error:
+            # The same command, run twice, may have finished the set and removed a temporary file
+            # of this one.
+            if not (
+                isinstance(error, FileNotFoundError) and (self.directory / INDEX_FILE).exists()
+            ):
+                raise Failure(f"{self.directory}: cannot write: {error.strerror}") from error
+
+    def _finish(self, content: Content) -> None:
         write_lists(self.directory, content)
         if not content.clips:
             raise UserError(
@@ -234,10 +257,13 @@ class Plan:
             self.options,
         )
         names = {shard.file for shard in content.shards}
-        for path in self.directory.iterdir():
-            if _is_temporary(path) or (path.match("shard-*.h5") and path.name not in names):
+        for path in self.directory.glob("shard-*.h5"):
+            if path.name not in names:
                 path.unlink(missing_ok=True)
         write_index(self.directory, index)
+        for path in self.directory.iterdir():
+            if _is_temporary(path):
+                path.unlink(missing_ok=True)
 
 
 def known_bad(entries: Sequence[Entry]) -> list[BadFile]:
