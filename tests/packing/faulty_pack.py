@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastat.data.decode import decode
 from fastat.errors import Failure, UserError
 from fastat.packing import block
 from fastat.packing.pack import pack
 
-decode, replace = block.decode, os.replace
+replace = os.replace
 TABLE, OUT, POINT, FAULT = sys.argv[1:]
 COMMAND = "COMMAND_PROCESS"
 
@@ -64,7 +65,7 @@ def faulty_replace(source: Path, target: Path) -> None:
     at(f"after {target.name}")
 
 
-block.decode, os.replace = faulty_decode, faulty_replace  # type: ignore[assignment]
+vars(block)["decode"], vars(os)["replace"] = faulty_decode, faulty_replace
 
 if __name__ == "__main__":
     # A shell that starts the tests in its background has them ignore SIGINT.

@@ -35,6 +35,20 @@ def all_rows(packed: PackedSet) -> NDArray[np.int16]:
     return out
 
 
+def check_rows(directory: Path, seconds: float) -> PackedSet:
+    """Every row is its file's audio; returns the open set."""
+    packed = PackedSet.open(directory)
+    sources = packed.sources(np.arange(packed.num_clips))
+    for row, (path, start), count in zip(
+        all_rows(packed), sources, packed.num_samples, strict=True
+    ):
+        expected = reference(Path(path), seconds)
+        assert start == 0.0 and Path(path).is_absolute() and count == len(expected)
+        assert np.array_equal(row[:count], expected), path
+        assert not row[count:].any()
+    return packed
+
+
 def bad_lines(directory: Path) -> list[dict[str, str]]:
     with (directory / "bad.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -68,25 +82,14 @@ def undisturbed(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_equal_soundfile_and_soxr(table: Path, undisturbed: Path) -> None:
-    packed = PackedSet.open(undisturbed)
-    rows = all_rows(packed)
+    packed = check_rows(undisturbed, 0.5)
     good = [i for i in range(90) if i not in (10, 44, 45, 88)]
     assert packed.names(np.arange(86)) == [f"{i:04d}.{'flac' if i % 2 else 'wav'}" for i in good]
     labels = {r["path"]: r["labels"] for r in csv.DictReader(table.open())}
-    for row, (name, start) in enumerate(packed.sources(np.arange(86))):
-        path = Path(name)
-        expected = reference(path, seconds=0.5)
-        assert start == 0.0 and path.is_absolute()
-        assert packed.num_samples[row] == len(expected)
-        assert np.array_equal(rows[row, : len(expected)], expected)
-        assert not rows[row, len(expected) :].any()
-        ids = [
-            c.id
-            for c, t in zip(packed.classes, packed.targets(np.array([row]))[0], strict=True)
-            if t
-        ]
-        assert ids == sorted(labels[path.name].split(";"))
-    packed.close()
+    ids = np.array([c.id for c in packed.classes])
+    for i, target in zip(good, packed.targets(np.arange(86)), strict=True):
+        name = f"{i:04d}.{'flac' if i % 2 else 'wav'}"
+        assert ids[target > 0].tolist() == sorted(labels[name].split(";"))
 
 
 def test_bad_files_have_reasons(undisturbed: Path) -> None:
@@ -132,7 +135,7 @@ def test_statistics_of_a_sample(
     assert 16 <= found[0]["logmel64"].num_clips <= 20  # bad files in the sample are not replaced
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [2, 3])
 def test_the_same_for_any_number_of_workers(
     table: Path, undisturbed: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -423,11 +426,8 @@ def test_a_block_without_a_good_clip(tmp_path: Path) -> None:
         path.write_bytes(b"")
     summary = pack(table, tmp_path / "set", clip_seconds=0.5, workers=2, max_bad=0.2)
     assert (summary.clips, summary.shards) == (16, 5)
-    packed = PackedSet.open(tmp_path / "set")
-    assert packed.label_counts.sum() > 0 and not verify(tmp_path / "set").damaged
-    for row, (name, _) in zip(all_rows(packed), packed.sources(np.arange(16)), strict=True):
-        expected = reference(Path(name), 0.5)
-        assert np.array_equal(row[: len(expected)], expected)
+    assert check_rows(tmp_path / "set", 0.5).num_clips == 16
+    assert not verify(tmp_path / "set").damaged
 
 
 def test_a_block_is_bounded(
@@ -437,12 +437,12 @@ def test_a_block_is_bounded(
     summary = pack(table, tmp_path / "set", clip_seconds=0.5, workers=2, max_bad=0.1)
     sets = [PackedSet.open(out) for out in (tmp_path / "set", undisturbed)]
     assert summary.shards == 30
-    assert np.array_equal(*(all_rows(packed) for packed in sets))
+    assert np.array_equal(all_rows(sets[0]), all_rows(sets[1]))
     for name, stats in sets[0].stats.items():
         assert stats == pytest.approx(sets[1].stats[name])
 
 
-def test_missing_files_are_one_clear_line(tmp_path: Path) -> None:
+def test_missing_files_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AudioSet as people have it: a part of the segments, a part of the classes."""
     audio = tmp_path / "audio"
     audio.mkdir()
@@ -459,10 +459,12 @@ def test_missing_files_are_one_clear_line(tmp_path: Path) -> None:
     assert "6 of 20 files are bad" in message and "6 missing" in message
     assert "--max-bad 0.3 or more" in message and "\n" not in message
     assert len(bad_lines(tmp_path / "set")) == 6
+    monkeypatch.setattr(pack_module, "STATS_CLIPS", 10)
     summary = pack(table, tmp_path / "set", labels=classes, clip_seconds=0.5, max_bad=0.3)
     assert (summary.clips, summary.bad_reasons) == (14, {"missing": 6})
     assert summary.empty_classes == ("/m/8",)
     packed = PackedSet.open(tmp_path / "set")
+    assert packed.stats["logmel64"].num_clips == 10  # none of the missing is in the sample
     assert [c.name for c in packed.classes] == ["A", "B", "C", "D", "E"]
     assert packed.label_counts.tolist() == [5, 5, 4, 14, 0]
 
@@ -512,37 +514,28 @@ def test_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_holdout(table: Path, tmp_path: Path) -> None:
-    summaries = [
-        pack(
+    def once(name: str) -> PackSummary:
+        return pack(
             table, tmp_path / name, clip_seconds=0.5, workers=2, max_bad=0.1, holdout=0.2,
             group_by="source",
-        )
-        for name in ("one", "two")
-    ]  # fmt: skip
-    assert summaries[0].eval_directory == tmp_path / "one-eval"
-    assert summaries[0].clips + summaries[0].eval_clips == 86
-    assert summaries[0].bad == 4
+        )  # fmt: skip
+
+    summary = once("one")
+    assert summary.eval_directory == tmp_path / "one-eval"
+    assert (summary.clips + summary.eval_clips, summary.bad) == (86, 4)
     source = {r["path"]: r["source"] for r in csv.DictReader(table.open())}
     train, held = PackedSet.open(tmp_path / "one"), PackedSet.open(tmp_path / "one-eval")
-    groups = [
-        {source[name] for name in packed.names(np.arange(packed.num_clips))}
-        for packed in (train, held)
-    ]
+    groups = [{source[n] for n in s.names(np.arange(s.num_clips))} for s in (train, held)]
     assert not groups[0] & groups[1]
     assert 12 <= held.num_clips <= 30
     assert train.classes == held.classes and (held.label_counts > 0).all()
+    again = once("one")
+    assert again.already_packed and again.eval_clips == held.num_clips and again.bad == 4
+    once("two")
+    shutil.rmtree(tmp_path / "one-eval")  # as if killed between the two sets
+    assert not once("one").already_packed
     for part in ("", "-eval"):
         assert content(tmp_path / f"one{part}") == content(tmp_path / f"two{part}")
-    again = pack(
-        table, tmp_path / "one", clip_seconds=0.5, max_bad=0.1, holdout=0.2, group_by="source"
-    )
-    assert again.already_packed and again.eval_clips == held.num_clips and again.bad == 4
-    shutil.rmtree(tmp_path / "one-eval")  # as if killed between the two sets
-    again = pack(
-        table, tmp_path / "one", clip_seconds=0.5, max_bad=0.1, holdout=0.2, group_by="source"
-    )
-    assert not again.already_packed
-    assert content(tmp_path / "one-eval") == content(tmp_path / "two-eval")
 
 
 def test_holdout_looks_at_both_folders_first(table: Path, tmp_path: Path) -> None:
