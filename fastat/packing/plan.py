@@ -236,9 +236,8 @@ class Plan:
         except OSError as error:
             # The same command, run twice, may have finished the set and removed a temporary file
             # of this one.
-            if not (
-                isinstance(error, FileNotFoundError) and (self.directory / INDEX_FILE).exists()
-            ):
+            finished = (self.directory / INDEX_FILE).exists()
+            if not (finished and isinstance(error, FileNotFoundError)):
                 raise Failure(f"{self.directory}: cannot write: {error.strerror}") from error
 
     def _finish(self, content: Content) -> None:
