@@ -1,12 +1,14 @@
 """The options of ``fastat pack``: what they may be, and what they make of a table."""
 
 import os
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.manifest import Manifest
+from fastat.data.manifest import Entry, Manifest
 from fastat.data.split import Holdout, holdout_mask
 from fastat.errors import UserError
 
@@ -80,11 +82,16 @@ def split_table(
     ]
 
 
-def sampled_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:
-    """How many clips of each entry to measure, [entries]: a function of the seed and the table."""
+def sampled_clips(entries: Sequence[Entry], segments: bool, seed: int) -> NDArray[np.int64]:
+    """How many clips of each entry to measure, [entries]: a function of the seed and the table.
+
+    A missing file that is found later changes the choice by one file.
+    """
+    num_entries = len(entries)
     if num_entries <= STATS_CLIPS:
         each = STATS_CLIPS // max(num_entries, 1) if segments else 1
         return np.full(num_entries, each, np.int64)
     clips = np.zeros(num_entries, np.int64)
-    clips[np.random.default_rng([seed, 0x57A75]).permutation(num_entries)[:STATS_CLIPS]] = 1
+    order = np.random.default_rng([seed, 0x57A75]).permutation(num_entries).tolist()
+    clips[list(islice((i for i in order if entries[i].bad is None), STATS_CLIPS))] = 1
     return clips

@@ -103,7 +103,7 @@ def pack(
                 classes=share.classes,
                 entries=share.lines,
                 layout=layout,
-                stats_clips=sampled_clips(len(share.lines), segments, seed),
+                stats_clips=sampled_clips(share.lines, segments, seed),
                 options=own,
                 command=hashlib.sha256(command.encode()).hexdigest(),
             )
