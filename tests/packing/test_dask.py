@@ -1,4 +1,4 @@
-"""fastat pack --scheduler: the same set by the workers of a Dask cluster, whatever happens to them."""
+"""fastat pack --scheduler: a Dask cluster packs the same set, whatever happens to its workers."""
 
 import csv
 import logging
