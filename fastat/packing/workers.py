@@ -207,6 +207,8 @@ def dask_cluster(address: str) -> Iterator[Workers]:
         raise UserError(f"--scheduler {address}: no Dask scheduler answers: {reason}") from error
     with client:
         try:
+            # A worker that cannot load a call never answers.
+            client.run(exec, "import fastat.packing.block")
             yield _Cluster(client, KilledWorker)
         except ImportError as error:
             raise UserError(f"--scheduler {address}: its workers need fastat: {error}") from error
