@@ -124,15 +124,15 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink()
 
 
-def lock(file: IO[Any]) -> bool:
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
     """Locks ``file`` for this process alone; False if its file system has no locks, as Lustre
     without the mount option ``flock``.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process holds the lock, and not ``wait``.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             return False

@@ -5,7 +5,9 @@ Some file systems have no locks: Lustre mounted without flock, some FUSE and net
 
 import errno
 import fcntl
+import io
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,13 @@ import pytest
 
 from fastat.atomic import locks_work
 from fastat.data.hdf5_source import Hdf5Rows, read_rows
-from fastat.data.shard_writer import HEAD_BYTES, ShardPart
-from fastat.data.shards import ClassInfo, PackedSet, ShardRows
+from fastat.data.shard_file import ShardRows, load_shard, write_shard
+from fastat.data.shards import ClassInfo, PackedSet
 from fastat.errors import Failure, UserError
+from fastat.packing.append import append
 from fastat.predictions import read_predictions, save_predictions
 from fastat.run_folder import RunFolder
-from tests.conftest import TinySets
+from tests.conftest import TinySets, write_tiny_audio
 from tests.data.test_hdf5_source import NUM_CLASSES, write_panns
 from tests.test_train import trainer
 
@@ -58,11 +61,8 @@ def test_hdf5_sources_are_read_without_a_lock(tmp_path: Path) -> None:
         assert len(Hdf5Rows().decode(f"{path}#0"))
 
 
-def test_a_shard_is_written_without_a_lock(tmp_path: Path) -> None:
-    part = ShardPart(tmp_path, 0, "pcm16", 4, 100, 10_000)
-    part.add_row(8)
-    part.path.write_bytes(bytes(HEAD_BYTES + 8))
-    one = np.zeros(1)
+def test_a_shard_is_written_and_read_without_a_lock(tmp_path: Path) -> None:
+    path, one = tmp_path / "shard-00000.h5", np.zeros(1)
     rows = ShardRows(
         num_samples=one.astype(np.int32),
         target=np.zeros((1, 1), np.uint8),
@@ -71,8 +71,11 @@ def test_a_shard_is_written_without_a_lock(tmp_path: Path) -> None:
         start_seconds=one,
         row_crc=one.astype(np.uint32),
     )
-    with locked(part.path):
-        assert part.seal(rows).rows == 1
+    path.touch()
+    with locked(path):
+        info = write_shard(path, rows, "pcm16", 4, io.BytesIO(bytes(8)))
+    with locked(path):
+        assert load_shard(path)[0] == info and info.rows == 1
 
 
 # --------------------------------------------------------------------------- the run folder
@@ -118,6 +121,14 @@ def test_another_error_of_the_lock_is_not_the_lack_of_locks(
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(Failure, match="Input/output error"):
         RunFolder(tmp_path).lock()
+
+
+@pytest.mark.parametrize("no_locks", [errno.EOPNOTSUPP], indirect=True)
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_a_set_grows(tiny_sets: TinySets, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(tiny_sets.eval, tmp_path / "set"))
+    assert append(write_tiny_audio(tmp_path / "audio", 3, 9), out, workers=1).appended_clips == 3
+    assert PackedSet.open(out).num_clips == 15 + 3
 
 
 def test_locks_of_a_folder(tmp_path: Path) -> None:

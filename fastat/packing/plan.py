@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,15 @@ class Plan:
         lines = self.lines(number)
         entries, stats_clips = tuple(self.entries[lines]), tuple(self.stats_clips[lines].tolist())
         print_ = fingerprint(self.layout, entries, stats_clips)
-        # Two appends at once write different shards; one of them is lost only if they are the same.
-        name = print_[:12] if self.appends else f"{number:05d}"
-        path = self.directory / f"shard-{name}.h5"
+        file = f"shard-{number:05d}.h5"
+        if self.appends:
+            # By content, so that two appends at once write different shards.
+            file = f"shard-{print_[:12]}.h5"
+            tries = 1
+            while file in self.earlier:  # these lines were bad before, and are tried once more
+                tries += 1
+                file = f"shard-{print_[:12]}-{tries}.h5"
+        path = self.directory.absolute() / file  # a Dask worker has another folder
         return Block(path, self.layout, entries, stats_clips, self.command, print_)
 
     def blocks(self) -> Iterator[Block]:
@@ -156,7 +163,7 @@ class Plan:
     def _require_own_shards(self) -> None:
         paths = sorted(self.directory.iterdir()) if self.directory.exists() else []
         for path in paths:
-            if path.name in (BAD_FILE, NOTES_FILE) or _is_temporary(path):
+            if path.name in (BAD_FILE, NOTES_FILE) or path.suffix == ".tmp":
                 continue
             if not path.match("shard-*.h5"):
                 raise UserError(
@@ -185,7 +192,7 @@ class Plan:
         return [k for k, block in enumerate(self.blocks()) if block.path.name not in names]
 
     def content(self) -> Content:
-        """What the set's shards hold, all of which are there, the earlier ones included.
+        """What the set's shards hold, the earlier ones included; all are there.
 
         Raises:
             UserError: another command has written one of them.
@@ -196,6 +203,7 @@ class Plan:
         for block, report in zip(blocks, content.reports[len(paths) :], strict=True):
             if report.fingerprint != block.fingerprint:
                 raise UserError(f"--out {self.directory}: another fastat pack is writing to it")
+        self.reports = dict(enumerate(content.reports[len(paths) :]))
         return content
 
     def partial_content(self, part: Part | None) -> Content:
@@ -211,36 +219,29 @@ class Plan:
         )
 
     def list_bad(self, bad: Sequence[BadFile]) -> Path:
-        """Writes the list of bad files of a set that is not finished; where it is.
-
-        Raises:
-            Failure: the disk refuses.
-        """
+        """Writes the list of bad files of a set that is not finished; where it is."""
         path = self.directory / self.bad_list
-        try:
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_bad(path, bad)
-        except OSError as error:
-            raise Failure(f"cannot write {path}: {error.strerror}") from error
         return path
 
     def finish(self, content: Content) -> None:
-        """Lists the bad and noted files, writes dataset.json, and removes what is left over.
+        """Lists the bad and noted files, and writes dataset.json.
 
         Raises:
-            UserError: no file is good, or the sampled clips give no statistics.
+            UserError: no clip is left, or the sampled ones give no statistics.
             Failure: the disk refuses.
         """
-        try:
-            self._finish(content)
-        except OSError as error:
-            # The same command, run twice, may have finished the set and removed a temporary file
-            # of this one.
-            finished = (self.directory / INDEX_FILE).exists()
-            if not (finished and isinstance(error, FileNotFoundError)):
-                raise Failure(f"{self.directory}: cannot write: {error.strerror}") from error
+        with disk_errors(self.directory):
+            try:
+                self._write_index(content)
+            except FileNotFoundError:
+                # Another process of the same command has finished the set and tidied up.
+                if not (self.directory / INDEX_FILE).exists():
+                    raise
 
-    def _finish(self, content: Content) -> None:
+    def _write_index(self, content: Content) -> None:
         write_lists(self.directory, content)
         if not content.clips:
             raise UserError(
@@ -255,13 +256,17 @@ class Plan:
             self.inputs(),
             self.options,
         )
-        names = {shard.file for shard in content.shards}
-        for path in self.directory.glob("shard-*.h5"):
-            if path.name not in names:
-                path.unlink(missing_ok=True)
         write_index(self.directory, index)
+
+    def tidy(self, content: Content) -> None:
+        """Removes what killed commands left in a whole set, and shards of an older table."""
+        names = {shard.file for shard in content.shards}
+        written = names if self.finished else names | {INDEX_FILE, BAD_FILE, NOTES_FILE}
         for path in self.directory.iterdir():
-            if _is_temporary(path):
+            temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", path.name)
+            # Only a --append gives longer numbers, and another one may be at work.
+            numbered = re.fullmatch(r"shard-[0-9]{5,8}\.h5", path.name)
+            if (temporary and temporary[1] in written) or (numbered and path.name not in names):
                 path.unlink(missing_ok=True)
 
 
@@ -276,6 +281,10 @@ def write_lists(directory: Path, content: Content) -> None:
     write_notes(directory / NOTES_FILE, content.noted)
 
 
-def _is_temporary(path: Path) -> bool:
-    """Whether this or another pack writes it, or was killed while it did."""
-    return path.name.startswith((".shard-", f".{INDEX_FILE}.", f".{BAD_FILE}.", f".{NOTES_FILE}."))
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Raises what the disk refuses as Failure."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{directory}: cannot write: {error.strerror or error}") from error

@@ -1,8 +1,9 @@
 """fastat pack --append: a set grows by what it does not have; what it has stays byte for byte."""
 
+import csv
 import json
-import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,17 @@ import pytest
 import soundfile as sf
 
 from fastat.commands.pack_report import print_appended
-from fastat.data import pack_parts
-from fastat.data.pack_parts import Part
 from fastat.data.shards import PackedSet
 from fastat.errors import UserError
-from fastat.packing.append import AppendSummary, append
-from fastat.packing.bad_files import read_notes
+from fastat.packing.append import append
 from fastat.packing.pack import pack
+from fastat.packing.plan import Part
+from fastat.packing.verify import verify
 from tests.data.audio import noise, write_table
-from tests.data.kills import killed_at
+from tests.data.kills import files, in_the_middle, kill_between_blocks, killed_at
+from tests.packing.test_pack_parts import run_ranks
 
-SHARD_BYTES = 250_000  # 11 clips of half a second
-OPTIONS: dict[str, Any] = {"workers": 1, "max_bad": 0.1, "shard_bytes": SHARD_BYTES}
+OPTIONS: dict[str, Any] = {"workers": 1, "max_bad": 0.1}
 NUM_OLD, NUM_ALL = 30, 50
 
 
@@ -33,9 +33,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     grown = write_table(tmp_path_factory.mktemp("tables"), NUM_ALL)
     for name in ("0010.wav", "0040.wav"):
         (grown.parent / "audio" / name).write_bytes(b"")
-    old = grown.with_name("old.csv")
-    old.write_text("".join(grown.read_text().splitlines(keepends=True)[: 1 + NUM_OLD]))
-    return old, grown
+    return lines_of(grown, 0, NUM_OLD), grown
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +43,35 @@ def base(tables: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="module")
+def grown(tables: tuple[Path, Path], base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` with the 20 new files, by one undisturbed command."""
+    out = Path(shutil.copytree(base, tmp_path_factory.mktemp("grown") / "set"))
+    append(tables[1], out, **OPTIONS)
+    return out
+
+
 @pytest.fixture
 def out(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "set"))
 
 
-@pytest.fixture(scope="module")
-def unmerged(
-    tables: tuple[Path, Path], base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The new files are packed; killed before they were added to the set."""
-    out = Path(shutil.copytree(base, tmp_path_factory.mktemp("unmerged") / "set"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack_parts, "_merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            append(tables[1], out, **OPTIONS)
+def lines_of(table: Path, first: int, end: int) -> Path:
+    """A table beside ``table`` of some of its lines, without the header counted."""
+    head, *lines = table.read_text().splitlines(keepends=True)
+    path = table.with_name(f"lines{first}-{end}.csv")
+    path.write_text(head + "".join(lines[first:end]))
+    return path
+
+
+def before_the_index(grown: Path, base: Path, out: Path) -> Path:
+    """Makes ``out`` what a kill leaves between the last new shard and the lists."""
+    shutil.copytree(grown, out)
+    for name in ("dataset.json", "bad.csv", "notes.csv"):
+        (out / name).unlink(missing_ok=True)
+        if (base / name).exists():
+            shutil.copy(base / name, out)
     return out
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """Every file of a set; no folder is left in it."""
-    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
 
 
 def rows(directory: Path) -> tuple[np.ndarray[Any, np.dtype[np.int16]], list[tuple[str, float]]]:
@@ -75,168 +81,212 @@ def rows(directory: Path) -> tuple[np.ndarray[Any, np.dtype[np.int16]], list[tup
     return out, packed.sources(np.arange(packed.num_clips))
 
 
-def check_grown(out: Path, base: Path, table: Path, tmp_path: Path) -> None:
-    """``out`` is ``base`` and, behind it, what a plain pack makes of the 20 new files."""
+def listed(out: Path, name: str = "bad.csv") -> list[str]:
+    """Names of the files in a list of ``out``, in its order."""
+    with (out / name).open(newline="") as file:
+        return [Path(line["path"]).name for line in csv.DictReader(file)]
+
+
+def test_a_grown_table(
+    tables: tuple[Path, Path], base: Path, grown: Path, out: Path, tmp_path: Path
+) -> None:
+    """``base`` and, behind it, what a plain pack makes of the 20 new files."""
+    summary = append(tables[1], out, **OPTIONS)
+    assert (summary.clips, summary.appended_clips, summary.shards) == (48, 19, 8 + 5)
+    assert (summary.already_there, summary.known_bad) == (29, 1)
+    assert (summary.bad, summary.bad_reasons, summary.waiting_for) == (1, {"empty": 1}, ())
     old, new = files(base), files(out)
+    assert new == files(grown)
     assert all(new[name] == old[name] for name in old if name.endswith(".h5"))
-    lines = table.read_text().splitlines(keepends=True)
-    only_new = table.with_name("only_new.csv")
-    only_new.write_text(lines[0] + "".join(lines[1 + NUM_OLD :]))
-    if not (tmp_path / "new").exists():
-        pack(only_new, tmp_path / "new", clip_seconds=0.5, classes_from=base, **OPTIONS)
+    assert listed(out) == ["0010.wav", "0040.wav"]
+    index = json.loads(new["dataset.json"])
+    first = json.loads(old["dataset.json"])
+    assert index["bad_files"] == 2 and index["options"] == first["options"]
+
+    only_new = lines_of(tables[1], NUM_OLD, NUM_ALL)
+    pack(only_new, tmp_path / "new", clip_seconds=0.5, classes_from=base, **OPTIONS)
     (was, was_from), (added, added_from), (now, now_from) = map(rows, (base, tmp_path / "new", out))
     assert len(was) == NUM_OLD - 1 and len(added) == NUM_ALL - NUM_OLD - 1
     assert np.array_equal(now, np.concatenate([was, added]))
     assert now_from == was_from + added_from
-    sets = [PackedSet.open(d) for d in (base, tmp_path / "new", out)]
-    assert np.array_equal(sets[2].label_counts, sets[0].label_counts + sets[1].label_counts)
-    bits = [s.target_bits for s in sets]
-    assert np.array_equal(bits[2], np.concatenate(bits[:2]))
-    assert sets[2].stats == sets[0].stats and sets[2].fingerprint != sets[0].fingerprint
+    a, b, c = (PackedSet.open(directory) for directory in (base, tmp_path / "new", out))
+    assert np.array_equal(c.label_counts, a.label_counts + b.label_counts)
+    assert np.array_equal(c.target_bits, np.concatenate([a.target_bits, b.target_bits]))
+    assert c.stats == a.stats and c.fingerprint != a.fingerprint
 
-
-def test_a_grown_table(tables: tuple[Path, Path], base: Path, out: Path, tmp_path: Path) -> None:
-    summary = append(tables[1], out, **OPTIONS)
-    assert (summary.clips, summary.appended_clips, summary.shards) == (48, 19, 5)
-    assert (summary.already_there, summary.known_bad) == (29, 1)
-    assert (summary.bad, summary.bad_reasons, summary.waiting_for) == (1, {"empty": 1}, ())
-    check_grown(out, base, tables[1], tmp_path)
-    assert set(files(out)) == {
-        "bad.csv", "dataset.json", *(f"shard-{i:05d}.h5" for i in range(5))
-    }  # fmt: skip
-    listed = (out / "bad.csv").read_text().splitlines()
-    assert ["0010.wav" in listed[1], "0040.wav" in listed[2], len(listed)] == [True, True, 3]
-    assert json.loads((out / "dataset.json").read_text())["bad_files"] == 2
-
-    before = files(out)
     again = append(tables[1], out, **OPTIONS)
     assert (again.appended_clips, again.clips, again.bad) == (0, 48, 0)
     assert (again.already_there, again.known_bad) == (48, 2)
-    first = pack(tables[0], out, clip_seconds=0.5, **OPTIONS)
-    assert first.already_packed and (first.clips, first.bad, first.changed_bad) == (48, 2, 0)
+    packed = pack(tables[0], out, clip_seconds=0.5, **OPTIONS)
+    assert packed.already_packed and (packed.clips, packed.bad, packed.changed_bad) == (48, 2, 0)
     with pytest.raises(UserError, match="--append adds to it what is new"):
         pack(tables[1], out, clip_seconds=0.5, **OPTIONS)
-    assert files(out) == before
+    assert files(out) == new
 
 
-def test_another_table_in_parts(
-    tables: tuple[Path, Path], base: Path, out: Path, tmp_path: Path
-) -> None:
-    """Two processes append; the set is the old one until both are done."""
+def test_in_parts(tables: tuple[Path, Path], grown: Path, out: Path) -> None:
+    """The set is the old one until all are done."""
     before = PackedSet.open(out).fingerprint
     summary = append(tables[1], out, part=Part(1, 2), **OPTIONS)
-    assert (summary.waiting_for, summary.part, summary.appended_clips) == ((0,), "1/2", 9)
+    assert (summary.waiting_for, summary.part, summary.appended_clips) == ((0,), "1/2", 8)
     assert PackedSet.open(out).fingerprint == before
     assert pack(tables[0], out, clip_seconds=0.5, **OPTIONS).already_packed
-    for part, message in ((None, "in 2 parts"), (Part(0, 3), "in 2 parts")):
-        with pytest.raises(UserError, match=message):
-            append(tables[1], out, part=part, **OPTIONS)
-    with pytest.raises(UserError, match="unfinished --append of another command.*delete"):
-        append(tables[1], out, part=Part(0, 2), **OPTIONS | {"shard_bytes": 10**6})
-    assert append(tables[1], out, part=Part(0, 2), **OPTIONS).appended_clips == 19
-    check_grown(out, base, tables[1], tmp_path)
+    last = append(tables[1], out, part=Part(0, 2), **OPTIONS)
+    assert (last.appended_clips, last.clips, last.bad) == (19, 48, 1)
+    assert files(out) == files(grown)
     assert append(tables[1], out, part=Part(1, 2), **OPTIONS).appended_clips == 0
 
 
-def test_killed_at_every_step(
-    tables: tuple[Path, Path], base: Path, unmerged: Path, tmp_path: Path
+def test_in_parts_at_once(tables: tuple[Path, Path], grown: Path, out: Path) -> None:
+    arguments = ("pack", tables[1], "--append", "--out", out, "--max-bad", "0.1")
+    printed = run_ranks(2, *map(str, arguments))
+    assert any(text.startswith("appended: 19 clips") for text in printed)
+    assert files(out) == files(grown)
+
+
+def test_the_same_command_twice_at_once(tables: tuple[Path, Path], grown: Path, out: Path) -> None:
+    with in_the_middle(lambda: append(tables[1], out, **OPTIONS)):
+        assert append(tables[1], out, **OPTIONS).clips == 48
+    assert files(out) == files(grown)
+
+
+def test_killed_between_blocks(tables: tuple[Path, Path], grown: Path, out: Path) -> None:
+    before = PackedSet.open(out).fingerprint
+    options = OPTIONS | {"workers": 2}
+    kill_between_blocks(f"append.append(source, out, **{options})", tables[1], out)
+    assert PackedSet.open(out).fingerprint == before and verify(out).damaged == ()
+    last = json.loads((grown / "dataset.json").read_text())["shards"][-1]["file"]
+    (out / f".{last}.0123abcd.tmp").write_bytes(b"half a shard")
+    assert 0 < append(tables[1], out, **OPTIONS).resumed_clips < 19
+    assert files(out) == files(grown)
+
+
+def test_killed_at_every_step_behind_the_last_shard(
+    tables: tuple[Path, Path], base: Path, grown: Path, tmp_path: Path
 ) -> None:
     """The old set, or the new one, is there at any moment; the same command goes on."""
     fingerprints = set()
-    whole: dict[str, bytes] | None = None
-    step = 0
-    while True:
+    step, killed = 0, True
+    while killed:
         step += 1
-        out = Path(shutil.copytree(unmerged, tmp_path / str(step)))
+        out = before_the_index(grown, base, tmp_path / str(step))
         killed = killed_at(step, partial(append, tables[1], out, **OPTIONS))
         fingerprints.add(PackedSet.open(out).fingerprint)
-        append(tables[1], out, **OPTIONS)
-        whole = whole or files(out)
-        assert files(out) == whole, step
-        if not killed:
-            break
-    check_grown(out, base, tables[1], tmp_path)
-    assert fingerprints == {PackedSet.open(out).fingerprint, PackedSet.open(base).fingerprint}
-    assert step > 8  # bad.csv 3, two shards, the folder, dataset.json 3, bad.csv, the state
+        assert append(tables[1], out, **OPTIONS).clips == 48
+        assert files(out) == files(grown), step
+    assert fingerprints == {PackedSet.open(directory).fingerprint for directory in (base, grown)}
+    assert step > 6  # bad.csv 3, dataset.json 3
 
 
-def test_repaired_files_are_packed(tmp_path: Path) -> None:
-    table = write_table(tmp_path, 8)
-    audio = tmp_path / "audio"
-    repaired = (audio / "0002.wav").read_bytes()
-    (audio / "0002.wav").write_bytes(b"")
-    (audio / "0003.flac").write_bytes(b"")
-    options = OPTIONS | {"max_bad": 0.5}
-    pack(table, tmp_path / "set", clip_seconds=0.5, **options)
+def test_two_tables_at_once(tables: tuple[Path, Path], base: Path, out: Path) -> None:
+    """The later command ends in one line; run again, it packs nothing twice."""
+    one, other = lines_of(tables[1], 30, 40), lines_of(tables[1], 41, NUM_ALL)
+    with (
+        in_the_middle(lambda: append(one, out, **OPTIONS)),
+        pytest.raises(UserError, match="another --append.*run the same command again") as caught,
+    ):
+        append(other, out, **OPTIONS)
+    assert "\n" not in str(caught.value)
+    assert PackedSet.open(out).num_clips == 29 + 10 and verify(out).damaged == ()
+    summary = append(other, out, **OPTIONS)
+    assert (summary.clips, summary.appended_clips, summary.resumed_clips) == (29 + 10 + 9, 9, 9)
+    wanted = [f"{i:04d}" for i in range(NUM_ALL) if i not in (10, 40)]
+    assert [Path(path).stem for path, _ in rows(out)[1]] == wanted
+    assert verify(out).damaged == ()
 
-    def again() -> int:
-        summary = pack(table, tmp_path / "set", clip_seconds=0.5, **options)
-        assert summary.already_packed
+
+def mended(tmp_path: Path) -> tuple[Path, Path, Callable[[], int]]:
+    """A table of eight files with two bad ones, its set, and how many the first command sees
+    changed."""
+    table, out = write_table(tmp_path, 8), tmp_path / "set"
+    (tmp_path / "whole").mkdir()
+    for name in ("0002.wav", "0003.flac"):
+        (tmp_path / "audio" / name).rename(tmp_path / "whole" / name)
+        (tmp_path / "audio" / name).write_bytes(b"")
+
+    def num_changed() -> int:
+        summary = pack(table, out, clip_seconds=0.5, workers=1, max_bad=0.5)
+        assert not summary.resumed_clips or summary.already_packed
         return summary.changed_bad
 
-    assert again() == 0
-    (audio / "0002.wav").write_bytes(repaired)
-    assert again() == 1
-    summary = append(table, tmp_path / "set", **options)
+    assert num_changed() == 0
+    return table, out, num_changed
+
+
+def test_mended_files_are_packed(tmp_path: Path) -> None:
+    table, out, num_changed = mended(tmp_path)
+    shutil.copy(tmp_path / "whole" / "0002.wav", tmp_path / "audio")
+    assert num_changed() == 1
+    summary = append(table, out, **OPTIONS)
     assert (summary.appended_clips, summary.known_bad) == (1, 1)
-    listed = (tmp_path / "set" / "bad.csv").read_text().splitlines()
-    assert len(listed) == 2 and "0003.flac" in listed[1]
-    # Changed, and still bad: listed once, and not tried again.
-    (audio / "0003.flac").write_bytes(b"fLaC")
-    assert again() == 1
-    summary = append(table, tmp_path / "set", max_bad=1.0, workers=1)
-    assert (summary.appended_clips, summary.bad_reasons) == (0, {"unreadable": 1})
-    assert again() == 0
-    before = files(tmp_path / "set")
-    assert append(table, tmp_path / "set", **options).known_bad == 1
-    assert files(tmp_path / "set") == before and len(before) == 4
+    assert listed(out) == ["0003.flac"] and num_changed() == 0
+    before = files(out)
+    assert append(table, out, **OPTIONS).known_bad == 1
+    assert files(out) == before
+
+
+def test_a_file_is_bad_again_and_mended_later(tmp_path: Path) -> None:
+    """Each append has the same lines of the table, and must leave the shards that the set has."""
+    table, out, num_changed = mended(tmp_path)
+    file = tmp_path / "audio" / "0003.flac"
+    for content in (b"fLaC", b"fLaC, but longer"):
+        file.write_bytes(content)
+        assert num_changed() == 1
+        summary = append(table, out, workers=1, max_bad=1.0)
+        assert (summary.appended_clips, summary.bad_reasons) == (0, {"unreadable": 1})
+        assert listed(out) == ["0002.wav", "0003.flac"] and num_changed() == 0
+        assert append(table, out, **OPTIONS).known_bad == 2
+        assert verify(out).damaged == ()
+    shutil.copy(tmp_path / "whole" / "0003.flac", file)
+    before = files(out)
+    with in_the_middle(lambda: PackedSet.open(out)):
+        summary = append(table, out, **OPTIONS)
+    assert (summary.appended_clips, summary.clips) == (1, 7) and listed(out) == ["0002.wav"]
+    assert [Path(path).name for path, _ in rows(out)[1]].count("0003.flac") == 1
+    assert verify(out).damaged == ()
+    now = files(out)
+    assert all(now[name] == before[name] for name in before if name.endswith(".h5"))
 
 
 @pytest.mark.parametrize("part", [None, Part(0, 2)])
 def test_too_many_are_bad(
-    tables: tuple[Path, Path], base: Path, out: Path, tmp_path: Path, part: Part | None
+    tables: tuple[Path, Path], grown: Path, out: Path, tmp_path: Path, part: Part | None
 ) -> None:
-    """They are listed beside the set, which stays; alone, a corrected table may follow."""
+    """They are listed beside the set, which stays; a corrected table may follow."""
     wrong = tmp_path / "wrong.csv"
     head, *lines = tables[1].read_text().splitlines()
     junk = [tmp_path / f"junk{i}.wav" for i in range(4)]
     for path in junk:
         path.write_bytes(b"junk")
     wrong.write_text("\n".join([head, *(f"{path},a,s" for path in junk), *lines]) + "\n")
-    known = (out / "bad.csv").read_bytes()
+    before = files(out)
     with pytest.raises(UserError, match="files are bad, more than --max-bad 0.1") as caught:
         append(wrong, out, audio=tables[1].parent / "audio", part=part, **OPTIONS)
-    listed = out / "bad-append.csv"
-    assert f"listed in {listed};" in str(caught.value)
-    assert "junk" in listed.read_text() and (out / "bad.csv").read_bytes() == known
-    if part is None:
-        assert append(tables[1], out, **OPTIONS).appended_clips == 19
-        check_grown(out, base, tables[1], tmp_path)
-        assert not listed.exists()
+    assert str(out / "bad-append.csv") in str(caught.value)
+    assert "junk2.wav" in listed(out, "bad-append.csv")
+    assert {name: files(out)[name] for name in before} == before
+    assert append(tables[1], out, **OPTIONS).appended_clips == 19
+    assert {name: files(out)[name] for name in files(grown)} == files(grown)
+    assert not (out / "bad-append.csv").exists()
 
 
-def test_killed_while_a_file_is_bad_once_more(tmp_path: Path) -> None:
-    """The set stays the same but for bad.csv; the next append must not find a leftover."""
-    table = write_table(tmp_path, 4)
-    bad = tmp_path / "audio" / "0002.wav"
-    bad.write_bytes(b"")
-    pack(table, tmp_path / "set", clip_seconds=0.5, workers=1, max_bad=0.5)
-    bad.write_bytes(b"RIF")
-    append(table, tmp_path / "set", workers=1, max_bad=1.0)
-    bad.write_bytes(b"RIFF")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack_parts, "_merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            append(table, tmp_path / "set", workers=1, max_bad=1.0)
-    step, killed = 0, True
-    while killed:
-        step += 1
-        out = Path(shutil.copytree(tmp_path / "set", tmp_path / str(step)))
-        killed = killed_at(step, partial(append, table, out, workers=1, max_bad=1.0))
-        append(table, out, workers=1, max_bad=1.0)
-        assert set(files(out)) == {"bad.csv", "dataset.json", "shard-00000.h5"}, step
-        assert "unreadable" in (out / "bad.csv").read_text()
-    assert step > 6
+def test_too_many_are_bad_in_parts_at_once(tmp_path: Path) -> None:
+    """One of four a part, and together two of eight."""
+    table, out, _ = mended(tmp_path)
+    more = write_table(tmp_path / "more", 8)
+    for name in ("0000.wav", "0004.wav"):
+        (more.parent / "audio" / name).write_bytes(b"")
+    parts = [partial(append, more, out, part=Part(i, 2), workers=1) for i in range(2)]
+    before = files(out)
+    with (
+        in_the_middle(lambda: parts[1](max_bad=0.2)),
+        pytest.raises(UserError, match="2 of 8 files are bad, more than --max-bad 0.2"),
+    ):
+        parts[0](max_bad=0.2)
+    assert listed(out, "bad-append.csv") == ["0000.wav", "0004.wav"]
+    assert {name: files(out)[name] for name in before} == before
+    summary = parts[1](max_bad=0.3)
+    assert (summary.appended_clips, summary.resumed_clips, summary.bad) == (6, 6, 2)
 
 
 def write_noted(folder: Path, *names: str) -> Path:
@@ -251,50 +301,20 @@ def write_noted(folder: Path, *names: str) -> Path:
     return table
 
 
-def noted_in(out: Path) -> list[str]:
-    return [Path(file.path).name for file in read_notes(out / "notes.csv")]
-
-
-def test_notes_are_those_of_the_set_wherever_it_is_killed(tmp_path: Path) -> None:
-    """Killed at any step, notes.csv names no file that the set lacks; run again, it has all."""
-    old = write_noted(tmp_path / "audio", "a.wav")
-    grown = write_noted(tmp_path / "audio", "a.wav", "b.wav")
-    base, step, killed = tmp_path / "set", 0, True
-    pack(old, base, clip_seconds=0.5, workers=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack_parts, "_merge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            append(grown, base, workers=1)
-    while killed:
-        step += 1
-        out = Path(shutil.copytree(base, tmp_path / str(step)))
-        killed = killed_at(step, partial(append, grown, out, workers=1))
-        packed = PackedSet.open(out)
-        assert set(noted_in(out)) <= set(packed.names(np.arange(packed.num_clips))), step
-        append(grown, out, workers=1)
-        assert noted_in(out) == ["a.wav", "b.wav"], step
-        assert set(files(out)) == {
-            "bad.csv", "notes.csv", "dataset.json", "shard-00000.h5", "shard-00001.h5"
-        }, step  # fmt: skip
-    assert step > 6
-
-
-def test_files_are_counted_that_an_append_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Noted files as bad ones: those of the set before are not among them."""
-    audio = tmp_path / "audio"
-    pack(write_noted(audio, "a.wav", "b.wav"), tmp_path / "set", clip_seconds=0.5, workers=1)
+def test_noted_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """notes.csv has those of the whole set, the summary those that were appended."""
+    audio, out = tmp_path / "audio", tmp_path / "set"
+    pack(write_noted(audio, "a.wav", "b.wav"), out, clip_seconds=0.5, workers=1)
     table = write_noted(audio, "a.wav", "c.wav")
-    summary = append(table, tmp_path / "set", workers=1)
+    summary = append(table, out, workers=1)
     assert (summary.appended_clips, summary.notes) == (1, {"clipped": 1})
     print_appended(summary, as_json=False)
     assert "noted files: 1 (1 clipped)" in capsys.readouterr().out
-    summary = append(table, tmp_path / "set", workers=1)
+    summary = append(table, out, workers=1)
     assert (summary.appended_clips, summary.notes) == (0, {})
     print_appended(summary, as_json=False)
-    assert "noted" not in capsys.readouterr().out
-    assert noted_in(tmp_path / "set") == ["a.wav", "b.wav", "c.wav"]
+    assert "noted files" not in capsys.readouterr().out
+    assert listed(out, "notes.csv") == ["a.wav", "b.wav", "c.wav"]
 
 
 def test_segments_and_labels_are_the_sets(tmp_path: Path) -> None:
@@ -303,16 +323,36 @@ def test_segments_and_labels_are_the_sets(tmp_path: Path) -> None:
         sf.write(tmp_path / name / "x" / f"{name}.wav", noise(seconds, 16_000, 3), 16_000)
     (tmp_path / "two" / "y").mkdir()
     sf.write(tmp_path / "two" / "y" / "y.wav", noise(1.0, 16_000, 4), 16_000)
-    pack(tmp_path / "one", tmp_path / "set", clip_seconds=0.5, segments=True, workers=1)
-    with pytest.raises(UserError, match="1 of 2 files are bad.*1 label unknown") as caught:
-        append(tmp_path / "two", tmp_path / "set", workers=1)
-    listed = tmp_path / "set" / "bad-append.csv"
-    assert str(listed) in str(caught.value) and "y.wav" in listed.read_text()
-    summary = append(tmp_path / "two", tmp_path / "set", workers=1, max_bad=0.5)
-    assert (summary.appended_clips, summary.bad) == (5, 1) and not listed.exists()
-    packed = PackedSet.open(tmp_path / "set")
-    starts = [start for _, start in packed.sources(np.arange(packed.num_clips))]
+    out = tmp_path / "set"
+    pack(tmp_path / "one", out, clip_seconds=0.5, segments=True, workers=1)
+    with pytest.raises(UserError, match="1 of 2 files are bad.*1 label unknown"):
+        append(tmp_path / "two", out, workers=1)
+    assert listed(out, "bad-append.csv") == ["y.wav"]
+    summary = append(tmp_path / "two", out, workers=1, max_bad=0.5)
+    assert (summary.appended_clips, summary.bad) == (5, 1)
+    starts = [start for _, start in rows(out)[1]]
     assert starts == [0, 0.5, 1.0, 0, 0.5, 1.0, 1.5, 2.0]
+
+
+def test_codecs_of_further_shards(tables: tuple[Path, Path], grown: Path, out: Path) -> None:
+    """Given, it is that; else that of the shards before."""
+    append(lines_of(tables[1], 30, 40), out, codec="flac", **OPTIONS)
+    append(tables[1], out, **OPTIONS)
+    index = json.loads((out / "dataset.json").read_text())
+    assert index["codec"] == "mixed"
+    assert [shard["codec"] for shard in index["shards"]] == ["pcm16"] * 8 + ["flac"] * (3 + 3)
+    assert np.array_equal(rows(out)[0], rows(grown)[0]) and verify(out).damaged == ()
+
+
+def test_a_set_without_audio(tables: tuple[Path, Path], grown: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    pack(tables[0], out, clip_seconds=0.5, codec="none", **OPTIONS)
+    with pytest.raises(UserError, match="was packed with --codec none"):
+        append(tables[1], out, codec="pcm16", **OPTIONS)
+    assert append(tables[1], out, **OPTIONS).clips == 48
+    packed, other = PackedSet.open(out), PackedSet.open(grown)
+    assert (packed.codec, packed.stats) == ("none", other.stats)
+    assert packed.sources(np.arange(48)) == other.sources(np.arange(48))
 
 
 def test_what_does_not_fit_is_refused(tables: tuple[Path, Path], out: Path, tmp_path: Path) -> None:
@@ -323,7 +363,8 @@ def test_what_does_not_fit_is_refused(tables: tuple[Path, Path], out: Path, tmp_
         ({"clip_seconds": 1.0}, "--clip-seconds: expected 0.5 as in .*, got 1"),
         ({"clip_seconds": float("nan")}, "--clip-seconds: expected 0.1 to 1000.0, got nan"),
         ({"segments": True}, "--segments: .* was packed without"),
-        ({"codec": "mp3"}, "--codec: expected pcm16 or flac, got mp3"),
+        ({"codec": "mp3"}, "--codec: expected pcm16, flac or none, got mp3"),
+        ({"codec": "none"}, "--codec none: .* was packed with --codec pcm16"),
         ({"labels": labels}, "expected the 3 classes of .* in their order"),
         ({"labels": labels, "classes_from": out}, "got both"),
         ({"workers": 0}, "--workers: expected at least 1"),
@@ -337,6 +378,5 @@ def test_what_does_not_fit_is_refused(tables: tuple[Path, Path], out: Path, tmp_
     with pytest.raises(UserError, match="no such file"):
         append(tmp_path / "no.csv", out)
     labels.write_text("index,mid,display_name\n0,a,A\n1,b,B\n2,c,C\n")
-    summary: AppendSummary = append(tables[0], out, labels=labels, clip_seconds=0.5)
-    assert summary.appended_clips == 0 and files(out) == before
-    assert not os.path.exists(tmp_path / "nowhere")
+    assert append(tables[0], out, labels=labels, clip_seconds=0.5).appended_clips == 0
+    assert files(out) == before and not (tmp_path / "nowhere").exists()
