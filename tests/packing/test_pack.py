@@ -24,7 +24,8 @@ from fastat.features import FEATURES
 from fastat.frontend import Frontend
 from fastat.packing import options as pack_options
 from fastat.packing import plan
-from fastat.packing.pack import PackSummary, pack
+from fastat.packing.pack import pack
+from fastat.packing.summary import PackSummary
 from fastat.packing.verify import verify
 from tests.data.audio import noise, reference, write_table
 
