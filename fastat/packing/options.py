@@ -83,7 +83,10 @@ def split_table(
 
 
 def sampled_clips(entries: Sequence[Entry], segments: bool, seed: int) -> NDArray[np.int64]:
-    """How many clips of each entry to measure, [entries]: a function of the seed and the table."""
+    """How many clips of each entry to measure, [entries]: a function of the seed and the table.
+
+    A missing file that is found later changes the choice by one file.
+    """
     num_entries = len(entries)
     if num_entries <= STATS_CLIPS:
         each = STATS_CLIPS // max(num_entries, 1) if segments else 1
