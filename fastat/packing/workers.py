@@ -184,7 +184,7 @@ def dask_cluster(address: str) -> Iterator[Workers]:
     """
     try:
         from distributed import Client, KilledWorker, Security, rpc
-        from distributed.comm import CommClosedError
+        from distributed.comm.core import CommClosedError
     except ImportError as error:
         raise UserError(f"--scheduler needs Dask (pip install 'fastat[dask]'): {error}") from None
     # It would print each attempt to connect; what matters is raised.

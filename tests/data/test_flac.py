@@ -30,7 +30,7 @@ from fastat.errors import Failure
 from fastat.packing.pack import pack
 from tests.conftest import TinySets
 from tests.data.audio import write_table
-from tests.packing.test_pack_real import check_rows
+from tests.packing.test_pack import check_rows
 
 SAMPLES = 8_000
 NUM_CLIPS = 46

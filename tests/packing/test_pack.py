@@ -22,7 +22,8 @@ from fastat.data.shards import PackedSet, Stats
 from fastat.errors import Failure, UserError
 from fastat.features import FEATURES
 from fastat.frontend import Frontend
-from fastat.packing import options, plan
+from fastat.packing import options as pack_options
+from fastat.packing import plan
 from fastat.packing.pack import pack
 from fastat.packing.summary import PackSummary
 from fastat.packing.verify import verify
@@ -125,7 +126,7 @@ def test_statistics_are_those_of_the_features(undisturbed: Path) -> None:
 def test_statistics_of_a_sample(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "STATS_CLIPS", 20)
+    monkeypatch.setattr(pack_options, "STATS_CLIPS", 20)
     found: list[dict[str, Stats]] = []
     for seed in (0, 0, 1):
         out = tmp_path / f"{len(found)}"
@@ -452,7 +453,7 @@ def test_missing_files_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.Mo
     assert "6 of 20 files are bad" in message and "6 missing" in message
     assert "--max-bad 0.3 or more" in message and "\n" not in message
     assert len(bad_lines(tmp_path / "set")) == 6
-    monkeypatch.setattr(options, "STATS_CLIPS", 10)
+    monkeypatch.setattr(pack_options, "STATS_CLIPS", 10)
     summary = pack(table, tmp_path / "set", labels=classes, clip_seconds=0.5, max_bad=0.3)
     assert (summary.clips, summary.bad_reasons) == (14, {"missing": 6})
     assert summary.empty_classes == ("/m/8",)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastat.data.shards import PackedSet
 from fastat.errors import Failure, UserError
 from fastat.packing.pack import pack
 from fastat.packing.plan import Part
+from fastat.packing.summary import PackSummary
 from tests.data.audio import noise, write_table
 from tests.data.kills import (
     at_step,
@@ -186,7 +188,9 @@ def test_too_many_bad_files_are_judged_over_the_whole(
 ) -> None:
     """Two of 50 may be bad. 0010 is of part 2 of 3, 0033 too, and the missing 0040 of part 1."""
     options = OPTIONS | {"max_bad": 0.05}
-    parts = [partial(pack, table, part=Part(index, 3), **options) for index in range(3)]
+    parts: list[Callable[[Path], PackSummary]] = [
+        partial(pack, table, part=Part(index, 3), **options) for index in range(3)
+    ]
     out = tmp_path / "set"
     assert parts[0](out).bad == 1  # every part knows of the missing file
     assert parts[1](out).bad == 1
