@@ -264,9 +264,10 @@ class Plan:
         written = names if self.finished else names | {INDEX_FILE, BAD_FILE, NOTES_FILE}
         for path in self.directory.iterdir():
             temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", path.name)
+            name = temporary[1] if temporary else path.name
             # Only a --append gives longer numbers, and another one may be at work.
-            numbered = re.fullmatch(r"shard-[0-9]{5,8}\.h5", path.name)
-            if (temporary and temporary[1] in written) or (numbered and path.name not in names):
+            numbered = re.fullmatch(r"shard-[0-9]{5,8}\.h5", name)
+            if (temporary and name in written) or (numbered and name not in names):
                 path.unlink(missing_ok=True)
 
 
