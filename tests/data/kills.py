@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastat.packing import pack as pack_module
+from fastat.progress import progress
 from tests.data.audio import run_python
 
 
@@ -85,7 +86,6 @@ def kill_between_blocks(call: str, source: Path, out: Path) -> None:
 def in_the_middle(call: Callable[[], object]) -> Iterator[None]:
     """Has the next pack of this process wait for ``call`` after it has looked at its folder."""
     with pytest.MonkeyPatch.context() as patch:
-        progress = pack_module.progress
 
         def after_call(*args: Any) -> Any:
             patch.undo()

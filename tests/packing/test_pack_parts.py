@@ -186,12 +186,12 @@ def test_too_many_bad_files_are_judged_over_the_whole(
 ) -> None:
     """Two of 50 may be bad. 0010 is of part 2 of 3, 0033 too, and the missing 0040 of part 1."""
     options = OPTIONS | {"max_bad": 0.05}
-    parts = [partial(pack, table, part=Part(index, 3), **options) for index in range(3)]
     out = tmp_path / "set"
-    assert parts[0](out).bad == 1  # every part knows of the missing file
-    assert parts[1](out).bad == 1
+    parts = [partial(pack, table, out, part=Part(index, 3), **options) for index in range(3)]
+    assert parts[0]().bad == 1  # every part knows of the missing file
+    assert parts[1]().bad == 1
     with pytest.raises(UserError, match=r"3 of 50 files are bad.*--max-bad 0\.06") as caught:
-        parts[2](out)
+        parts[2]()
     assert str(out / "bad.csv") in str(caught.value)
     assert (out / "bad.csv").read_bytes() == (plain / "bad.csv").read_bytes()
     assert not (out / "dataset.json").exists()
