@@ -157,6 +157,7 @@ def evaluate_checkpoint(
     set_products(precision)
     model, meta = load_model(run, device)
     packed = PackedSet.open(data)
+    packed.require_audio()
     if packed.clip_samples != meta.clip_samples:
         raise UserError(
             f"the model reads clips of {meta.clip_samples} samples, "

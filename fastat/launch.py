@@ -212,10 +212,14 @@ def configure(
         train_set, eval_set = practice_sets()
         overrides |= {"data": str(train_set.resolve()), "eval": str(eval_set.resolve())}
 
-    from fastat.data.shards import SAMPLE_RATE, sizes_of
+    from fastat.data.shards import SAMPLE_RATE, require_audio, sizes_of
     from fastat.system.device import auto_precision, default_device, supports_triton
 
     num_clips, clip_samples = sizes_of(Path(overrides["data"]))
+    if overrides.get("source", "packed") == "packed":
+        for name in ("data", "eval"):
+            if overrides.get(name) is not None:
+                require_audio(Path(overrides[name]))
     device = default_device()
     suited = auto_precision(device)
     config = resolve(

@@ -299,10 +299,10 @@ class Trainer:
     def _clips_of(self, step: int) -> str:
         """Names the clips of a step and those mixed into them, as they were read."""
         plan = self.sampler.plan(*divmod(step, self.sampler.steps_per_epoch))
-        batch = next(iter(self.data.whole_steps.batches([plan])))  # damaged clips are replaced
+        rows, partners = self.data.clips_of(plan)
         names = self.data.train_set.names
-        mixed = f"; mixed in: {', '.join(names(batch.partners))}" if len(batch.partners) else ""
-        return f"Its clips: {', '.join(names(batch.rows))}{mixed}"
+        mixed = f"; mixed in: {', '.join(names(partners))}" if len(partners) else ""
+        return f"Its clips: {', '.join(names(rows))}{mixed}"
 
     def _report(self, epoch: int, seen: Reading) -> None:
         if not self.ranks.first:

@@ -32,8 +32,6 @@ class TrainingData:
     train_set: PackedSet
     sampler: Sampler
     source: Source
-    whole_steps: Source
-    """Gives a rank the clips of all of them."""
     meta: ModelMeta
     eval_set: PackedSet | None
     eval_source: Source | None
@@ -45,6 +43,16 @@ class TrainingData:
         """What the source takes on this rank: its part, or the whole plan to take it from."""
         whole = isinstance(self.source, CachedSource)
         return plan if whole else plan.part(ranks.rank, ranks.size)
+
+    def clips_of(self, plan: StepPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows of a whole step's clips and mixup partners, as they were trained on.
+
+        Only the packed source draws others in the place of damaged rows, and reads them to know.
+        """
+        if isinstance(self.source, PackedSource):
+            batch = next(iter(self.source.batches([plan])))
+            return batch.rows, batch.partners
+        return plan.rows, plan.partners
 
     def bad_clips(self) -> dict[int, str]:
         """Rows that were found damaged, and why; the original files that DALI reads are not
@@ -76,12 +84,17 @@ def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Traini
     """Opens the sets of a run.
 
     Raises:
-        UserError: the sets do not fit together, or are not the same on every rank.
+        UserError: the sets do not fit together, are not the same on every rank, or hold no audio
+            where the rows are trained on.
         Failure: one is damaged.
     """
     with ranks.first_goes_ahead():  # and says what is wrong
         train_set = PackedSet.open(config.data)
         eval_set = None if config.eval is None else PackedSet.open(config.eval)
+        if config.source == "packed":
+            train_set.require_audio()
+            if eval_set is not None:
+                eval_set.require_audio()
         if eval_set is not None and eval_set.clip_samples != train_set.clip_samples:
             raise UserError(
                 f"clips of {config.data} have {train_set.clip_samples} samples, "
@@ -119,13 +132,12 @@ def open_data(config: TrainConfig, device: torch.device, ranks: Ranks) -> Traini
     if eval_set is not None:
         eval_source, eval_usable = _open_evaluation(config, eval_set, device, ranks)
         eval_rows = None if eval_usable is None else np.flatnonzero(eval_usable)
-    rows = PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad)
-    source = source or rows
+    if source is None:
+        source = PackedSource(train_set, device, sampler=sampler, max_bad=config.max_bad)
     return TrainingData(
         train_set,
         sampler,
         source,
-        source if ranks.size == 1 else rows,
         meta,
         eval_set,
         eval_source,

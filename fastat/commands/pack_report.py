@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastat.errors import Failure, one_line
-from fastat.packing.append import AppendSummary
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE
-from fastat.packing.pack import PackSummary
+from fastat.packing.summary import AppendSummary, PackSummary
 from fastat.packing.verify import VerifySummary
 
 MAX_DAMAGES = 20

@@ -228,7 +228,7 @@ def landscape(
     Example: `fastat landscape runs/cnn_trans runs/crnn --plot landscape.png`
     """
     from fastat.checkpoint import find_checkpoint
-    from fastat.data.shards import read_index
+    from fastat.data.shards import require_audio
     from fastat.landscape import landscape as landscape_of
     from fastat.system.device import choose_precision, default_device
 
@@ -237,7 +237,7 @@ def landscape(
     for run in runs:  # mistakes are reported before any work is done
         find_checkpoint(run)
         sets.append(data if data is not None else _evaluation_set(run))
-        read_index(sets[-1])
+        require_audio(sets[-1])
     chosen = choose_precision(precision, default_device())
     if (precision, chosen) == ("auto", "fp16"):
         chosen = "fp32"  # second derivatives would underflow in float16

@@ -89,11 +89,14 @@ class DaliSource:
         if len(self.bad) > max_bad * packed.num_clips:
             reasons = Counter(clip.reason.split(":")[0] for clip in self.bad)
             counts = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+            otherwise = "--source packed needs no files"
+            if packed.codec == "none":
+                otherwise = "another --codec than none packs what DALI cannot decode"
             raise UserError(
                 f"DALI cannot take {len(self.bad):,} of {packed.num_clips:,} clips, more than "
                 f"--max-bad {max_bad:g}: {counts}, such as {self.bad[0].path} "
                 f"({self.bad[0].reason}); they are listed in "
-                f"{packed.directory / dali_check.BAD_FILE}; --source packed needs no files"
+                f"{packed.directory / dali_check.BAD_FILE}; {otherwise}"
             )
         cuda = device.type == "cuda"
         rates, channels = self.clips.rate[self.usable], self.clips.channels[self.usable]

@@ -1,6 +1,6 @@
 """The DALI graphs: encoded files -> int16 clips, or the log-mels of mixed clips.
 
-The only module that imports DALI, so that nothing but ``--source dali`` and FLAC shards need it.
+The only module that imports DALI, so that nothing but ``--source dali`` needs it.
 DALI decodes audio on the CPU; with a GPU the decoded clip is copied there and resampling, mixing
 and the spectrogram follow on it (written to DALI's documentation; not run on a GPU).
 

@@ -215,11 +215,7 @@ class PackedSet:
 
     def require_audio(self) -> None:
         """Raises UserError when the set was packed without its audio."""
-        if self.codec == "none":
-            raise UserError(
-                f"{self.directory}: packed with --codec none, it holds no audio; train from it "
-                "with --source dali, or pack it with another codec"
-            )
+        _check_codec(self.directory, self.codec)
 
     def describe(self, row: int, reason: str) -> str:
         """A message that names a damaged row, its shard and its clip."""
@@ -289,6 +285,24 @@ def sizes_of(directory: Path) -> tuple[int, int]:
     """
     index = read_index(directory)
     return index["clips"], index["clip_samples"]
+
+
+def require_audio(directory: Path) -> None:
+    """Checks that a finished set was packed with its audio, without opening its shards.
+
+    Raises:
+        UserError: it was packed without.
+        UserError, Damaged: as ``read_index``.
+    """
+    _check_codec(directory, read_index(directory)["codec"])
+
+
+def _check_codec(directory: Path, codec: str) -> None:
+    if codec == "none":
+        raise UserError(
+            f"{directory}: packed with --codec none, it holds no audio; fastat train --source dali "
+            "trains from the original files; for anything else pack it with another codec"
+        )
 
 
 def fingerprint(index: dict[str, Any]) -> str:

@@ -5,9 +5,7 @@ comparable; its fingerprint changes, so that a run that goes on notices. The fur
 named by what they hold, and until the new dataset.json names them the set stays as it is.
 """
 
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +14,22 @@ import numpy as np
 from fastat.atomic import lock
 from fastat.data.classes import ClassList
 from fastat.data.manifest import Entry, read_manifest
-from fastat.data.shard_file import ShardInfo, load_shard
+from fastat.data.shard_file import ShardInfo
 from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, read_index, write_index
 from fastat.data.table_layout import ColumnNames
-from fastat.errors import Failure, UserError
+from fastat.errors import UserError
 from fastat.host import cores_of_rank
-from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed
+from fastat.packing.bad_count import BadCount
+from fastat.packing.bad_files import has_changed
 from fastat.packing.block import Layout
 from fastat.packing.index import Content, grown_index, read_content
-from fastat.packing.pack import (
-    BadCount,
-    RarestClass,
-    check_ranges,
-    count_notes,
-    named,
-    rarest_class,
-    run_blocks,
-    unfinished_parts,
-)
-from fastat.packing.plan import Part, Plan, write_lists
+from fastat.packing.options import check_ranges, named
+from fastat.packing.pack import run_blocks, unfinished_parts
+from fastat.packing.plan import Part, Plan, disk_errors, write_lists
+from fastat.packing.summary import AppendSummary, count_notes, rarest_class
 
 APPEND_BAD_FILE = "bad-append.csv"
 """When too many files of an --append are bad; bad.csv stays that of the set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AppendSummary:
-    """What ``append`` did."""
-
-    directory: Path
-    clips: int
-    """Of the whole set; of a part while others are not finished."""
-    shards: int
-    appended_clips: int
-    audio_seconds: float
-    num_classes: int
-    rarest: RarestClass | None
-    """Of the whole set, as ``clips``."""
-    already_there: int
-    """Files of the table that the set has."""
-    known_bad: int
-    """Files of the table that bad.csv lists, as they were."""
-    bad: int
-    """Bad files of the table that bad.csv did not list, or that have changed since."""
-    bad_reasons: dict[str, int]
-    notes: dict[str, int]
-    """Files that were appended and noted, by what was noted."""
-    resumed_clips: int
-    """Clips that a killed run of the same command had already packed."""
-    part: str | None
-    """i/n when this was one of several parts."""
-    waiting_for: tuple[int, ...]
-    """Parts that are not finished; none: the set has grown."""
-    seconds: float
-    """Wall time."""
 
 
 def append(
@@ -108,8 +68,8 @@ def append(
     _check_classes(classes, labels, classes_from, out)
     _check_layout(base, clip_seconds, segments, out)
     earlier = [shard["file"] for shard in base["shards"]]
-    before = read_content([out / file for file in earlier], len(classes))
-    packed = _packed_paths(out, earlier)
+    packed: set[str] = set()
+    before = read_content([out / file for file in earlier], len(classes), packed)
     table = read_manifest(source, audio=audio, classes_from=out, columns=columns).lines
     others = [entry for entry in table if entry.path not in packed]
     new = _news(others, before)
@@ -138,6 +98,7 @@ def append(
             bad_count.recount([plan.partial_content(None)])
             bad_count.check([plan])
             _replace_index(out, base, whole)
+            plan.tidy(whole)
     ours = plan.partial_content(part if waiting_for else None)
     if waiting_for:
         whole = ours
@@ -159,15 +120,6 @@ def append(
         waiting_for=waiting_for,
         seconds=time.monotonic() - started,
     )
-
-
-def _packed_paths(out: Path, files: list[str]) -> set[str]:
-    """The original files of the clips in these shards."""
-    paths: set[str] = set()
-    for file in files:
-        _, rows = load_shard(out / file)
-        paths.update(map(os.fsdecode, rows.audio_path))
-    return paths
 
 
 def _news(entries: list[Entry], before: Content) -> list[Entry]:
@@ -192,31 +144,19 @@ def _news(entries: list[Entry], before: Content) -> list[Entry]:
 def _replace_index(out: Path, base: dict[str, Any], content: Content) -> None:
     """Writes the lists and dataset.json of the grown set, unless it is no longer ``base``."""
     grown = grown_index(base, content)
-    try:
-        with (out / INDEX_FILE).open("r+b") as file:
-            lock(file, wait=True)
-            now = read_index(out)
-            if now["shards"] == grown["shards"]:
-                return  # another process of the same command was first
-            if now["checksum"] != base["checksum"]:
-                raise UserError(
-                    f"--out {out}: another --append has changed the set since; run the same "
-                    "command again"
-                )
-            write_lists(out, content)
-            (out / APPEND_BAD_FILE).unlink(missing_ok=True)
-            write_index(out, grown)
-            _remove_temporaries(out, content)
-    except OSError as error:
-        raise Failure(f"{out}: cannot write: {error.strerror}") from error
-
-
-def _remove_temporaries(out: Path, content: Content) -> None:
-    """Removes what killed runs of this command left; of others, some may be running."""
-    names = {INDEX_FILE, BAD_FILE, NOTES_FILE, *(shard.file for shard in content.shards)}
-    for path in out.glob(".*.tmp"):
-        if path.name[1:].rsplit(".", 2)[0] in names:
-            path.unlink(missing_ok=True)
+    with disk_errors(out), (out / INDEX_FILE).open("r+b") as file:
+        lock(file, wait=True)
+        now = read_index(out)
+        if now["shards"] == grown["shards"]:
+            return  # another process of the same command was first
+        if now["checksum"] != base["checksum"]:
+            raise UserError(
+                f"--out {out}: another --append has changed the set since; run the same command "
+                "again"
+            )
+        write_lists(out, content)
+        (out / APPEND_BAD_FILE).unlink(missing_ok=True)
+        write_index(out, grown)
 
 
 def _layout(base: dict[str, Any], classes: ClassList, codec: str | None, out: Path) -> Layout:

@@ -37,8 +37,12 @@ class Content:
         return self.num_samples / SAMPLE_RATE
 
 
-def read_content(paths: Iterable[Path], num_classes: int) -> Content:
+def read_content(
+    paths: Iterable[Path], num_classes: int, packed: set[str] | None = None
+) -> Content:
     """Reads everything but the audio of the shards at ``paths``.
+
+    Adds the original files of their clips to ``packed``.
 
     Raises:
         Damaged: one of them is no shard.
@@ -53,10 +57,11 @@ def read_content(paths: Iterable[Path], num_classes: int) -> Content:
         content.num_samples += report.num_samples
         bits = np.unpackbits(rows.target, axis=1, count=num_classes)
         content.label_counts += bits.sum(axis=0, dtype=np.int64)
-        if content.bad:
-            tried = {os.fsdecode(name) for name in rows.audio_path}
-            tried.update(file.path for file in report.bad)
-            content.bad = [file for file in content.bad if file.path not in tried]
+        good = set(map(os.fsdecode, rows.audio_path))
+        if packed is not None:
+            packed |= good
+        tried = good.union(file.path for file in report.bad)
+        content.bad = [file for file in content.bad if file.path not in tried]
         content.bad += report.bad
         content.noted += report.noted
     return content

@@ -10,95 +10,34 @@ another host. Who finds that nothing is missing writes dataset.json from what th
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastat.data.manifest import BadFile, Manifest, read_manifest
-from fastat.data.shards import SAMPLE_RATE, VERSION, ClassInfo
-from fastat.data.split import Holdout, holdout_mask
+from fastat.data.manifest import read_manifest
+from fastat.data.shards import SAMPLE_RATE, VERSION
+from fastat.data.split import Holdout
 from fastat.data.table_layout import ColumnNames
 from fastat.errors import Failure, UserError
 from fastat.host import cores_of_rank
+from fastat.packing.bad_count import BadCount
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed
 from fastat.packing.block import Block, Layout, pack_block, try_file
-from fastat.packing.index import Content
+from fastat.packing.options import check_ranges, check_split, named, sampled_clips, split_table
 from fastat.packing.plan import Part, Plan, known_bad
+from fastat.packing.summary import PackSummary, count_notes, rarest_class
 from fastat.packing.workers import Killed, Processes, Workers, dask_cluster
 from fastat.progress import progress
 
-CODECS = ("pcm16", "flac", "none")
-MIN_CLIP_SECONDS, MAX_CLIP_SECONDS = 0.1, 1000.0
-EVAL_SUFFIX = "-eval"
 MAX_KILLS = 3
 """A block whose process is killed so often, though none of its files does it, ends the command."""
-
-STATS_CLIPS = 1_000
-"""Clips that the statistics are taken from. Features of a clip cost as much as decoding it, and
-1,000 clips fix the mean to about 1 % of the scale that normalisation divides by (clip means of
-AudioSet-like material spread by half a standard deviation: 0.5 / sqrt(1000) / 2 = 0.8 %)."""
-
-
-@dataclass(frozen=True)
-class RarestClass:
-    """The class with the fewest clips of those that have any."""
-
-    id: str
-    name: str
-    clips: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackSummary:
-    """What ``pack`` made."""
-
-    directory: Path
-    clips: int
-    """Of the set in ``directory``, without the held-out ones; of a part while others are not
-    finished."""
-    audio_seconds: float
-    """Of these clips, without the padding."""
-    shards: int
-    num_classes: int
-    rarest: RarestClass | None
-    """In ``directory``."""
-    bad: int
-    """Files in bad.csv, of both sets."""
-    bad_reasons: dict[str, int]
-    bad_lists: tuple[Path, ...]
-    """The bad.csv of each set that has bad files."""
-    notes: dict[str, int]
-    """Files that were read and noted, of both sets, by what was noted."""
-    note_lists: tuple[Path, ...]
-    """The notes.csv of each set that has noted files."""
-    empty_classes: tuple[str, ...]
-    """Ids of classes without a clip in ``directory``."""
-    eval_directory: Path | None
-    """Where --holdout put the eval set: beside ``directory``, with ``-eval`` behind its name."""
-    eval_clips: int
-    eval_audio_seconds: float
-    resumed_clips: int
-    """Clips that a killed run of the same command had already packed."""
-    already_packed: bool
-    """The same command had finished before; nothing was done."""
-    changed_bad: int
-    """Files in bad.csv that have changed since they were tried; --append tries them again."""
-    part: str | None
-    """i/n when this was one of several parts."""
-    waiting_for: tuple[int, ...]
-    """Parts that are not finished; none: the set is whole."""
-    seconds: float
-    """Wall time."""
 
 
 def pack(
@@ -135,7 +74,7 @@ def pack(
     """
     started = time.monotonic()
     check_ranges(clip_seconds, codec, workers, max_bad)
-    _check(holdout, group_by, seed)
+    check_split(holdout, group_by, seed)
     out = named(out)
     manifest = read_manifest(
         source,
@@ -153,7 +92,7 @@ def pack(
     ids = tuple(c.id for c in manifest.classes.classes)
     layout = Layout(round(clip_seconds * SAMPLE_RATE), segments, codec, ids)
     plans = []
-    for role, directory, share in _roles(manifest, out, holdout, seed, source):
+    for role, directory, share in split_table(manifest, out, holdout, seed, source):
         if not share.lines:
             raise UserError(f"{source}: no clips in it")
         own = options | {"role": role}
@@ -164,7 +103,7 @@ def pack(
                 classes=share.classes,
                 entries=share.lines,
                 layout=layout,
-                stats_clips=_stats_clips(len(share.lines), segments, seed),
+                stats_clips=sampled_clips(share.lines, segments, seed),
                 options=own,
                 command=hashlib.sha256(command.encode()).hexdigest(),
             )
@@ -187,6 +126,7 @@ def pack(
         for plan, content in zip(plans, contents, strict=True):
             if not plan.finished:
                 plan.finish(content)
+            plan.tidy(content)
 
     def lists(name: str, files: Sequence[Sequence[object]]) -> tuple[Path, ...]:
         """The list ``name`` of each set that has one, once the sets are whole."""
@@ -225,7 +165,7 @@ def run_blocks(
     part: Part | None,
     num_workers: int,
     scheduler: str | None,
-    bad_count: "BadCount",
+    bad_count: BadCount,
 ) -> None:
     """Packs the blocks of ``part`` (None: all) whose shards are not there.
 
@@ -333,7 +273,7 @@ def _folders(
         raise
 
 
-def _check_space(plan: Plan, bad_count: "BadCount") -> None:
+def _check_space(plan: Plan, bad_count: BadCount) -> None:
     """Raises Failure when the disk cannot hold what is missing: better now than hours later.
 
     Nobody knows before decoding how many clips segments are, or how long FLAC rows.
@@ -369,135 +309,3 @@ def unfinished_parts(plans: Sequence[Plan], part: Part | None) -> tuple[int, ...
             "there; if the file system is slow, run the same command again"
         )
     return tuple(sorted(parts))
-
-
-def count_notes(contents: Iterable[Content]) -> dict[str, int]:
-    """Files that were noted, by what was noted."""
-    return dict(Counter(file.note for content in contents for file in content.noted))
-
-
-class BadCount:
-    """Bad files over all sets of a command, against --max-bad."""
-
-    def __init__(self, num_files: int, max_bad: float) -> None:
-        self.num_files, self.max_bad = num_files, max_bad
-        self.reasons: Counter[str] = Counter()
-        self._example: BadFile | None = None
-
-    def add(self, files: Iterable[BadFile]) -> None:
-        """Counts files."""
-        for self._example in files:
-            self.reasons[self._example.reason] += 1
-
-    def replace(self, files: Iterable[BadFile], others: Iterable[BadFile]) -> None:
-        """Counts ``others`` in the place of ``files``, which have been counted."""
-        self.reasons -= Counter(file.reason for file in files)
-        self.add(others)
-
-    def recount(self, contents: Iterable[Content]) -> None:
-        """Counts the files of whole sets, instead of all counted so far."""
-        self.reasons.clear()
-        for content in contents:
-            self.add(content.bad)
-
-    def check(self, plans: Sequence[Plan]) -> None:
-        """Raises UserError when there are more than --max-bad; lists those of each set."""
-        count = self.reasons.total()
-        if count <= self.max_bad * self.num_files:
-            return
-        example = self._example
-        assert example is not None, "no file is bad"
-        lists = []
-        for plan in plans:
-            if bad := plan.bad_files():
-                lists.append(str(plan.list_bad(bad)))
-        enough = math.ceil(100 * count / self.num_files) / 100
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
-        detail = f" ({example.detail})" if example.detail else ""
-        others = f"--max-bad {enough:g} or more packs the others"
-        raise UserError(
-            f"{count:,} of {self.num_files:,} files are bad, more than --max-bad {self.max_bad:g}: "
-            f"{reasons}, such as {example.path}{detail}; listed in {' and '.join(lists)}; "
-            + (others if count < self.num_files else "there are no others")
-        )
-
-
-def rarest_class(
-    classes: Sequence[ClassInfo], label_counts: NDArray[np.int64]
-) -> RarestClass | None:
-    """Of several the first; None when no class has a clip."""
-    with_clips = np.flatnonzero(label_counts)
-    if not with_clips.size:
-        return None
-    k = int(with_clips[label_counts[with_clips].argmin()])
-    return RarestClass(classes[k].id, classes[k].name, int(label_counts[k]))
-
-
-def named(out: Path) -> Path:
-    """``out`` with a name of its own, not ``.`` or ``..``."""
-    return Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
-
-
-def check_ranges(
-    clip_seconds: float | None, codec: str | None, workers: int | None, max_bad: float
-) -> None:
-    """Raises UserError when an option that --append has too is out of its range."""
-    if codec is not None and codec not in CODECS:
-        raise UserError(f"--codec: expected {', '.join(CODECS[:-1])} or {CODECS[-1]}, got {codec}")
-    if clip_seconds is not None and not MIN_CLIP_SECONDS <= clip_seconds <= MAX_CLIP_SECONDS:
-        raise UserError(
-            f"--clip-seconds: expected {MIN_CLIP_SECONDS} to {MAX_CLIP_SECONDS}, "
-            f"got {clip_seconds:g}"
-        )
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {workers}")
-    if not 0.0 <= max_bad <= 1.0:
-        raise UserError(f"--max-bad: expected a fraction from 0 to 1, got {max_bad:g}")
-
-
-def _check(holdout: float | Holdout | None, group_by: str | None, seed: int) -> None:
-    if seed < 0:
-        raise UserError(f"--seed: expected 0 or more, got {seed}")
-    if isinstance(holdout, int | float) and not 0.0 < holdout < 1.0:
-        raise UserError(f"--holdout: expected a fraction between 0 and 1, got {holdout:g}")
-    if group_by is not None and isinstance(holdout, Holdout):
-        raise UserError(f"--group-by: --holdout {holdout} says of each row where it goes")
-    if group_by is not None and holdout is None:
-        raise UserError("--group-by: only --holdout groups clips, and it is not given")
-
-
-def _roles(
-    manifest: Manifest, out: Path, holdout: float | Holdout | None, seed: int, source: Path
-) -> list[tuple[str, Path, Manifest]]:
-    """The sets to pack: role, folder, entries. Files bad from the start are the training set's,
-    unless a column says where they belong."""
-    if holdout is None:
-        return [("set", out, manifest)]
-    entries = manifest.entries
-    eval_out = out.with_name(out.name + EVAL_SUFFIX)
-    if isinstance(holdout, Holdout):
-        assert manifest.held is not None
-        return [("train", out, manifest), ("eval", eval_out, manifest.held)]
-    mask = holdout_mask(
-        [entry.group for entry in entries], [entry.labels for entry in entries], holdout, seed
-    )
-    if entries and not mask.any():
-        raise UserError(
-            f"--holdout: nothing of {source} can be held out: no class has two groups to spread"
-        )
-    is_held = iter(mask)
-    marked = [(entry, entry.bad is None and next(is_held)) for entry in manifest.lines]
-    return [
-        ("train", out, manifest._replace(lines=[entry for entry, held in marked if not held])),
-        ("eval", eval_out, manifest._replace(lines=[entry for entry, held in marked if held])),
-    ]
-
-
-def _stats_clips(num_entries: int, segments: bool, seed: int) -> NDArray[np.int64]:
-    """How many clips of each entry to measure, [entries]: a function of the seed and the table."""
-    if num_entries <= STATS_CLIPS:
-        each = STATS_CLIPS // max(num_entries, 1) if segments else 1
-        return np.full(num_entries, each, np.int64)
-    clips = np.zeros(num_entries, np.int64)
-    clips[np.random.default_rng([seed, 0x57A75]).permutation(num_entries)[:STATS_CLIPS]] = 1
-    return clips

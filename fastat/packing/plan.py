@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.shards import INDEX_FILE, VERSION, read_index, write_index
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, write_bad, write_notes
 from fastat.packing.block import Block, Layout, Report, fingerprint, read_report
 from fastat.packing.index import Content, index_of, read_content
@@ -115,7 +116,7 @@ class Plan:
             while file in self.earlier:  # these lines were bad before, and are tried once more
                 tries += 1
                 file = f"shard-{print_[:12]}-{tries}.h5"
-        path = self.directory / file
+        path = self.directory.absolute() / file  # a Dask worker has another folder
         return Block(path, self.layout, entries, stats_clips, self.command, print_)
 
     def blocks(self) -> Iterator[Block]:
@@ -162,7 +163,7 @@ class Plan:
     def _require_own_shards(self) -> None:
         paths = sorted(self.directory.iterdir()) if self.directory.exists() else []
         for path in paths:
-            if path.name in (BAD_FILE, NOTES_FILE) or _is_temporary(path):
+            if path.name in (BAD_FILE, NOTES_FILE) or path.suffix == ".tmp":
                 continue
             if not path.match("shard-*.h5"):
                 raise UserError(
@@ -191,7 +192,7 @@ class Plan:
         return [k for k, block in enumerate(self.blocks()) if block.path.name not in names]
 
     def content(self) -> Content:
-        """What the set's shards hold, all of which are there, the earlier ones included.
+        """What the set's shards hold, the earlier ones included; all are there.
 
         Raises:
             UserError: another command has written one of them.
@@ -219,23 +220,26 @@ class Plan:
 
     def list_bad(self, bad: Sequence[BadFile]) -> Path:
         """Writes the list of bad files of a set that is not finished; where it is."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / self.bad_list
-        write_bad(path, bad)
+        with disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_bad(path, bad)
         return path
 
     def finish(self, content: Content) -> None:
-        """Lists the bad and noted files, writes dataset.json, and removes what is left over."""
-        try:
-            self._write_index(content)
-        except FileNotFoundError:
-            # Another process of the same command has finished the set and tidied up.
-            if not (self.directory / INDEX_FILE).exists():
-                raise
-        names = {shard.file for shard in content.shards}
-        for path in self.directory.iterdir():
-            if _is_temporary(path) or (path.match("shard-*.h5") and path.name not in names):
-                path.unlink(missing_ok=True)
+        """Lists the bad and noted files, and writes dataset.json.
+
+        Raises:
+            UserError: no clip is left, or the sampled ones give no statistics.
+            Failure: the disk refuses.
+        """
+        with disk_errors(self.directory):
+            try:
+                self._write_index(content)
+            except FileNotFoundError:
+                # Another process of the same command has finished the set and tidied up.
+                if not (self.directory / INDEX_FILE).exists():
+                    raise
 
     def _write_index(self, content: Content) -> None:
         write_lists(self.directory, content)
@@ -254,6 +258,17 @@ class Plan:
         )
         write_index(self.directory, index)
 
+    def tidy(self, content: Content) -> None:
+        """Removes what killed commands left in a whole set, and shards of an older table."""
+        names = {shard.file for shard in content.shards}
+        written = names if self.finished else names | {INDEX_FILE, BAD_FILE, NOTES_FILE}
+        for path in self.directory.iterdir():
+            temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", path.name)
+            # Only a --append gives longer numbers, and another one may be at work.
+            numbered = re.fullmatch(r"shard-[0-9]{5,8}\.h5", path.name)
+            if (temporary and temporary[1] in written) or (numbered and path.name not in names):
+                path.unlink(missing_ok=True)
+
 
 def known_bad(entries: Sequence[Entry]) -> list[BadFile]:
     """The files that are bad by the table alone."""
@@ -266,6 +281,10 @@ def write_lists(directory: Path, content: Content) -> None:
     write_notes(directory / NOTES_FILE, content.noted)
 
 
-def _is_temporary(path: Path) -> bool:
-    """Whether this or another pack writes it, or was killed while it did."""
-    return path.name.startswith((".shard-", f".{INDEX_FILE}.", f".{BAD_FILE}.", f".{NOTES_FILE}."))
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Raises what the disk refuses as Failure."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{directory}: cannot write: {error.strerror or error}") from error

@@ -1,6 +1,8 @@
 """Who runs the tasks of ``fastat pack``: processes of this machine, or a Dask cluster."""
 
+import asyncio
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from threadpoolctl import threadpool_limits
 
-from fastat.errors import UserError
+from fastat.errors import Failure, UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 CONNECT_SECONDS = 10
@@ -152,7 +154,7 @@ def _keep_freed_memory() -> None:
 
 
 class _Cluster:
-    """A Dask cluster."""
+    """The workers of a Dask cluster."""
 
     def __init__(self, client: Any, killed: type[Exception]) -> None:
         self.killed = killed
@@ -161,6 +163,7 @@ class _Cluster:
 
     @property
     def count(self) -> int:
+        """Two calls for each thread, so that none waits; workers come and go."""
         threads: int = sum(self._client.nthreads().values())
         return 2 * max(1, threads)
 
@@ -173,16 +176,41 @@ class _Cluster:
 def dask_cluster(address: str) -> Iterator[Workers]:
     """The workers of the Dask scheduler at ``address``; they must have fastat and see the files.
 
+    Leaving it cancels the calls that have not started.
+
     Raises:
-        UserError: Dask is not installed, or no scheduler answers.
+        UserError: Dask is not installed, no scheduler answers, or its workers have no fastat.
+        Failure: the connection to the scheduler is lost.
     """
     try:
-        from distributed import Client, KilledWorker
+        from distributed import Client, KilledWorker, Security, rpc
+        from distributed.comm.core import CommClosedError
     except ImportError as error:
         raise UserError(f"--scheduler needs Dask (pip install 'fastat[dask]'): {error}") from None
+    # It would print each attempt to connect; what matters is raised.
+    for name in ("distributed", "distributed.client", "distributed.gc"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    async def check() -> None:
+        security = Security().get_connection_args("client")
+        async with (
+            asyncio.timeout(CONNECT_SECONDS),
+            rpc(address, connection_args=security) as scheduler,
+        ):
+            await scheduler.identity(n_workers=0)  # a worker's takes no such argument
+
     try:
+        asyncio.run(check())  # a Client without a scheduler takes 20 seconds to end
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--scheduler {address}: no Dask scheduler answers: {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # each scheme has its own
+        reason = first_line(error)
+        raise UserError(f"--scheduler {address}: no Dask scheduler answers: {reason}") from error
     with client:
-        yield _Cluster(client, KilledWorker)
+        try:
+            yield _Cluster(client, KilledWorker)
+        except ImportError as error:
+            raise UserError(f"--scheduler {address}: its workers need fastat: {error}") from error
+        except (CancelledError, CommClosedError) as error:
+            raise Failure(
+                f"--scheduler {address}: the connection is lost; the same command goes on"
+            ) from error

@@ -60,10 +60,12 @@ def open_set(data: Path | None) -> Iterator[PackedSet]:
     """The set that steps are taken from; noise is removed at the end.
 
     Raises:
-        UserError, Failure: ``data`` is no packed set, or is damaged.
+        UserError: ``data`` is no packed set, or one without audio.
+        Failure: it is damaged.
     """
     if data is not None:
         with closing(PackedSet.open(data)) as packed:
+            packed.require_audio()
             yield packed
         return
     with (

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fastat.packing import pack as pack_module
 from fastat.progress import progress
 from tests.data.audio import run_python
 
@@ -92,5 +91,5 @@ def in_the_middle(call: Callable[[], object]) -> Iterator[None]:
             call()
             return progress(*args)
 
-        patch.setattr(pack_module, "progress", after_call)
+        patch.setattr("fastat.packing.pack.progress", after_call)
         yield

@@ -148,9 +148,9 @@ def cut_short(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> set[int]:
     packed.read_rows(np.array([0]), np.empty((1, packed.clip_samples), np.int16))  # it is open
     path, _ = packed.place(0)
     with h5py.File(path) as file:
-        end = file["waveform"].id.get_offset() + 30 * 2 * packed.clip_samples + 100
+        end = file["waveform"].id.get_offset() + 2 * packed.clip_samples + 100
     os.truncate(path, end)
-    return set(range(30, packed.num_clips))
+    return {row for row in range(1, packed.num_clips) if packed.place(row)[0] == path}
 
 
 def unreadable(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> set[int]:
@@ -160,12 +160,12 @@ def unreadable(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> set[int]:
     preadv = os.preadv
 
     def failing(fd: int, buffers: tuple[memoryview], offset: int) -> int:
-        if offset < first + 5 * 2 * packed.clip_samples:
+        if offset < first + 2 * packed.clip_samples:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
-    return set(range(5))
+    return {row for row in range(packed.num_clips) if packed.place(row)[1] == 0}
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,7 @@ def test_other_damage_is_told_apart(
         assert_holds(packed, batch, expected(s, plan, bad))
     assert source.bad and set(source.bad) <= bad
     # Evaluation needs every row.
-    with pytest.raises(
-        Failure, match=rf"shard-00000\.h5: row \d+ \(clip .*\) is damaged: {reason}"
-    ):
+    with pytest.raises(Failure, match=rf"shard-\d+\.h5: row \d+ \(clip .*\) is damaged: {reason}"):
         batches(PackedSource(packed, CPU), steps)
 
 
@@ -243,12 +241,10 @@ def test_more_than_max_bad_stops(packed: PackedSet) -> None:
     assert len(batches(PackedSource(packed, CPU, sampler=s, max_bad=2 / 36), plans(s))) == 3
     with pytest.raises(Failure) as failure:
         batches(PackedSource(packed, CPU, sampler=s, max_bad=1 / 36), plans(s))
-    _, place = packed.place(second)
+    path, place = packed.place(second)
     (clip,) = packed.names(np.array([second]))
     assert str(failure.value).startswith("2 of 36 clips are damaged, more than --max-bad 0.0277778")
-    assert f"shard-00000.h5: row {place} (clip {clip}) is damaged: its checksum" in str(
-        failure.value
-    )
+    assert f"{path}: row {place} (clip {clip}) is damaged: its checksum" in str(failure.value)
     with pytest.raises(Failure, match="1 of 36 clips are damaged, more than --max-bad 0;"):
         batches(PackedSource(packed, CPU, sampler=s), plans(s))
 
@@ -256,5 +252,5 @@ def test_more_than_max_bad_stops(packed: PackedSet) -> None:
 def test_a_set_without_a_good_row_stops(packed: PackedSet) -> None:
     flip_bits(packed, *range(packed.num_clips))
     s = sampler(packed)
-    with pytest.raises(Failure, match="100 draws, and none could be read; the last: .*shard-00000"):
+    with pytest.raises(Failure, match="100 draws, and none could be read; the last: .*shard-"):
         batches(PackedSource(packed, CPU, sampler=s, max_bad=1.0), plans(s))

@@ -190,9 +190,14 @@ def test_only_the_rows_asked_for(folder: Path) -> None:
 def damage(folder: Path, copy: Path, rows: list[int]) -> PackedSet:
     """A copy of a set with one sample of each of ``rows`` changed."""
     shutil.copytree(folder, copy)
-    with h5py.File(copy / "shard-00000.h5", "r+") as file:
-        for row in rows:
-            file["waveform"][row, 100] ^= 1
+    first = 0
+    for path in sorted(copy.glob("shard-*.h5")):
+        with h5py.File(path, "r+") as file:
+            end = first + len(file["waveform"])
+            for row in rows:
+                if first <= row < end:
+                    file["waveform"][row - first, 100] ^= 1
+            first = end
     return PackedSet.open(copy)
 
 
@@ -203,7 +208,7 @@ def test_damaged_rows_are_left_out_and_named(folder: Path, tmp_path: Path) -> No
     assert set(source.bad.values()) == {"its checksum differs"}
     clip = packed.names(np.array([4]))[0]
     assert "2 damaged clips are left out, the first: " in source.summary()
-    assert f"shard-00000.h5: row 4 (clip {clip}) is damaged" in source.summary()
+    assert f"shard-00001.h5: row 1 (clip {clip}) is damaged" in source.summary()
     good = np.flatnonzero(source.usable)
     for batch in source.batches(evaluation_plans(good, 8)):
         assert batch.log_mel is not None
@@ -215,7 +220,7 @@ def test_damaged_rows_are_left_out_and_named(folder: Path, tmp_path: Path) -> No
 
 def test_too_many_damaged_rows_are_a_failure(folder: Path, tmp_path: Path) -> None:
     packed = damage(folder, tmp_path / "set", [4, 13])
-    of_a_row = r"shard-00000\.h5: row \d+ \(clip .*\.wav\)"
+    of_a_row = r"shard-0000\d\.h5: row \d+ \(clip .*\.wav\)"
     with pytest.raises(Failure, match=f"2 of 21 clips .* --max-bad 0.09; the last: .*{of_a_row}"):
         cached(packed, "logmel64", max_bad=0.09)
     with pytest.raises(Failure, match=f"^[^ ]*{of_a_row}"):

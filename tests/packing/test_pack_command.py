@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ class Done(NamedTuple):
     err: str
 
 
+Command = Callable[..., Done]
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """Twelve files; one is empty."""
@@ -41,26 +45,22 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fastat_pack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Command":
-    return Command(monkeypatch, capsys)
-
-
-class Command:
+def fastat_pack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """``fastat pack`` in this process."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *args: object) -> Done:
-        self.monkeypatch.setattr(sys, "argv", ["fastat", "pack", *map(str, args)])
+    def command(*args: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["fastat", "pack", *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             main()
         assert isinstance(caught.value.code, int)
-        out, err = self.capsys.readouterr()
-        return Done(caught.value.code, out, err)
+        return Done(caught.value.code, *capsys.readouterr())
+
+    return command
 
 
-def test_parts(table: Path, tmp_path: Path, fastat_pack: Command) -> None:
+def test_parts(
+    table: Path, tmp_path: Path, fastat_pack: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = (table, "--out", tmp_path / "set", "--clip-seconds", 0.5, "--max-bad", 0.1)
     done = fastat_pack(*options, "--shard", "1/3")
     assert done.code == 0
@@ -72,8 +72,8 @@ def test_parts(table: Path, tmp_path: Path, fastat_pack: Command) -> None:
     done = fastat_pack(*options, "--shard", "0/3", "--json")
     summary = json.loads(done.out)
     assert (summary["part"], summary["waiting_for"], summary["clips"]) == ("0/3", [2], 4)
-    fastat_pack.monkeypatch.setenv("RANK", "2")
-    fastat_pack.monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     done = fastat_pack(*options)
     assert done.code == 0 and done.out.startswith("packed: 11 clips in 3 shards")
     assert f"listed in {tmp_path / 'set' / 'bad.csv'}" in done.out
@@ -88,7 +88,7 @@ def test_append_and_verify(table: Path, tmp_path: Path, fastat_pack: Command) ->
     table.write_text("".join(lines))
     done = fastat_pack(table, "--out", out, "--append")
     first, holds, *others = done.out.splitlines()
-    assert first.startswith(f"appended: 4 clips, {out} now has 11 in 2 shards")
+    assert first.startswith(f"appended: 4 clips, {out} now has 11 in 3 shards")
     assert holds == "audio: 4.5 s, 3 classes, the rarest is b with 4 clips"
     assert others == ["already in the set: 7 files", "bad before and unchanged: 1 files of bad.csv"]
     done = fastat_pack(table, "--out", out, "--append")

@@ -7,24 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastat.data.shards import PackedSet
 from fastat.errors import UserError
 from fastat.packing.pack import pack
-from tests.data.audio import reference
-
-
-def check_rows(directory: Path, seconds: float) -> PackedSet:
-    """Every row is its file's audio; returns the open set."""
-    packed = PackedSet.open(directory)
-    every = np.arange(packed.num_clips)
-    rows = np.empty((packed.num_clips, packed.clip_samples), np.int16)
-    packed.read_rows(every, rows)
-    for row, (path, _) in enumerate(packed.sources(every)):
-        expected = reference(Path(path), seconds)
-        assert packed.num_samples[row] == len(expected)
-        assert np.array_equal(rows[row, : len(expected)], expected), path
-        assert not rows[row, len(expected) :].any()
-    return packed
+from tests.packing.test_pack import check_rows
 
 
 def test_esc10(recordings: Path, tmp_path: Path) -> None:
