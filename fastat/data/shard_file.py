@@ -26,7 +26,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -97,7 +97,7 @@ H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, Attribute
 
 
 def write_shard(
-    path: Path, rows: ShardRows, codec: str, clip_samples: int, audio: BinaryIO | None
+    path: Path, rows: ShardRows, codec: str, clip_samples: int, audio: IO[bytes] | None
 ) -> ShardInfo:
     """Writes a shard whole or not at all, over one that is there.
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -29,6 +29,9 @@ from fastat.data.shards import SAMPLE_RATE, VERSION
 from fastat.errors import Failure, UserError, first_line
 from fastat.features import FEATURES
 from fastat.packing.bad_files import NotedFile, has_changed, stamp
+
+BLOCK_BYTES = 256 << 20
+"""The most that the rows of a block take as int16, each file being one clip."""
 
 
 class Layout(NamedTuple):
@@ -136,15 +139,16 @@ def read_report(path: Path) -> Report:
 def pack_block(block: Block) -> Report:
     """Decodes the files of ``block`` and writes its shard; the report that is in it.
 
-    The rows wait in a temporary file until their number is known, so that a block takes little
-    memory.
+    The rows wait until their number is known, in memory as far as a block is meant to go, and beyond
+    that in a temporary file.
 
     Raises:
         UserError: another command has written this shard.
         Failure: the disk refuses, or there is no memory for a file.
     """
     try:
-        with tempfile.TemporaryFile(dir=block.path.parent, prefix=".shard-") as spill:
+        folder = block.path.parent
+        with tempfile.SpooledTemporaryFile(BLOCK_BYTES, dir=folder, prefix=".shard-") as spill:
             rows = _Rows(block.layout, spill)
             for entry, stats_clips in zip(block.entries, block.stats_clips, strict=True):
                 rows.add_file(entry, stats_clips, block.crashing.get(entry.path))
@@ -163,7 +167,7 @@ def try_file(entry: Entry, layout: Layout) -> None:
         _Rows(layout, nowhere).add_file(entry, 0, None)
 
 
-def _write(block: Block, report: Report, rows: "_Rows", spill: BinaryIO) -> None:
+def _write(block: Block, report: Report, rows: "_Rows", spill: IO[bytes]) -> None:
     layout, path = block.layout, block.path
     if path.exists() and read_report(path).command != block.command:
         raise UserError(f"--out {path.parent}: another fastat pack is writing to it")
@@ -178,7 +182,7 @@ def _write(block: Block, report: Report, rows: "_Rows", spill: BinaryIO) -> None
 class _Rows:
     """The rows of a shard so far; their audio goes to ``spill``."""
 
-    def __init__(self, layout: Layout, spill: BinaryIO) -> None:
+    def __init__(self, layout: Layout, spill: IO[bytes]) -> None:
         self.layout, self.spill = layout, spill
         self.entries: list[Entry] = []
         self.start_seconds: list[float] = []

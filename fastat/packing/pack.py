@@ -182,6 +182,8 @@ def run_blocks(
         for number in range(plan.num_blocks)
         if number not in plan.reports and (part is None or part.has(number))
     ]
+    if not todo:
+        return
     running: dict[Future[Any], tuple[Plan, int, Block]] = {}
     kills: Counter[Path] = Counter()
     num_files = sum(len(plan.entries[plan.lines(number)]) for plan, number in todo)

@@ -18,11 +18,9 @@ from fastat.data.manifest import BadFile, Entry
 from fastat.data.shards import INDEX_FILE, VERSION, read_index, write_index
 from fastat.errors import Failure, UserError
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, write_bad, write_notes
-from fastat.packing.block import Block, Layout, Report, fingerprint, read_report
+from fastat.packing.block import BLOCK_BYTES, Block, Layout, Report, fingerprint, read_report
 from fastat.packing.index import Content, index_of, read_content
 
-BLOCK_BYTES = 256 << 20
-"""The most that the rows of a block take as int16, each file being one clip."""
 CLIPS_A_FILE = 16
 """Taken for granted with ``--segments``: nobody knows before decoding how many a file has."""
 LEAST_BLOCKS, LEAST_FILES = 16, 4
