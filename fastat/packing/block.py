@@ -139,7 +139,7 @@ def read_report(path: Path) -> Report:
 def pack_block(block: Block) -> Report:
     """Decodes the files of ``block`` and writes its shard; the report that is in it.
 
-    The rows wait until their number is known, in memory as far as a block is meant to go, and beyond
+    The rows wait until their number is known: in memory as far as a block is meant to go, beyond
     that in a temporary file.
 
     Raises:
@@ -147,7 +147,7 @@ def pack_block(block: Block) -> Report:
         Failure: the disk refuses, or there is no memory for a file.
     """
     try:
-        folder = block.path.parent
+        folder = str(block.path.parent)
         with tempfile.SpooledTemporaryFile(BLOCK_BYTES, dir=folder, prefix=".shard-") as spill:
             rows = _Rows(block.layout, spill)
             for entry, stats_clips in zip(block.entries, block.stats_clips, strict=True):
