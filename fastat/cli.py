@@ -86,6 +86,8 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except RankZeroFailed as error:
         sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
+        _fail("interrupted", 130)
     except USAGE_ERROR as error:
         _fail(_usage_message(error), 2)
     except UserError as error:
@@ -105,8 +107,6 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", 1)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

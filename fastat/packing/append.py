@@ -5,7 +5,9 @@ comparable; its fingerprint changes, so that a run that goes on notices. The fur
 named by what they hold, and until the new dataset.json names them the set stays as it is.
 """
 
+import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,18 @@ import numpy as np
 from fastat.atomic import lock
 from fastat.data.classes import ClassList
 from fastat.data.manifest import Entry, read_manifest
-from fastat.data.shard_file import ShardInfo
+from fastat.data.shard_file import ShardInfo, read_shard
 from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, read_index, write_index
 from fastat.data.table_layout import ColumnNames
 from fastat.errors import UserError
 from fastat.host import cores_of_rank
-from fastat.packing.bad_count import BadCount
 from fastat.packing.bad_files import has_changed
-from fastat.packing.block import Layout
-from fastat.packing.index import Content, grown_index, read_content
+from fastat.packing.block import APPEND, Layout
+from fastat.packing.index import Content, grown_index
 from fastat.packing.options import check_ranges, named
 from fastat.packing.pack import run_blocks, unfinished_parts
-from fastat.packing.plan import Part, Plan, disk_errors, write_lists
+from fastat.packing.plan import APPEND_BAD_FILE, Part, Plan, check_bad, disk_errors, write_lists
 from fastat.packing.summary import AppendSummary, count_notes, rarest_class
-
-APPEND_BAD_FILE = "bad-append.csv"
-"""When too many files of an --append are bad; bad.csv stays that of the set."""
 
 
 def append(
@@ -67,12 +65,16 @@ def append(
     classes = ClassList.from_packed(out)
     _check_classes(classes, labels, classes_from, out)
     _check_layout(base, clip_seconds, segments, out)
-    earlier = [shard["file"] for shard in base["shards"]]
+    before = Content(np.zeros(len(classes), np.int64))
     packed: set[str] = set()
-    before = read_content([out / file for file in earlier], len(classes), packed)
+    for shard in base["shards"]:
+        info = ShardInfo(**shard)
+        _, rows = read_shard(out, info, base["clip_samples"], len(classes))
+        before.add(info, rows)
+        packed.update(map(os.fsdecode, rows.audio_path))
     table = read_manifest(source, audio=audio, classes_from=out, columns=columns).lines
     others = [entry for entry in table if entry.path not in packed]
-    new = _news(others, before)
+    new = _entries_to_append(others, before)
     plan = Plan(
         directory=out,
         classes=classes,
@@ -80,28 +82,25 @@ def append(
         layout=_layout(base, classes, codec, out),
         stats_clips=np.zeros(len(new), np.int64),
         options=base["options"],
-        command="append",
-        appends=True,
-        earlier=earlier,
-        bad_list=APPEND_BAD_FILE,
+        command=APPEND,
+        base=base,
     )
-    plan.look()
-    resumed = sum(report.clips for report in plan.reports.values())
-    bad_count = BadCount(len(new), max_bad)
+    plan.find_shards()
+    resumed = plan.partial_content(part).clips
     waiting_for: tuple[int, ...] = ()
     whole = before
     if new:
-        run_blocks([plan], part, workers or cores_of_rank(), scheduler, bad_count)
+        run_blocks([plan], part, workers or cores_of_rank(), scheduler, max_bad, len(new))
         waiting_for = unfinished_parts([plan], part)
         if not waiting_for:
             whole = plan.content()
-            bad_count.recount([plan.partial_content(None)])
-            bad_count.check([plan])
+            check_bad([plan], len(new), max_bad)
             _replace_index(out, base, whole)
             plan.tidy(whole)
     ours = plan.partial_content(part if waiting_for else None)
     if waiting_for:
         whole = ours
+    bad_reasons: Counter[str] = Counter(file.reason for file in ours.bad)
     return AppendSummary(
         directory=out,
         clips=whole.clips,
@@ -112,8 +111,8 @@ def append(
         rarest=rarest_class(classes.classes, whole.label_counts),
         already_there=len(table) - len(others),
         known_bad=len(others) - len(new),
-        bad=bad_count.reasons.total(),
-        bad_reasons=dict(bad_count.reasons),
+        bad=bad_reasons.total(),
+        bad_reasons=dict(bad_reasons),
         notes=count_notes([ours]),
         resumed_clips=resumed,
         part=None if part is None else str(part),
@@ -122,8 +121,8 @@ def append(
     )
 
 
-def _news(entries: list[Entry], before: Content) -> list[Entry]:
-    """What of ``entries``, which the set does not have, is to be packed.
+def _entries_to_append(entries: list[Entry], before: Content) -> list[Entry]:
+    """The entries to pack, of those that the set does not hold.
 
     A file that bad.csv lists is tried again when it has changed since; a line of the table that
     was bad then and is now does not count again.

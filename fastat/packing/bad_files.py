@@ -45,13 +45,13 @@ def write_notes(path: Path, noted: Iterable[NotedFile]) -> None:
 
 def stamp(path: str) -> tuple[int, int]:
     """Size and time of change of an entry's file; zeros when there is none."""
-    try:
-        status = os.stat(file_of(path))
-    except OSError:
+    path = file_of(path)
+    if not os.path.isfile(path):
         return 0, 0
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
 def has_changed(bad: BadFile) -> bool:
-    """Whether the file is another than the one that was tried, or is there now."""
+    """True if the file was changed, added or removed since it was tried."""
     return bad.reason != "label unknown" and stamp(bad.path) != (bad.size, bad.mtime_ns)

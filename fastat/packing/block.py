@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,11 +25,13 @@ from fastat.data.flac import encode
 from fastat.data.hdf5_source import Hdf5Rows, is_row
 from fastat.data.manifest import BadFile, Entry
 from fastat.data.shard_file import H5PY_ERRORS, Damaged, ShardRows, write_shard
-from fastat.data.shards import SAMPLE_RATE, VERSION
+from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, VERSION
 from fastat.errors import Failure, UserError, first_line
 from fastat.features import FEATURES
 from fastat.packing.bad_files import NotedFile, has_changed, stamp
 
+APPEND = "append"
+"""The command of blocks that are appended: their shards are named by what is in them."""
 BLOCK_BYTES = 256 << 20
 """The most that the rows of a block take as int16, each file being one clip."""
 
@@ -59,8 +61,6 @@ class Block(NamedTuple):
     """How many clips of each entry the statistics are taken from."""
     command: str
     fingerprint: str
-    crashing: dict[str, str] = {}  # noqa: RUF012
-    """Files that must not be decoded here, because that ends the process, with what happened."""
 
 
 class Sums(NamedTuple):
@@ -101,7 +101,7 @@ class Report(NamedTuple):
     """Of each feature."""
 
     @classmethod
-    def parse(cls, text: bytes, path: Path) -> "Report":
+    def parse(cls, text: bytes, path: Path | str) -> "Report":
         """From the dataset ``block`` of the shard at ``path``; Damaged if it is none."""
         try:
             fields = json.loads(text)
@@ -118,7 +118,7 @@ class Report(NamedTuple):
         return not any(has_changed(file) for file in self.bad)
 
 
-def fingerprint(layout: Layout, entries: tuple[Entry, ...], stats_clips: tuple[int, ...]) -> str:
+def fingerprint(layout: Layout, entries: Sequence[Entry], stats_clips: Sequence[int]) -> str:
     """Of everything that decides the shard of a block, but for the content of its files."""
     digest = hashlib.sha256(json.dumps([VERSION, layout, stats_clips]).encode())
     for entry in entries:
@@ -136,26 +136,37 @@ def read_report(path: Path) -> Report:
     return Report.parse(text, path)
 
 
-def pack_block(block: Block) -> Report:
+def pack_block(block: Block, crashing: Mapping[str, str] | None = None) -> Report:
     """Decodes the files of ``block`` and writes its shard; the report that is in it.
+
+    ``crashing`` are files that must not be decoded here, because that ends the process, with what
+    happens. If another process of the same command has written the shard, that one stays.
 
     The rows wait until their number is known: in memory as far as a block is meant to go, beyond
     that in a temporary file.
 
     Raises:
-        UserError: another command has written this shard.
+        UserError: another command has written this shard, or finished the set.
         Failure: the disk refuses, or there is no memory for a file.
     """
+    if report := _existing(block):
+        return report
     try:
         folder = str(block.path.parent)
         with tempfile.SpooledTemporaryFile(BLOCK_BYTES, dir=folder, prefix=".shard-") as spill:
             rows = _Rows(block.layout, spill)
             for entry, stats_clips in zip(block.entries, block.stats_clips, strict=True):
-                rows.add_file(entry, stats_clips, block.crashing.get(entry.path))
+                rows.add_file(entry, stats_clips, (crashing or {}).get(entry.path))
             report = rows.report(block)
             spill.seek(0)
-            _write(block, report, rows, spill)
+            arrays, layout = rows.arrays(report), block.layout
+            if another := _existing(block):
+                return another
+            write_shard(block.path, arrays, layout.codec, layout.clip_samples, spill)
     except OSError as error:
+        # Another process of the same command may have finished the set and tidied up.
+        if isinstance(error, FileNotFoundError) and (another := _existing(block)):
+            return another
         reason = error.strerror or str(error)
         raise Failure(f"{block.path.parent}: cannot write: {reason}") from error
     return report
@@ -167,16 +178,18 @@ def try_file(entry: Entry, layout: Layout) -> None:
         _Rows(layout, nowhere).add_file(entry, 0, None)
 
 
-def _write(block: Block, report: Report, rows: "_Rows", spill: IO[bytes]) -> None:
-    layout, path = block.layout, block.path
-    if path.exists() and read_report(path).command != block.command:
-        raise UserError(f"--out {path.parent}: another fastat pack is writing to it")
-    try:
-        write_shard(path, rows.arrays(report), layout.codec, layout.clip_samples, spill)
-    except FileNotFoundError:
-        # The same command runs twice, and the other has finished the set and tidied up.
-        if not path.exists():
-            raise
+def _existing(block: Block) -> Report | None:
+    """The report of the block's shard, if that is there and up to date."""
+    if not block.path.exists():
+        return None
+    report = read_report(block.path)
+    is_ours = report.command == block.command
+    finished = block.command != APPEND and (block.path.parent / INDEX_FILE).exists()
+    if is_ours and report.fingerprint == block.fingerprint and (finished or report.is_up_to_date):
+        return report
+    if finished or not is_ours:
+        raise UserError(f"--out {block.path.parent}: another fastat pack is writing to it")
+    return None
 
 
 class _Rows:
@@ -199,6 +212,7 @@ class _Rows:
         seconds = None
         if not self.layout.segments:
             seconds = self.layout.clip_samples / SAMPLE_RATE
+        tried = stamp(entry.path)  # before decoding: the file may be being written
         try:
             if entry.bad is not None:
                 raise BadAudio(entry.bad.reason, entry.bad.detail)
@@ -209,7 +223,9 @@ class _Rows:
             else:
                 audio = decode(Path(entry.path), SAMPLE_RATE, seconds)
         except BadAudio as bad:
-            self.bad.append(self._bad_file(entry, bad))
+            labels = ";".join(self.layout.class_ids[k] for k in entry.labels)
+            found = BadFile(entry.path, bad.reason, bad.detail, labels, entry.line, *tried)
+            self.bad.append(entry.bad or found)
             return
         except MemoryError as error:
             raise Failure(
@@ -223,12 +239,6 @@ class _Rows:
         measured = {int(i * step) for i in range(stats_clips)}
         for number, clip in enumerate(clips):
             self._add_clip(entry, number, to_int16(clip), number in measured)
-
-    def _bad_file(self, entry: Entry, bad: BadAudio) -> BadFile:
-        if entry.bad is not None:
-            return entry.bad
-        labels = ";".join(self.layout.class_ids[k] for k in entry.labels)
-        return BadFile(entry.path, bad.reason, bad.detail, labels, entry.line, *stamp(entry.path))
 
     def _add_clip(self, entry: Entry, number: int, clip: NDArray[np.int16], measured: bool) -> None:
         row = np.zeros(self.layout.clip_samples, np.int16)

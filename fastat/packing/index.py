@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastat.data.manifest import BadFile
-from fastat.data.shard_file import ShardInfo, load_shard
+from fastat.data.shard_file import ShardInfo, ShardRows
 from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ClassInfo, codec_of
 from fastat.errors import UserError
 from fastat.packing.bad_files import NotedFile
-from fastat.packing.block import Layout, Report, Sums
+from fastat.packing.block import APPEND, Layout, Report, Sums
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Content:
     num_samples: int = 0
     """Without padding."""
     bad: list[BadFile] = field(default_factory=list)
-    """Without those that a later shard tried again."""
+    """Without those that an append tried again."""
     noted: list[NotedFile] = field(default_factory=list)
 
     @property
@@ -36,35 +36,21 @@ class Content:
         """Of audio, without padding."""
         return self.num_samples / SAMPLE_RATE
 
-
-def read_content(
-    paths: Iterable[Path], num_classes: int, packed: set[str] | None = None
-) -> Content:
-    """Reads everything but the audio of the shards at ``paths``.
-
-    Adds the original files of their clips to ``packed``.
-
-    Raises:
-        Damaged: one of them is no shard.
-    """
-    content = Content(np.zeros(num_classes, np.int64))
-    for path in paths:
-        info, rows = load_shard(path)
-        report = Report.parse(rows.block.tobytes(), path)
-        content.shards.append(info)
-        content.reports.append(report)
-        content.clips += report.clips
-        content.num_samples += report.num_samples
-        bits = np.unpackbits(rows.target, axis=1, count=num_classes)
-        content.label_counts += bits.sum(axis=0, dtype=np.int64)
-        good = set(map(os.fsdecode, rows.audio_path))
-        if packed is not None:
-            packed |= good
-        tried = good.union(file.path for file in report.bad)
-        content.bad = [file for file in content.bad if file.path not in tried]
-        content.bad += report.bad
-        content.noted += report.noted
-    return content
+    def add(self, info: ShardInfo, rows: ShardRows) -> Report:
+        """Adds what a shard holds, and returns its report."""
+        report = Report.parse(rows.block.tobytes(), info.file)
+        self.shards.append(info)
+        self.reports.append(report)
+        self.clips += report.clips
+        self.num_samples += report.num_samples
+        bits = np.unpackbits(rows.target, axis=1, count=len(self.label_counts))
+        self.label_counts += bits.sum(axis=0, dtype=np.int64)
+        if report.command == APPEND and self.bad:
+            tried = set(map(os.fsdecode, rows.audio_path)).union(file.path for file in report.bad)
+            self.bad = [file for file in self.bad if file.path not in tried]
+        self.bad += report.bad
+        self.noted += report.noted
+        return report
 
 
 def index_of(

@@ -23,8 +23,11 @@ AudioSet-like material spread by half a standard deviation: 0.5 / sqrt(1000) / 2
 
 
 def named(out: Path) -> Path:
-    """``out`` with a name of its own, not ``.`` or ``..``."""
-    return Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
+    """``out`` with a name of its own, not ``.`` or ``..``; UserError if there is none."""
+    out = Path(os.path.abspath(out)) if not out.name or out.name == ".." else out
+    if not out.name:
+        raise UserError(f"--out {out}: expected a folder of its own")
+    return out
 
 
 def check_ranges(
@@ -85,7 +88,7 @@ def split_table(
 def sampled_clips(entries: Sequence[Entry], segments: bool, seed: int) -> NDArray[np.int64]:
     """How many clips of each entry to measure, [entries]: a function of the seed and the table.
 
-    A missing file that is found later changes the choice by one file.
+    If a missing file is found later, at most one sampled file changes.
     """
     num_entries = len(entries)
     if num_entries <= STATS_CLIPS:

@@ -3,23 +3,22 @@
 The lines of the table are cut into blocks, a function of the table and the layout alone. One task
 decodes one block into one shard (``block``), and any number of workers run the tasks, in any order
 and on any host (``workers``). A shard has its name when it is whole, and says which block it holds.
-So what is missing is all that there is to do: after a kill, after a file was mended, or for
-another host. Who finds that nothing is missing writes dataset.json from what the shards say
-(``index``), and with that the set is finished.
+So the missing shards are all the work that is left: after a kill, after a file was mended, or for
+another host. The process that finds all shards writes dataset.json from what they say (``index``),
+and with that the set is finished.
 """
 
 import hashlib
 import json
 import os
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fastat.data.manifest import read_manifest
 from fastat.data.shards import SAMPLE_RATE, VERSION
@@ -27,17 +26,16 @@ from fastat.data.split import Holdout
 from fastat.data.table_layout import ColumnNames
 from fastat.errors import Failure, UserError
 from fastat.host import cores_of_rank
-from fastat.packing.bad_count import BadCount
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed
 from fastat.packing.block import Block, Layout, pack_block, try_file
 from fastat.packing.options import check_ranges, check_split, named, sampled_clips, split_table
-from fastat.packing.plan import Part, Plan, known_bad
-from fastat.packing.summary import PackSummary, count_notes, rarest_class
+from fastat.packing.plan import Part, Plan, bad_in_table, check_bad
+from fastat.packing.summary import PackSummary, count_notes, empty_classes, rarest_class
 from fastat.packing.workers import Killed, Processes, Workers, dask_cluster
 from fastat.progress import progress
 
 MAX_KILLS = 3
-"""A block whose process is killed so often, though none of its files does it, ends the command."""
+"""If a block's process is killed so often and no single file is the cause, the command fails."""
 
 
 def pack(
@@ -110,23 +108,25 @@ def pack(
         )
     # Both folders are looked at before either is written.
     for plan in plans:
-        plan.look()
+        plan.find_shards()
     todo = [plan for plan in plans if not plan.finished]
-    resumed = sum(report.clips for plan in todo for report in plan.reports.values())
-    bad_count = BadCount(sum(len(plan.entries) for plan in plans), max_bad)
+    resumed = sum(plan.partial_content(part).clips for plan in todo)
+    waiting_for: tuple[int, ...] = ()
     if todo:
-        run_blocks(todo, part, workers or cores_of_rank(), scheduler, bad_count)
-    waiting_for = unfinished_parts(todo, part)
+        num_files = sum(len(plan.entries) for plan in plans)
+        run_blocks(todo, part, workers or cores_of_rank(), scheduler, max_bad, num_files)
+        waiting_for = unfinished_parts(todo, part)
     if waiting_for:
         contents = [plan.partial_content(part) for plan in plans]
     else:
         contents = [plan.content() for plan in plans]
-        bad_count.recount(contents)
-        bad_count.check(todo)
+        if todo:
+            check_bad(plans, num_files, max_bad)
         for plan, content in zip(plans, contents, strict=True):
             if not plan.finished:
                 plan.finish(content)
             plan.tidy(content)
+    bad_reasons: Counter[str] = Counter(file.reason for content in contents for file in content.bad)
 
     def lists(name: str, files: Sequence[Sequence[object]]) -> tuple[Path, ...]:
         """The list ``name`` of each set that has one, once the sets are whole."""
@@ -142,12 +142,12 @@ def pack(
         shards=len(train.reports),
         num_classes=len(classes),
         rarest=rarest_class(classes, train.label_counts),
-        bad=bad_count.reasons.total(),
-        bad_reasons=dict(bad_count.reasons),
+        bad=bad_reasons.total(),
+        bad_reasons=dict(bad_reasons),
         bad_lists=lists(BAD_FILE, [content.bad for content in contents]),
         notes=count_notes(contents),
         note_lists=lists(NOTES_FILE, [content.noted for content in contents]),
-        empty_classes=tuple(classes[k].id for k in np.flatnonzero(train.label_counts == 0)),
+        empty_classes=() if waiting_for else empty_classes(classes, train.label_counts),
         eval_directory=plans[1].directory if held_out else None,
         eval_clips=held_out.clips if held_out else 0,
         eval_audio_seconds=held_out.seconds if held_out else 0.0,
@@ -165,134 +165,123 @@ def run_blocks(
     part: Part | None,
     num_workers: int,
     scheduler: str | None,
-    bad_count: BadCount,
+    max_bad: float,
+    num_files: int,
 ) -> None:
     """Packs the blocks of ``part`` (None: all) whose shards are not there.
+
+    Of the command's ``num_files`` files the share ``max_bad`` may be bad.
 
     Raises:
         UserError: too many bad files, or a folder that cannot be written.
         Failure: the disk, or a worker process.
     """
-    for plan in plans:
-        bad_count.add(plan.bad_files())
-    bad_count.check(plans)
+    check_bad(plans, num_files, max_bad)
     todo = [
         (plan, number)
         for plan in plans
-        for number in range(plan.num_blocks)
-        if number not in plan.reports and (part is None or part.has(number))
+        for number in plan.missing()
+        if part is None or part.has(number)
     ]
     if not todo:
         return
+    _check_space(plans, max_bad * num_files)
+    for plan in plans:
+        _make_folder(plan.directory)
     running: dict[Future[Any], tuple[Plan, int, Block]] = {}
     kills: Counter[Path] = Counter()
-    num_files = sum(len(plan.entries[plan.lines(number)]) for plan, number in todo)
-    with _folders(plans, running), _workers(num_workers, scheduler, todo) as workers:
-        for plan in plans:
-            _check_space(plan, bad_count)
-        title = f"pack {plans[0].directory.name}" + (f" {part}" if part else "")
-        with progress(title, num_files, "files") as advance:
-            waiting = iter(todo)
-            while True:
-                while len(running) < workers.count and (following := next(waiting, None)):
-                    plan, number = following
-                    block = plan.block(number)
-                    running[workers.submit(pack_block, block)] = (plan, number, block)
-                if not running:
-                    break
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    plan, number, block = running[future]
-                    try:
-                        report = future.result()
-                    except workers.killed as killed:
-                        kills[block.path] += 1
-                        block = _without_crashes(block, kills[block.path], killed)
-                        running[workers.submit(pack_block, block)] = (plan, number, block)
-                    else:
-                        plan.reports[number] = report
-                        bad_count.replace(known_bad(block.entries), report.bad)
-                        bad_count.check(plans)
-                        advance(len(block.entries))
-                    del running[future]
+    files_left = sum(len(plan.entries[plan.block_slice(number)]) for plan, number in todo)
+    title = f"pack {plans[0].directory.name}" + (f" {part}" if part else "")
+    with (
+        _executor(num_workers, scheduler, todo) as workers,
+        progress(title, files_left, "files") as advance,
+    ):
+        waiting = iter(todo)
+        while True:
+            while len(running) < workers.count and (following := next(waiting, None)):
+                plan, number = following
+                block = plan.block(number)
+                running[workers.submit(pack_block, block)] = (plan, number, block)
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                plan, number, block = running.pop(future)
+                try:
+                    report = future.result()
+                except workers.killed as killed:
+                    kills[block.path] += 1
+                    crashing = _crashing_files(block, kills[block.path], killed)
+                    future = workers.submit(pack_block, block, crashing)
+                    running[future] = (plan, number, block)
+                    continue
+                plan.reports[number] = report
+                if len(report.bad) > len(bad_in_table(block.entries)):
+                    check_bad(plans, num_files, max_bad)
+                advance(len(block.entries))
 
 
-def _workers(
+def _executor(
     count: int, scheduler: str | None, todo: Sequence[tuple[Plan, int]]
 ) -> AbstractContextManager[Workers]:
     if scheduler is not None:
         return dask_cluster(scheduler)
     modules = ["fastat.packing.block"]
-    if any(plan.stats_clips[plan.lines(number)].any() for plan, number in todo):
+    if any(plan.stats_clips[plan.block_slice(number)].any() for plan, number in todo):
         modules.append("fastat.packing.statistics")  # brings torch
     return Processes(max(1, min(count, len(todo))), modules)
 
 
-def _without_crashes(block: Block, kills: int, killed: Exception) -> Block:
-    """The block of a process that ended, without the files that did it: each is tried by itself."""
-    crashing = dict(block.crashing)
+def _crashing_files(block: Block, kills: int, killed: Exception) -> dict[str, str]:
+    """The files that end the process that decodes them, with what happens; each is tried alone.
+
+    SIGKILL comes from the system or the user, not from a decoder.
+    """
+    crashing: dict[str, str] = {}
     with Processes(1, ["fastat.packing.block"]) as process:
         for entry in block.entries:
-            if entry.bad is None and entry.path not in crashing:
+            if entry.bad is None:
                 try:
                     process.submit(try_file, entry, block.layout).result()
                 except Killed as reason:
-                    crashing[entry.path] = f"decoding it ends the process: {reason}"
-    if len(crashing) == len(block.crashing) and kills >= MAX_KILLS:
+                    if reason.exit_code != -signal.SIGKILL:
+                        crashing[entry.path] = f"decoding it ends the process: {reason}"
+    if not crashing and kills >= MAX_KILLS:
         raise Failure(
             f"the process that packed {block.path.name} ended ({killed}), {kills} times, though "
             "none of its files does that alone: perhaps it had too little memory; the same command "
             "goes on, perhaps with fewer --workers"
         )
-    return block._replace(crashing=crashing)
+    return crashing
 
 
-@contextmanager
-def _folders(
-    plans: Sequence[Plan], running: dict[Future[Any], tuple[Plan, int, Block]]
-) -> Iterator[None]:
-    """Makes the folders of ``plans``; after an error removes what is half written, and a folder in
-    which nothing else is."""
-    made = []
+def _make_folder(directory: Path) -> None:
     try:
-        for plan in plans:
-            if not plan.directory.exists():
-                made.append(plan.directory)
-                plan.directory.mkdir(parents=True)
-            if not os.access(plan.directory, os.W_OK):
-                raise UserError(f"--out {plan.directory}: cannot write there: Permission denied")
+        directory.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(directory, os.W_OK) else "Permission denied"
     except OSError as error:
-        raise UserError(f"--out {plan.directory}: cannot write there: {error.strerror}") from error
-    try:
-        yield
-    except BaseException:
-        for _, _, block in running.values():
-            for path in block.path.parent.glob(f".{block.path.name}.*.tmp"):
-                path.unlink(missing_ok=True)
-        for directory in made:
-            if not any(directory.iterdir()):
-                directory.rmdir()
-        raise
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"--out {directory}: cannot write there: {reason}")
 
 
-def _check_space(plan: Plan, bad_count: BadCount) -> None:
+def _check_space(plans: Sequence[Plan], spare_files: float) -> None:
     """Raises Failure when the disk cannot hold what is missing: better now than hours later.
 
-    Nobody knows before decoding how many clips segments are, or how long FLAC rows.
+    ``spare_files`` may be bad. Nobody knows before decoding how many clips segments are, or how
+    long FLAC rows.
     """
-    if plan.layout.segments or plan.layout.codec != "pcm16":
+    layout, directory = plans[0].layout, plans[0].directory
+    if layout.segments or layout.codec != "pcm16":
         return
-    clips = sum(
-        len(plan.entries[plan.lines(number)])
-        for number in range(plan.num_blocks)
-        if number not in plan.reports
-    )
-    needed = int((clips - bad_count.max_bad * bad_count.num_files) * 2 * plan.layout.clip_samples)
-    disk = os.statvfs(plan.directory)
+    slices = [(plan, plan.block_slice(number)) for plan in plans for number in plan.missing()]
+    clips = sum(len(plan.entries[lines]) for plan, lines in slices)
+    needed = int((clips - spare_files) * 2 * layout.clip_samples)
+    disk = os.statvfs(next(path for path in directory.absolute().parents if path.exists()))
     free = disk.f_bavail * disk.f_frsize
     if needed > free:
         raise Failure(
-            f"{plan.directory}: {needed / 2**30:.1f} GiB needed for {clips:,} clips, "
+            f"{directory}: {needed / 2**30:.1f} GiB needed for {clips:,} clips, "
             f"the disk has {free / 2**30:.1f} GiB left"
         )
 
@@ -303,6 +292,8 @@ def unfinished_parts(plans: Sequence[Plan], part: Part | None) -> tuple[int, ...
     Raises:
         Failure: shards of this part are not to be seen.
     """
+    for plan in plans:
+        plan.find_shards()
     missing = [number for plan in plans for number in plan.missing()]
     parts = {number % part.count for number in missing} if part is not None else set()
     if missing and (part is None or part.index in parts):

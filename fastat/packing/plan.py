@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +17,19 @@ from numpy.typing import NDArray
 
 from fastat.data.classes import ClassList
 from fastat.data.manifest import BadFile, Entry
+from fastat.data.shard_file import Damaged, ShardInfo, load_shard, read_shard
 from fastat.data.shards import INDEX_FILE, VERSION, read_index, write_index
 from fastat.errors import Failure, UserError
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, write_bad, write_notes
 from fastat.packing.block import BLOCK_BYTES, Block, Layout, Report, fingerprint, read_report
-from fastat.packing.index import Content, index_of, read_content
+from fastat.packing.index import Content, index_of
 
-CLIPS_A_FILE = 16
-"""Taken for granted with ``--segments``: nobody knows before decoding how many a file has."""
-LEAST_BLOCKS, LEAST_FILES = 16, 4
-"""A small set has so many blocks, for all workers to have some, if each has so many files."""
+CLIPS_PER_FILE = 16
+"""Assumed with ``--segments``: the real number is known only after decoding."""
+MIN_BLOCKS, MIN_FILES_PER_BLOCK = 16, 4
+"""A small table is cut into up to 16 blocks of at least 4 files, so that all workers have work."""
+APPEND_BAD_FILE = "bad-append.csv"
+"""When too many files of an --append are bad; bad.csv stays that of the set."""
 MAX_PARTS = 10_000
 
 
@@ -78,57 +83,74 @@ class Plan:
     """Of the command, for dataset.json."""
     command: str
     """A fingerprint of the command without the content of its table."""
-    appends: bool = False
-    earlier: Sequence[str] = ()
-    """Files of the shards that the set has from earlier commands."""
-    bad_list: str = BAD_FILE
-    """File in the folder that lists the bad files when there are too many."""
+    base: dict[str, Any] | None = None
+    """Index of the set that is appended to, or of the set itself if it is finished."""
+    finished: bool = False
     reports: dict[int, Report] = field(default_factory=dict)
     """Of the blocks whose shards are there."""
-    finished: bool = False
-    """Whether the set is whole, so that ``earlier`` are all its shards."""
+    _digests: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shards = [] if self.base is None else self.base["shards"]
+        self._base_files = {shard["file"] for shard in shards}
 
     @property
     def num_blocks(self) -> int:
         """A function of the table and the layout, whoever packs."""
-        clips = CLIPS_A_FILE if self.layout.segments else 1
+        clips = CLIPS_PER_FILE if self.layout.segments else 1
         files = max(1, BLOCK_BYTES // (2 * self.layout.clip_samples * clips))
         num_files = len(self.entries)
-        return max(-(-num_files // files), min(LEAST_BLOCKS, -(-num_files // LEAST_FILES)))
+        few = min(MIN_BLOCKS, -(-num_files // MIN_FILES_PER_BLOCK))
+        return max(-(-num_files // files), few)
 
-    def lines(self, number: int) -> slice:
+    def block_slice(self, number: int) -> slice:
         """The lines of block ``number``."""
         total, count = len(self.entries), self.num_blocks
         return slice(total * number // count, total * (number + 1) // count)
 
     def block(self, number: int) -> Block:
         """Block ``number``, from 0."""
-        lines = self.lines(number)
-        entries, stats_clips = tuple(self.entries[lines]), tuple(self.stats_clips[lines].tolist())
-        print_ = fingerprint(self.layout, entries, stats_clips)
-        file = f"shard-{number:05d}.h5"
-        if self.appends:
-            # By content, so that two appends at once write different shards.
-            file = f"shard-{print_[:12]}.h5"
-            tries = 1
-            while file in self.earlier:  # these lines were bad before, and are tried once more
-                tries += 1
-                file = f"shard-{print_[:12]}-{tries}.h5"
-        path = self.directory.absolute() / file  # a Dask worker has another folder
-        return Block(path, self.layout, entries, stats_clips, self.command, print_)
+        lines = self.block_slice(number)
+        return Block(
+            self.path(number),
+            self.layout,
+            tuple(self.entries[lines]),
+            tuple(self.stats_clips[lines].tolist()),
+            self.command,
+            self.digest(number),
+        )
 
-    def blocks(self) -> Iterator[Block]:
-        """All blocks, in order."""
-        return map(self.block, range(self.num_blocks))
+    def digest(self, number: int) -> str:
+        """The fingerprint of block ``number``."""
+        if number not in self._digests:
+            lines = self.block_slice(number)
+            self._digests[number] = fingerprint(
+                self.layout, self.entries[lines], self.stats_clips[lines].tolist()
+            )
+        return self._digests[number]
+
+    def path(self, number: int) -> Path:
+        """The shard of block ``number``."""
+        file = f"shard-{number:05d}.h5"
+        if self.base is not None:
+            # By content, so that two appends at once write different shards.
+            file = f"shard-{self.digest(number)[:12]}.h5"
+            tries = 1
+            while file in self._base_files:  # these lines were bad before, and are tried once more
+                tries += 1
+                file = f"shard-{self.digest(number)[:12]}-{tries}.h5"
+        return self.directory.absolute() / file  # a Dask worker has another folder
 
     def inputs(self) -> str:
         """A fingerprint of everything that decides the set but the content of the audio files."""
-        prints = [block.fingerprint for block in self.blocks()]
-        head = [VERSION, self.options, self.classes.classes, prints]
+        digests = [self.digest(number) for number in range(self.num_blocks)]
+        head = [VERSION, self.options, self.classes.classes, digests]
         return hashlib.sha256(json.dumps(head).encode()).hexdigest()
 
-    def look(self) -> None:
-        """Finds out which shards are there already, or that the set is finished.
+    def find_shards(self) -> None:
+        """Finds out which shards are there, or that the set is finished.
+
+        A shard with a bad file that has changed does not count, if it was not there before.
 
         Raises:
             UserError: the folder holds something else.
@@ -136,42 +158,49 @@ class Plan:
         """
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"--out {self.directory}: expected a folder, this is a file")
-        if not self.appends:
-            if (self.directory / INDEX_FILE).exists():
-                self._require_own_index()
-                return
-            self._require_own_shards()
-        for number, block in enumerate(self.blocks()):
-            if block.path.exists():
-                report = read_report(block.path)
-                if report.fingerprint == block.fingerprint and report.is_up_to_date:
+        if self.base is None and (self.directory / INDEX_FILE).exists():
+            self._take_index(read_index(self.directory))
+            return
+        before, self.reports = self.reports, {}
+        numbers = {self.path(number).name: number for number in range(self.num_blocks)}
+        # Listed rather than looked up: a network file system remembers names it did not find.
+        for name in sorted(os.listdir(self.directory)) if self.directory.exists() else []:
+            if self.base is None:
+                self._check_name(name)
+            if not name.startswith("shard-") or (self.base is not None and name not in numbers):
+                continue
+            report = self._read_report(self.directory / name)
+            number = numbers.get(name)
+            if number is not None and report.fingerprint == self.digest(number):
+                if report.is_up_to_date or number in before:
                     self.reports[number] = report
 
-    def _require_own_index(self) -> None:
-        index = read_index(self.directory)
+    def _take_index(self, index: dict[str, Any]) -> None:
         if index.get("inputs") != self.inputs():
             raise UserError(
                 f"--out {self.directory}: holds a packed set of another command, or of a table or "
                 "files that have changed since; --append adds to it what is new, or give another "
                 "--out"
             )
-        self.finished = True
-        self.earlier = [shard["file"] for shard in index["shards"]]
+        self.base, self.finished = index, True
 
-    def _require_own_shards(self) -> None:
-        paths = sorted(self.directory.iterdir()) if self.directory.exists() else []
-        for path in paths:
-            if path.name in (BAD_FILE, NOTES_FILE) or path.suffix == ".tmp":
-                continue
-            if not path.match("shard-*.h5"):
-                raise UserError(
-                    f"--out {self.directory}: expected a new or empty folder, found {path.name}"
-                )
-            if read_report(path).command != self.command:
-                raise UserError(
-                    f"--out {self.directory}: holds an unfinished set of another command; give "
-                    "another --out or delete it"
-                )
+    def _check_name(self, name: str) -> None:
+        """Hidden files are this command's, or the file system's for it."""
+        is_ours = name in (BAD_FILE, NOTES_FILE) or re.fullmatch(r"shard-.*\.h5", name)
+        if not (is_ours or name.startswith(".")):
+            raise UserError(f"--out {self.directory}: expected a new or empty folder, found {name}")
+
+    def _read_report(self, path: Path) -> Report:
+        try:
+            report = read_report(path)
+        except Damaged as error:
+            raise Damaged(f"{error}; delete it and run the same command again") from error
+        if report.command != self.command:
+            raise UserError(
+                f"--out {self.directory}: holds an unfinished set of another command; give "
+                "another --out or delete it"
+            )
+        return report
 
     def bad_files(self) -> list[BadFile]:
         """Those known so far: from the table, and from the shards that are there."""
@@ -180,28 +209,34 @@ class Plan:
             if number in self.reports:
                 bad += self.reports[number].bad
             else:
-                bad += known_bad(self.entries[self.lines(number)])
+                bad += bad_in_table(self.entries[self.block_slice(number)])
         return bad
 
     def missing(self) -> list[int]:
-        """The blocks whose shards are not in the folder."""
-        # Listed rather than looked up: a network file system remembers names it did not find.
-        names = set(os.listdir(self.directory))
-        return [k for k, block in enumerate(self.blocks()) if block.path.name not in names]
+        """The blocks whose shards are not there."""
+        if self.finished:
+            return []
+        return [number for number in range(self.num_blocks) if number not in self.reports]
 
     def content(self) -> Content:
-        """What the set's shards hold, the earlier ones included; all are there.
+        """What the set's shards hold, those from before an append included; all are there.
 
         Raises:
             UserError: another command has written one of them.
+            Damaged: one of them is not as dataset.json says.
         """
-        blocks = [] if self.finished else list(self.blocks())
-        paths = [self.directory / file for file in self.earlier]
-        content = read_content([*paths, *(b.path for b in blocks)], len(self.classes))
-        for block, report in zip(blocks, content.reports[len(paths) :], strict=True):
-            if report.fingerprint != block.fingerprint:
+        content = Content(np.zeros(len(self.classes), np.int64))
+        for entry in [] if self.base is None else self.base["shards"]:
+            info = ShardInfo(**entry)
+            _, rows = read_shard(self.directory, info, self.layout.clip_samples, len(self.classes))
+            content.add(info, rows)
+        if self.finished:
+            return content
+        self.reports = {}
+        for number in range(self.num_blocks):
+            self.reports[number] = content.add(*load_shard(self.path(number)))
+            if self.reports[number].fingerprint != self.digest(number):
                 raise UserError(f"--out {self.directory}: another fastat pack is writing to it")
-        self.reports = dict(enumerate(content.reports[len(paths) :]))
         return content
 
     def partial_content(self, part: Part | None) -> Content:
@@ -218,7 +253,7 @@ class Plan:
 
     def list_bad(self, bad: Sequence[BadFile]) -> Path:
         """Writes the list of bad files of a set that is not finished; where it is."""
-        path = self.directory / self.bad_list
+        path = self.directory / (BAD_FILE if self.base is None else APPEND_BAD_FILE)
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_bad(path, bad)
@@ -269,7 +304,27 @@ class Plan:
                 path.unlink(missing_ok=True)
 
 
-def known_bad(entries: Sequence[Entry]) -> list[BadFile]:
+def check_bad(plans: Sequence[Plan], num_files: int, max_bad: float) -> None:
+    """Raises UserError when more than the share ``max_bad`` of all files are bad; lists them."""
+    bad = [plan.bad_files() for plan in plans]
+    files = [file for of_plan in bad for file in of_plan]
+    if len(files) <= max_bad * num_files or len(files) / num_files <= max_bad:
+        return
+    lists = [str(plan.list_bad(found)) for plan, found in zip(plans, bad, strict=True) if found]
+    counts = Counter(file.reason for file in files).most_common()
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts)
+    example = files[-1]
+    detail = f" ({example.detail})" if example.detail else ""
+    enough = math.ceil(100 * len(files) / num_files) / 100
+    others = f"--max-bad {enough:g} or more packs the others"
+    raise UserError(
+        f"{len(files):,} of {num_files:,} files are bad, more than --max-bad {max_bad:g}: "
+        f"{reasons}, such as {example.path}{detail}; listed in {' and '.join(lists)}; "
+        + (others if len(files) < num_files else "there are no others")
+    )
+
+
+def bad_in_table(entries: Sequence[Entry]) -> list[BadFile]:
     """The files that are bad by the table alone."""
     return [entry.bad for entry in entries if entry.bad is not None]
 

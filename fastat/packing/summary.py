@@ -99,7 +99,7 @@ class AppendSummary:
 def rarest_class(
     classes: Sequence[ClassInfo], label_counts: NDArray[np.int64]
 ) -> RarestClass | None:
-    """Of several the first; None when no class has a clip."""
+    """The first of several equally rare classes; None if no class has a clip."""
     with_clips = np.flatnonzero(label_counts)
     if not with_clips.size:
         return None
@@ -110,3 +110,8 @@ def rarest_class(
 def count_notes(contents: Iterable[Content]) -> dict[str, int]:
     """Files that were noted, by what was noted."""
     return dict(Counter(file.note for content in contents for file in content.noted))
+
+
+def empty_classes(classes: Sequence[ClassInfo], label_counts: NDArray[np.int64]) -> tuple[str, ...]:
+    """Ids of the classes without a clip."""
+    return tuple(classes[k].id for k in np.flatnonzero(label_counts == 0).tolist())

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol, Self
@@ -26,6 +27,11 @@ CONNECT_SECONDS = 10
 
 class Killed(Exception):
     """The process that ran a call ended without an answer."""
+
+    def __init__(self, exit_code: int) -> None:
+        name = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
+        super().__init__(name or f"exit code {exit_code}")
+        self.exit_code = exit_code
 
 
 class Workers(Protocol):
@@ -43,6 +49,10 @@ class Workers(Protocol):
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Starts a call when there is a worker for it."""
         ...
+
+
+_lock = threading.Lock()
+"""Starting and joining a process look at all others, which no two threads may do at once."""
 
 
 class _Process(NamedTuple):
@@ -66,19 +76,18 @@ class Processes:
         self.count = count
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(modules))
+        _start_server()
         self._threads = ThreadPoolExecutor(count, "fastat-pack")
         self._idle: list[_Process] = []
         self._all: list[_Process] = []
-        # Starting and joining a process look at all others, and no two threads may do that at once.
-        self._lock = threading.Lock()
         self._ended = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._ended = True
+        self._ended = True
+        with _lock:
             for worker in self._all:
                 worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -91,7 +100,7 @@ class Processes:
         return self._threads.submit(self._call, function, args)
 
     def _call(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        with self._lock:
+        with _lock:
             if self._ended:
                 raise CancelledError
             worker = self._idle.pop() if self._idle else self._start()
@@ -99,24 +108,40 @@ class Processes:
             worker.connection.send((function, args))
             result, error = worker.connection.recv()
         except (EOFError, OSError):
-            with self._lock:
+            with _lock:
+                self._all.remove(worker)
                 worker.process.join()
-            code = worker.process.exitcode or 0
-            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            raise Killed(reason) from None
-        with self._lock:
+            worker.connection.close()
+            raise Killed(worker.process.exitcode or 0) from None
+        with _lock:
             self._idle.append(worker)
         if error is not None:
             raise error
         return result
 
     def _start(self) -> _Process:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
+        try:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+        except (EOFError, OSError) as error:
+            raise Failure(
+                f"cannot start a worker process: {error or 'its server ended'}"
+            ) from error
         theirs.close()
         self._all.append(_Process(process, ours))
         return self._all[-1]
+
+
+def _start_server() -> None:
+    """Starts the server process that the others are forked from, without Ctrl-C: that would reach
+    it while it imports, and it would print a traceback."""
+    resource_tracker.ensure_running()  # it would let Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection) -> None:
@@ -132,13 +157,13 @@ def _serve(connection: Connection) -> None:
     with suppress(EOFError, ConnectionError):
         while True:
             function, args = connection.recv()
-            answer: tuple[Any, Exception | None]
             try:
-                answer = (function(*args), None)
+                connection.send((function(*args), None))
+            except ConnectionError:
+                raise
             except Exception as error:  # the caller raises it again
                 error.add_note(traceback.format_exc())
-                answer = (None, error)
-            connection.send(answer)
+                connection.send((None, error))
 
 
 def _keep_freed_memory() -> None:
