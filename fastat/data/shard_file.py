@@ -38,6 +38,8 @@ from fastat.errors import Failure, first_line
 
 AUDIO_DATASETS = {"pcm16": "waveform", "flac": "flac_bytes"}
 COPY_BYTES = 16 << 20
+HEAD_BYTES = 64 << 10
+"""More than HDF5's own structures in a shard."""
 
 
 class Damaged(Failure):
@@ -113,6 +115,8 @@ def write_shard(
     if rows.flac_offsets is not None:
         shape, dtype = ((int(rows.flac_offsets[-1]),), "u1")
     with _disk_errors(path), atomic_path(path) as temporary:
+        # On a full disk HDF5 crashes the process: whether there is room shows before.
+        temporary.write_bytes(bytes(sum(a.nbytes for a in rows.datasets().values()) + HEAD_BYTES))
         offset = None
         with h5py.File(temporary, "w", locking=False) as file:
             if codec in AUDIO_DATASETS:

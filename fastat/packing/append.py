@@ -86,7 +86,7 @@ def append(
         base=base,
     )
     plan.find_shards()
-    resumed = plan.partial_content(part).clips
+    found = {which: plan.partial_content(which).clips for which in (None, part)}
     waiting_for: tuple[int, ...] = ()
     whole = before
     if new:
@@ -114,7 +114,7 @@ def append(
         bad=bad_reasons.total(),
         bad_reasons=dict(bad_reasons),
         notes=count_notes([ours]),
-        resumed_clips=resumed,
+        resumed_clips=found[part if waiting_for else None],
         part=None if part is None else str(part),
         waiting_for=waiting_for,
         seconds=time.monotonic() - started,

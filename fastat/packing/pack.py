@@ -110,7 +110,7 @@ def pack(
     for plan in plans:
         plan.find_shards()
     todo = [plan for plan in plans if not plan.finished]
-    resumed = sum(plan.partial_content(part).clips for plan in todo)
+    found = {which: sum(p.partial_content(which).clips for p in todo) for which in (None, part)}
     waiting_for: tuple[int, ...] = ()
     if todo:
         num_files = sum(len(plan.entries) for plan in plans)
@@ -126,6 +126,7 @@ def pack(
             if not plan.finished:
                 plan.finish(content)
             plan.tidy(content)
+    resumed = found[part if waiting_for else None] if todo else sum(c.clips for c in contents)
     bad_reasons: Counter[str] = Counter(file.reason for content in contents for file in content.bad)
 
     def lists(name: str, files: Sequence[Sequence[object]]) -> tuple[Path, ...]:
@@ -151,7 +152,7 @@ def pack(
         eval_directory=plans[1].directory if held_out else None,
         eval_clips=held_out.clips if held_out else 0,
         eval_audio_seconds=held_out.seconds if held_out else 0.0,
-        resumed_clips=resumed if todo else sum(content.clips for content in contents),
+        resumed_clips=resumed,
         already_packed=not todo,
         changed_bad=sum(has_changed(file) for content in contents for file in content.bad),
         part=None if part is None else str(part),
@@ -279,7 +280,7 @@ def _check_space(plans: Sequence[Plan], spare_files: float) -> None:
     needed = int((clips - spare_files) * 2 * layout.clip_samples)
     disk = os.statvfs(next(path for path in directory.absolute().parents if path.exists()))
     free = disk.f_bavail * disk.f_frsize
-    if needed > free:
+    if disk.f_blocks and needed > free:
         raise Failure(
             f"{directory}: {needed / 2**30:.1f} GiB needed for {clips:,} clips, "
             f"the disk has {free / 2**30:.1f} GiB left"

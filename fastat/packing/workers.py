@@ -23,6 +23,8 @@ from fastat.errors import Failure, UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 CONNECT_SECONDS = 10
+END_SECONDS = 2
+"""A process that has not ended so long after it was told to is killed."""
 
 
 class Killed(Exception):
@@ -89,6 +91,9 @@ class Processes:
         self._ended = True
         with _lock:
             for worker in self._all:
+                worker.process.terminate()
+            for worker in self._all:
+                worker.process.join(END_SECONDS)
                 worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._all:
@@ -149,6 +154,7 @@ def _serve(connection: Connection) -> None:
     closes the connection or is gone."""
     # Ctrl-C reaches the whole group; the parent ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # removes a half-written shard
     _keep_freed_memory()
     threadpool_limits(1)  # numpy's BLAS and torch would take every core in every process
     # mpg123 and FFmpeg print warnings into the progress bar; Python's tracebacks stay visible.

@@ -62,7 +62,7 @@ def test_parts_in_any_order_make_the_plain_set(table: Path, plain: Path, tmp_pat
     assert (summary.part, summary.waiting_for, summary.shards) == ("2/3", (0, 1), 4)
     other, again = run(0), run(2)
     assert other.waiting_for == again.waiting_for == (1,)
-    assert again.resumed_clips == other.clips + again.clips and again.clips == summary.clips
+    assert again.resumed_clips == again.clips == summary.clips
     with pytest.raises(UserError, match="packing did not finish"):
         PackedSet.open(out)
     assert run(3, 4).waiting_for == (0, 1, 2)  # 3, 7, 11 of 13
@@ -181,8 +181,7 @@ def test_too_many_bad_files_are_judged_over_the_whole(
     options = OPTIONS | {"max_bad": 0.05}
     out = tmp_path / "set"
     parts = [partial(pack, table, out, part=Part(index, 3), **options) for index in range(3)]
-    assert parts[0]().bad == 1  # every part knows of the missing file
-    assert parts[1]().bad == 1
+    assert (parts[0]().bad, parts[1]().bad) == (0, 1)
     with pytest.raises(UserError, match=r"3 of 50 files are bad.*--max-bad 0\.06") as caught:
         parts[2]()
     assert str(out / "bad.csv") in str(caught.value)
@@ -220,7 +219,7 @@ def test_disk_too_small_for_all_parts_is_known_before(
     free, real = 40 * 16_000, os.statvfs(tmp_path)
 
     class Small:
-        f_bavail, f_frsize = free, 1
+        f_bavail, f_frsize, f_blocks = free, 1, 1
 
     out = tmp_path / "set"
     monkeypatch.setattr(os, "statvfs", lambda path: Small)
