@@ -57,20 +57,20 @@ class Manifest(NamedTuple):
     """Content of a table, in its order."""
 
     classes: ClassList
-    lines: list[Entry]
+    entries: list[Entry]
     """All files of the table."""
     held: "Manifest | None" = None
     """With ``--holdout COLUMN=VALUE`` the rows with that value; the fields above are the others."""
 
     @property
-    def entries(self) -> list[Entry]:
+    def good(self) -> list[Entry]:
         """The files that exist and whose labels are known."""
-        return [entry for entry in self.lines if entry.bad is None]
+        return [entry for entry in self.entries if entry.bad is None]
 
     @property
     def bad(self) -> list[BadFile]:
         """The others."""
-        return [entry.bad for entry in self.lines if entry.bad is not None]
+        return [entry.bad for entry in self.entries if entry.bad is not None]
 
 
 def read_manifest(

@@ -72,7 +72,7 @@ def append(
         _, rows = read_shard(out, info, base["clip_samples"], len(classes))
         before.add(info, rows)
         packed.update(map(os.fsdecode, rows.audio_path))
-    table = read_manifest(source, audio=audio, classes_from=out, columns=columns).lines
+    table = read_manifest(source, audio=audio, classes_from=out, columns=columns).entries
     others = [entry for entry in table if entry.path not in packed]
     new = _entries_to_append(others, before)
     plan = Plan(

@@ -65,7 +65,7 @@ def split_table(
     unless a column says where they belong."""
     if holdout is None:
         return [("set", out, manifest)]
-    entries = manifest.entries
+    entries = manifest.good
     eval_out = out.with_name(out.name + EVAL_SUFFIX)
     if isinstance(holdout, Holdout):
         assert manifest.held is not None
@@ -78,10 +78,10 @@ def split_table(
             f"--holdout: nothing of {source} can be held out: no class has two groups to spread"
         )
     is_held = iter(mask)
-    marked = [(entry, entry.bad is None and next(is_held)) for entry in manifest.lines]
+    marked = [(entry, entry.bad is None and next(is_held)) for entry in manifest.entries]
     return [
-        ("train", out, manifest._replace(lines=[entry for entry, held in marked if not held])),
-        ("eval", eval_out, manifest._replace(lines=[entry for entry, held in marked if held])),
+        ("train", out, manifest._replace(entries=[entry for entry, held in marked if not held])),
+        ("eval", eval_out, manifest._replace(entries=[entry for entry, held in marked if held])),
     ]
 
 

@@ -91,7 +91,7 @@ def pack(
     layout = Layout(round(clip_seconds * SAMPLE_RATE), segments, codec, ids)
     plans = []
     for role, directory, share in split_table(manifest, out, holdout, seed, source):
-        if not share.lines:
+        if not share.entries:
             raise UserError(f"{source}: no clips in it")
         own = options | {"role": role}
         command = json.dumps([VERSION, layout[:-1], own, paths, columns])
@@ -99,9 +99,9 @@ def pack(
             Plan(
                 directory=directory,
                 classes=share.classes,
-                entries=share.lines,
+                entries=share.entries,
                 layout=layout,
-                stats_clips=sampled_clips(share.lines, segments, seed),
+                stats_clips=sampled_clips(share.entries, segments, seed),
                 options=own,
                 command=hashlib.sha256(command.encode()).hexdigest(),
             )

@@ -67,9 +67,9 @@ class _Process(NamedTuple):
 class Processes:
     """Runs calls in ``count`` processes of this machine, one call in each at a time.
 
-    So one that dies tells which call it had; another takes its place. They are forked from a server
-    process that has imported ``modules`` and has no threads. Used as a context manager; leaving it
-    ends them.
+    Each process has one call at a time, so a process that dies identifies its call; a new one
+    replaces it. They are forked from a server process that has imported ``modules`` and has no
+    threads. Used as a context manager; leaving it ends them.
     """
 
     killed = Killed

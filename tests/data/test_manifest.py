@@ -28,7 +28,7 @@ def write(path: Path, text: str) -> Path:
 
 def labels_of(manifest: Manifest) -> dict[str, list[str]]:
     ids = [c.id for c in manifest.classes.classes]
-    return {entry.name: [ids[k] for k in entry.labels] for entry in manifest.entries}
+    return {entry.name: [ids[k] for k in entry.labels] for entry in manifest.good}
 
 
 AUDIOSET = """# Segments csv created Sun Mar  5 10:54:31 2017
@@ -70,8 +70,8 @@ def test_audioset_names(tmp_path: Path) -> None:
     assert [c.id for c in manifest.classes.classes] == ["/m/012xff", "/m/09x0r", "/t/dd00088"]
     assert [(b.reason, b.line) for b in manifest.bad] == [("missing", 10)]
     assert "5aBcDeFgHij" in manifest.bad[0].path
-    assert manifest.entries[0].line == 4
-    assert Path(manifest.entries[3].path) == audio.resolve() / "part2/Y2aBcDeFgHi__2500.m4a"
+    assert manifest.good[0].line == 4
+    assert Path(manifest.good[3].path) == audio.resolve() / "part2/Y2aBcDeFgHi__2500.m4a"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_audioset_as_pandas_saves_it(tmp_path: Path, header: str) -> None:
     table = write(tmp_path / "t.csv", f'{header}\nv,30.0,40.0,"/m/1,/m/2"\nw,0.0,10.0,/m/1\n')
     manifest = read_manifest(table)
     assert labels_of(manifest) == {"v_30000.wav": ["/m/1", "/m/2"], "w.wav": ["/m/1"]}
-    assert [entry.line for entry in manifest.entries] == [2, 3]
+    assert [entry.line for entry in manifest.good] == [2, 3]
 
 
 def test_audioset_default_folder_and_class_list(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_audioset_default_folder_and_class_list(tmp_path: Path) -> None:
         ClassInfo("/m/09x0r", "Speech, human"),
         ClassInfo("/t/dd00088", "Gush"),
     )
-    assert [entry.labels for entry in manifest.entries] == [(0, 1)]
+    assert [entry.labels for entry in manifest.good] == [(0, 1)]
     reasons = [bad.reason for bad in manifest.bad]
     assert reasons.count("label unknown") == 4 and reasons.count("missing") == 2
     assert {b.detail for b in manifest.bad if b.reason == "label unknown"} == {"/m/012xff"}
@@ -130,10 +130,10 @@ def test_csv_columns(tmp_path: Path) -> None:
         str(absolute): ["dog"],
         "sub/c.wav": ["dog"],
     }
-    assert Path(manifest.entries[1].path) == tmp_path / "audio/b.wav"
+    assert Path(manifest.good[1].path) == tmp_path / "audio/b.wav"
     assert [(b.reason, b.line) for b in manifest.bad] == [("missing", 7), ("label unknown", 8)]
     inside = read_manifest(table, audio=tmp_path / "audio")
-    assert [entry.name for entry in inside.entries] == ["b.wav", str(absolute)]
+    assert [entry.name for entry in inside.good] == ["b.wav", str(absolute)]
 
 
 @pytest.mark.parametrize("header", ["filename,category", "path,label", "label,filename"])
@@ -182,7 +182,7 @@ def test_ast_data_file(tmp_path: Path) -> None:
         str(tmp_path / "a.wav"): ["/m/1", "/m/2"],
         "b.wav": ["/m/2"],
     }
-    assert [entry.group for entry in manifest.entries] == ["s", "t"]
+    assert [entry.group for entry in manifest.good] == ["s", "t"]
     with pytest.raises(UserError, match="--group-by take: no such column"):
         read_manifest(table, group_by="take")
 
@@ -353,10 +353,10 @@ def test_links_to_folders_around_them_are_not_followed(tmp_path: Path) -> None:
     (root / "bird").symlink_to(aside)
     (root / "puppy").symlink_to("dog")
     manifest = read_manifest(root)
-    names = sorted(entry.name for entry in manifest.entries)
+    names = sorted(entry.name for entry in manifest.good)
     assert names == ["bird/c.wav", "cat/b.wav", "dog/a.wav", "puppy/a.wav"]
     table = write(tmp_path / "segments.csv", 'a, 0.0, 10.0, "/m/dog"\n')
-    assert len(read_manifest(table, audio=root).entries) == 1
+    assert len(read_manifest(table, audio=root).good) == 1
 
 
 def test_names_with_any_bytes(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_names_with_any_bytes(tmp_path: Path) -> None:
     touch(tmp_path / "a", odd, "plain.wav")
     os.mkfifo(tmp_path / "a" / "pipe.wav")
     manifest = read_manifest(tmp_path)
-    assert [entry.name for entry in manifest.entries] == ["a/plain.wav", f"a/{odd}"]
+    assert [entry.name for entry in manifest.good] == ["a/plain.wav", f"a/{odd}"]
     assert [(Path(bad.path).name, bad.reason) for bad in manifest.bad] == [("pipe.wav", "missing")]
 
 

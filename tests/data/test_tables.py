@@ -189,8 +189,8 @@ def test_a_separator_decides_alone(tmp_path: Path) -> None:
 def test_rows_of_a_file_are_one_clip(tmp_path: Path, text: str) -> None:
     touch(tmp_path, "a.wav", "b.wav", "x/c.wav")
     manifest = read_manifest(write(tmp_path / "t.csv", text))
-    assert [(Path(e.path).name, e.line) for e in manifest.entries] == [("a.wav", 2), ("b.wav", 3)]
-    assert [e.labels for e in manifest.entries] == [(0, 1), (0,)]
+    assert [(Path(e.path).name, e.line) for e in manifest.good] == [("a.wav", 2), ("b.wav", 3)]
+    assert [e.labels for e in manifest.good] == [(0, 1), (0,)]
 
 
 def test_segments_of_audioset_are_one_clip(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_line_ends_inside_cells(tmp_path: Path) -> None:
         read_manifest(table)
     write(table, table.read_bytes().decode().removesuffix("c.wav,x\n"))
     manifest = read_manifest(table)
-    assert [(e.name, e.line) for e in manifest.entries] == [("a.wav", 2), ("b.wav", 7)]
+    assert [(e.name, e.line) for e in manifest.good] == [("a.wav", 2), ("b.wav", 7)]
     assert [b.line for b in manifest.bad] == [8]
 
 
@@ -443,7 +443,7 @@ def test_audio_elsewhere(
 
 
 def names_of(manifest: Manifest) -> set[str]:
-    return {Path(entry.name).name for entry in manifest.entries}
+    return {Path(entry.name).name for entry in manifest.good}
 
 
 @pytest.mark.parametrize(
@@ -578,7 +578,7 @@ def test_names_of_files(tmp_path: Path) -> None:
     rows = ("a", "sub/b", "c.v1", "d", "", "c")
     table = write(tmp_path / "t.csv", "path,label\n" + "".join(f"{row},x\n" for row in rows))
     manifest = read_manifest(table)
-    assert [entry.name for entry in manifest.entries] == ["a", "sub/b.wav", "c.v1.flac"]
+    assert [entry.name for entry in manifest.good] == ["a", "sub/b.wav", "c.v1.flac"]
     assert [bad.line for bad in manifest.bad] == [5, 6, 7]
 
 
@@ -590,4 +590,4 @@ def test_many_classes(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", f"path,labels\na.wav,{quoted(','.join(names[:9000]))}\n")
     classes = write(tmp_path / "c.csv", "display_name\n" + "\n".join(names) + "\n")
     manifest = read_manifest(table, labels=classes)
-    assert len(manifest.classes) == 40_000 and len(manifest.entries[0].labels) == 9000
+    assert len(manifest.classes) == 40_000 and len(manifest.good[0].labels) == 9000

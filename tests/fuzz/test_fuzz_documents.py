@@ -117,11 +117,11 @@ def check_manifest(path: Path, audio: Path, num_clips: Callable[[str], int]) -> 
     if complaint is not None or not found:
         return complaint
     manifest, want = found[0], num_clips(path.read_bytes().decode("utf-8-sig"))
-    if len(manifest.entries) + len(manifest.bad) != want:
-        return f"{len(manifest.entries)} clips and {len(manifest.bad)} bad ones of {want}"
-    if not all(Path(entry.path).is_file() for entry in manifest.entries):
+    if len(manifest.good) + len(manifest.bad) != want:
+        return f"{len(manifest.good)} clips and {len(manifest.bad)} bad ones of {want}"
+    if not all(Path(entry.path).is_file() for entry in manifest.good):
         return "an entry without a file"
-    labels = [k for entry in manifest.entries for k in entry.labels]
+    labels = [k for entry in manifest.good for k in entry.labels]
     return None if all(0 <= k < len(manifest.classes) for k in labels) else "an unknown class"
 
 
