@@ -24,11 +24,11 @@ def print_packed(summary: PackSummary, *, as_json: bool) -> None:
         _print_files("bad", summary.bad_reasons, ())
         return
     done = "already packed" if summary.already_packed else "packed"
-    print(f"{done}: {summary.clips:,} clips in {_shards(summary.shards)}, {summary.directory}")
+    print(f"{done}: {_clips(summary.clips)} in {_shards(summary.shards)}, {summary.directory}")
     _print_content(summary)
     if summary.eval_directory is not None:
         length = duration(summary.eval_audio_seconds)
-        print(f"held out: {summary.eval_clips:,} clips, {length}, {summary.eval_directory}")
+        print(f"held out: {_clips(summary.eval_clips)}, {length}, {summary.eval_directory}")
     _print_files("noted", summary.notes, summary.note_lists)
     _print_files("bad", summary.bad_reasons, summary.bad_lists)
     if summary.changed_bad:
@@ -45,8 +45,7 @@ def _print_content(summary: PackSummary | AppendSummary) -> None:
     line = f"audio: {duration(summary.audio_seconds)}, {classes}"
     rarest = summary.rarest
     if rarest is not None:
-        clips = f"{rarest.clips:,} clip{'s' * (rarest.clips != 1)}"
-        line += f", the rarest is {rarest.name} with {clips}"
+        line += f", the rarest is {rarest.name} with {_clips(rarest.clips)}"
     print(line)
 
 
@@ -57,6 +56,10 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours:,} h {m} min" if hours else f"{m} min {s} s"
+
+
+def _clips(count: int) -> str:
+    return f"{count:,} clip{'s' * (count != 1)}"
 
 
 def _shards(count: int) -> str:
@@ -72,11 +75,12 @@ def print_appended(summary: AppendSummary, *, as_json: bool) -> None:
         print(_waiting(summary.part, summary.appended_clips, summary.waiting_for))
     elif summary.appended_clips:
         print(
-            f"appended: {summary.appended_clips:,} clips, {summary.directory} now has "
+            f"appended: {_clips(summary.appended_clips)}, {summary.directory} now has "
             f"{summary.clips:,} in {_shards(summary.shards)}; its statistics stay as they were"
         )
     else:
-        print(f"nothing new: {summary.directory} still has {summary.clips:,} clips")
+        what = "all that is new is bad" if summary.bad else "nothing new"
+        print(f"{what}: {summary.directory} still has {_clips(summary.clips)}")
     if not summary.waiting_for:
         _print_content(summary)
     if summary.already_there:
@@ -107,13 +111,13 @@ def print_verified(summary: VerifySummary, *, as_json: bool) -> None:
     if damaged:
         files = len({damage.file for damage in damaged})
         rows = sum(damage.row is not None for damage in damaged)
-        raise Failure(
-            f"{summary.directory}: damaged: {files} of its files, {rows:,} rows by themselves; "
-            "pack the set again"
-        )
+        what = f"{files} file{'s' * (files != 1)}"
+        if rows:
+            what = f"{rows:,} row{'s' * (rows != 1)}, {what}"
+        raise Failure(f"{summary.directory}: damaged: {what}; pack the set again")
     if not as_json:
         gib = summary.bytes / 2**30
-        print(f"verified: {summary.clips:,} clips, {gib:,.2f} GiB of audio, {summary.directory}")
+        print(f"verified: {_clips(summary.clips)}, {gib:,.2f} GiB of audio, {summary.directory}")
 
 
 def _waiting(part: str | None, clips: int, others: Sequence[int]) -> str:

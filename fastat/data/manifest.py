@@ -149,7 +149,8 @@ def _labelled(source: Path, table: Table, classes: ClassList) -> Manifest:
         else:
             numbers = tuple(sorted({classes.number(name) for name in names}))
             if not row.exists:
-                bad = BadFile(row.path, "missing", "", listed, row.line)
+                detail = "not a file" if os.path.exists(row.path) else ""
+                bad = BadFile(row.path, "missing", detail, listed, row.line)
         lines.append(Entry(row.name, row.path, numbers, row.line, row.group, bad))
     return Manifest(classes, lines)
 

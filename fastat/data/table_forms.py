@@ -5,6 +5,7 @@ folder with one sub-folder per class.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -33,6 +34,8 @@ from fastat.data.table_layout import (
 )
 from fastat.data.text_table import csv_rows, delimiter_of, read_text
 from fastat.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -73,7 +76,8 @@ def read_table(
         require_no_columns(f"{source} is a folder of classes", columns, grouping)
         return _read_folder(source, audio)
     if not source.is_file():
-        raise UserError(f"{source}: no such file or folder")
+        what = "not a file or folder" if source.exists() else "no such file or folder"
+        raise UserError(f"{source}: {what}")
     if source.stat().st_size == 0:
         raise UserError(f"{source}: expected a table of clips, got an empty file")
     text = read_text(source, str(source))
@@ -232,6 +236,7 @@ def _read_folder(source: Path, audio: Path | None) -> Table:
         raise UserError(f"--audio: {source} is a folder of classes and needs none")
     root = os.path.abspath(source)
     rows: list[Row] = []
+    left_out = 0
     for name in sorted(_walk(root)):
         label, _, inside = name.partition(os.sep)
         path = os.path.join(root, name)
@@ -239,6 +244,10 @@ def _read_folder(source: Path, audio: Path | None) -> Table:
             rows.append(Row(path, name, path, os.path.isfile(path), intern(label), 0, path))
         elif os.path.islink(path) and not os.path.exists(path):
             raise UserError(f"{path}: expected a folder of a class, got a link that leads nowhere")
+        else:
+            left_out += 1
+    if left_out and rows:
+        log.warning(f"{source}: audio files in no folder of a class are left out: {left_out}")
     if not rows:
         raise UserError(f"{source}: expected one sub-folder of audio files per class, found none")
     return Table(rows, LabelCells(verbatim=True))

@@ -15,9 +15,10 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from fastat.data.manifest import read_manifest
@@ -187,39 +188,43 @@ def run_blocks(
     if not todo:
         return
     _check_space(plans, max_bad * num_files)
-    for plan in plans:
-        _make_folder(plan.directory)
     running: dict[Future[Any], tuple[Plan, int, Block]] = {}
     kills: Counter[Path] = Counter()
+    # Not concurrent.futures.wait, in which Ctrl-C may keep a lock.
+    done: SimpleQueue[Future[Any]] = SimpleQueue()
     files_left = sum(len(plan.entries[plan.block_slice(number)]) for plan, number in todo)
     title = f"pack {plans[0].directory.name}" + (f" {part}" if part else "")
     with (
         _executor(num_workers, scheduler, todo) as workers,
         progress(title, files_left, "files") as advance,
     ):
+
+        def start(plan: Plan, number: int, block: Block, *more: Any) -> None:
+            future = workers.submit(pack_block, block, *more)
+            running[future] = (plan, number, block)
+            future.add_done_callback(done.put)
+
+        for plan in plans:
+            _make_folder(plan.directory)
         waiting = iter(todo)
         while True:
             while len(running) < workers.count and (following := next(waiting, None)):
                 plan, number = following
-                block = plan.block(number)
-                running[workers.submit(pack_block, block)] = (plan, number, block)
+                start(plan, number, plan.block(number))
             if not running:
                 break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                plan, number, block = running.pop(future)
-                try:
-                    report = future.result()
-                except workers.killed as killed:
-                    kills[block.path] += 1
-                    crashing = _crashing_files(block, kills[block.path], killed)
-                    future = workers.submit(pack_block, block, crashing)
-                    running[future] = (plan, number, block)
-                    continue
-                plan.reports[number] = report
-                if len(report.bad) > len(bad_in_table(block.entries)):
-                    check_bad(plans, num_files, max_bad)
-                advance(len(block.entries))
+            future = done.get()
+            plan, number, block = running.pop(future)
+            try:
+                report = future.result()
+            except workers.killed as killed:
+                kills[block.path] += 1
+                start(plan, number, block, _crashing_files(block, kills[block.path], killed))
+                continue
+            plan.reports[number] = report
+            if len(report.bad) > len(bad_in_table(block.entries)):
+                check_bad(plans, num_files, max_bad)
+            advance(len(block.entries))
 
 
 def _executor(

@@ -102,7 +102,7 @@ def test_append_and_verify(table: Path, tmp_path: Path, fastat_pack: Command) ->
     path.write_bytes(content)
     done = fastat_pack(out, "--verify")
     assert done.code == 1 and done.out.startswith("shard-00001.h5, row ")
-    assert done.err.splitlines()[-1].startswith(f"fastat: {out}: damaged: 1 of its files")
+    assert done.err.splitlines()[-1].startswith(f"fastat: {out}: damaged: 1 row, 1 file")
     done = fastat_pack(out, "--verify", "--json")
     assert done.code == 1 and json.loads(done.out)["damaged"][0]["file"] == "shard-00001.h5"
 

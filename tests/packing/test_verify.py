@@ -157,7 +157,7 @@ def test_lost_and_cut_shards_and_all_that_is_printed(
     assert "missing" in missing.reason and "expected" in short.reason
     count = len(rows)
     assert count == summary.clips == 24 and not any(d.row is None for d in rows)
-    with pytest.raises(Failure, match=f"8 of its files, {count} rows"):
+    with pytest.raises(Failure, match=f"{count} rows, 8 files"):
         print_verified(summary, as_json=True)
     found = json.loads(capsys.readouterr().out)["damaged"]
     assert len(found) == 2 + count and found[2]["row"] == 0 and found[2]["clip"].endswith(".wav")
