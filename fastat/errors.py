@@ -21,6 +21,9 @@ class RankZeroFailed(Exception):
         self.exit_code = exit_code
 
 
+H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
+"""Errors that h5py raises on damage; the last two if a group stands in a dataset's place."""
+
 LONGEST_LINE = 1000
 """Characters; a value in a message may be a whole damaged file."""
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from fastat.atomic import atomic_path
-from fastat.data.shard_file import H5PY_ERRORS
 from fastat.data.shards import ClassInfo
-from fastat.errors import Failure, UserError, first_line
+from fastat.errors import H5PY_ERRORS, Failure, UserError, first_line
 
 PREDICTIONS_FILE = "predictions.h5"
 

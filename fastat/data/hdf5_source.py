@@ -22,8 +22,7 @@ import numpy as np
 from fastat.data.bad_audio import BadAudio
 from fastat.data.decode import Audio, decode, resample_clip
 from fastat.data.reader import SAMPLE_RATES
-from fastat.data.shard_file import H5PY_ERRORS
-from fastat.errors import UserError, first_line
+from fastat.errors import H5PY_ERRORS, UserError, first_line
 
 SUFFIXES = (".h5", ".hdf5", ".hdf")
 DEFAULT_RATE = 32_000

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from fastat.atomic import atomic_path
-from fastat.errors import Failure, first_line
+from fastat.errors import H5PY_ERRORS, Failure, first_line
 
 AUDIO_DATASETS = {"pcm16": "waveform", "flac": "flac_bytes"}
 COPY_BYTES = 16 << 20
@@ -93,9 +93,6 @@ SMALL_DTYPES = {
     "start_seconds": "<f8", "row_crc": "<u4", "block": "|u1", "flac_offsets": "<i8",
 }  # fmt: skip
 """The datasets' dtypes, as numpy spells them. Names are as wide as the longest one."""
-
-H5PY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError)
-"""Errors that h5py raises on damage; the last two if a group stands in a dataset's place."""
 
 
 def write_shard(

@@ -24,9 +24,9 @@ from fastat.data.decode import decode, to_int16
 from fastat.data.flac import encode
 from fastat.data.hdf5_source import Hdf5Rows, is_row
 from fastat.data.manifest import BadFile, Entry
-from fastat.data.shard_file import H5PY_ERRORS, Damaged, ShardRows, write_shard
+from fastat.data.shard_file import Damaged, ShardRows, write_shard
 from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, VERSION
-from fastat.errors import Failure, UserError, first_line
+from fastat.errors import H5PY_ERRORS, Failure, UserError, first_line
 from fastat.features import FEATURES
 from fastat.packing.bad_files import NotedFile, has_changed, stamp
 
