@@ -15,12 +15,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.results import DEVICE, sized, write_row
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Frontend
 from fastat.data.cache import CachedSource
 from fastat.data.loader import PackedSource, Source
 from fastat.data.sampler import Sampler
 from fastat.data.shards import PackedSet
-from fastat.features import FEATURES
-from fastat.frontend import Frontend
 from fastat.packing.pack import pack
 
 NUM_CLIPS, BATCH, NUM_STEPS, ROUNDS = 64, 16, 4, sized(5, 3)

@@ -11,11 +11,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.results import DEVICE, write_row
+from fastat.audio.frontend import Frontend
 from fastat.data.dali import DaliSource
 from fastat.data.loader import PackedSource, Source
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
-from fastat.frontend import Frontend
 from fastat.packing.pack import pack
 
 NUM_CLIPS, BATCH, NUM_STEPS, MIXED, THREADS = 32, 16, 4, 5, 2

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.results import sized, write_row
-from fastat.data.decode import decode
-from fastat.data.demo import PEAK, make_scene
+from fastat.audio.decode import decode
+from fastat.data.practice import PEAK, make_scene
 from fastat.data.shards import SAMPLE_RATE, PackedSet
 from fastat.data.sounds import SOUNDS
-from fastat.host import cores_of_rank
 from fastat.packing.pack import pack
+from fastat.system.host import cores_of_rank
 
 SECONDS, NUM_CLIPS, NUM_ROWS, ROUNDS = 10, 40, 256, sized(9, 3)
 TARGET_CLIPS_PER_CORE_S = 600

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import ASTFeatureExtractor
 
 from bench.results import DEVICE, sized, write_row
-from fastat.features import FEATURES
-from fastat.frontend import Frontend
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Frontend
 from tests import reference_features as reference
 
 BATCHES = (64, 448) if DEVICE.type == "cuda" else (1, 4, 16, 64)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bench.results import DEVICE, ON_GPU
 from bench.timing import DEVICE_CLOCK, timed
-from fastat.features import FEATURES
-from fastat.frontend import Augment, Frontend
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Augment, Frontend
 from fastat_kernels.backend import kernels
 from tests import reference_features as reference
 

@@ -21,10 +21,10 @@ from bench.steps import (
     trainer_step,
 )
 from bench.timing import DEVICE_CLOCK, timed
-from fastat.costs import PASSES
+from fastat.config.paper import NUM_CLASSES
+from fastat.config.procedures import A2, A4, Procedure
 from fastat.models import list_models
-from fastat.paper import NUM_CLASSES
-from fastat.procedures import A2, A4, Procedure
+from fastat.models.costs import PASSES
 from fastat_kernels.backend import kernels
 from fastat_kernels.choice import OPERATORS
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.results import sized, write_row
-from fastat.data.decode import decode, to_int16
+from fastat.audio.decode import decode, to_int16
 from fastat.data.shards import PackedSet
 from fastat.packing.pack import pack
 from fastat.packing.statistics import Meter

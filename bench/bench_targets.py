@@ -34,16 +34,16 @@ from bench.steps import (
     size_of,
     trainer_step,
 )
-from fastat.costs import PASSES
+from fastat.audio.frontend import Frontend
+from fastat.config.paper import NUM_CLASSES, TABLE_3, TRAIN_CLIPS
+from fastat.config.procedures import A1, A3, A4, AST_STRIDE, Procedure
 from fastat.data.loader import PackedSource, with_features
 from fastat.data.sampler import Sampler, balanced_weights
 from fastat.data.shards import PackedSet
-from fastat.frontend import Frontend
-from fastat.paper import NUM_CLASSES, TABLE_3, TRAIN_CLIPS
-from fastat.procedures import A1, A3, A4, AST_STRIDE, Procedure
-from fastat.profile.noise import noise_set
-from fastat.readback import DelayedReadback
-from fastat.step import StepResult
+from fastat.models.costs import PASSES
+from fastat.study.profile.noise import noise_set
+from fastat.training.readback import DelayedReadback
+from fastat.training.step import StepResult
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastat.audio.features import FEATURES, Feature
+from fastat.audio.frontend import Frontend
 from fastat.data.codes import DTYPES, decode, encode, log_floor, mix, units_per_neper
 from fastat.data.loader import PackedSource, augment_of
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
-from fastat.features import FEATURES, Feature
-from fastat.frontend import Frontend
 
 BATCH = 20
 NEAR_PEAK_DB = 60.0

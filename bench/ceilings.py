@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.results import DEVICE, DEVICE_NAME, PRECISION, folder
-from fastat.profile.device import matmul_flop_per_s, median_seconds
+from fastat.study.profile.device import matmul_flop_per_s, median_seconds
 
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 """Size of the copied tensor; on a CPU it exceeds the caches."""

@@ -17,11 +17,11 @@ import soundfile as sf
 import torch
 from numpy.typing import NDArray
 
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Frontend
 from fastat.data.dali import DaliSource
 from fastat.data.loader import PackedSource, Source, evaluation_plans
 from fastat.data.shards import PackedSet
-from fastat.features import FEATURES
-from fastat.frontend import Frontend
 from fastat.packing.pack import pack
 
 BATCH = 20

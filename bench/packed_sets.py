@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
+from fastat.audio.features import FEATURES
 from fastat.data.shard_file import ShardInfo, ShardRows, write_shard
 from fastat.data.shards import FORMAT, VERSION, write_index
-from fastat.features import FEATURES
 
 SHARD_BYTES = 256 << 20
 

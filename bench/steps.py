@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.results import DEVICE, PRECISION
-from fastat.costs import forward_gflop
-from fastat.distributed import ALONE
-from fastat.features import CLIP_SAMPLES, FEATURES
-from fastat.finetune import parameter_groups
+from fastat.audio.features import CLIP_SAMPLES, FEATURES
+from fastat.config.paper import NUM_CLASSES
+from fastat.config.procedures import AST_STRIDE, Procedure, model_options
 from fastat.models import create_model
 from fastat.models.ast import patch_grid
-from fastat.nonfinite import BufferGuard
-from fastat.optim import create_adam
-from fastat.paper import NUM_CLASSES
-from fastat.procedures import AST_STRIDE, Procedure, model_options
-from fastat.step import TrainingStep, why_not_captured
+from fastat.models.costs import forward_gflop
 from fastat.system.device import autocast
+from fastat.system.distributed import ALONE
+from fastat.training.finetune import parameter_groups
+from fastat.training.nonfinite import BufferGuard
+from fastat.training.optim import create_adam
+from fastat.training.step import TrainingStep, why_not_captured
 from fastat_kernels.backend import kernels
 
 LR = 1e-5

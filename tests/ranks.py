@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from fastat.distributed import started
+from fastat.system.distributed import started
 
 SECONDS = 180
 
@@ -26,7 +26,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[
     ``function`` is a module's, its arguments and results are pickled.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastat.train", "fastat.models.cnn_trans"])
+    context.set_forkserver_preload(["fastat.training.trainer", "fastat.models.cnn_trans"])
     port = free_port()
     pipes, processes = [], []
     for rank in range(num_ranks):

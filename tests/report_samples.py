@@ -9,10 +9,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.ablate import BASELINE, OFF, RESULT_FILE, Ablation, AblationRow
-from fastat.compare import Estimate
-from fastat.config import resolve
-from fastat.paper import TABLE_3, TABLE_4
+from fastat.config.paper import TABLE_3, TABLE_4
+from fastat.config.run import resolve
+from fastat.study.ablate import BASELINE, OFF, RESULT_FILE, Ablation, AblationRow
+from fastat.study.compare import Estimate
 
 EVIL = "</script><b>Evil & <img src=x onerror=hacked()>"
 """A name that would break a page that trusts it."""
@@ -121,7 +121,7 @@ def write_profile(path: Path) -> Path:
             )
         )
     document = {
-        "schema": "fastat.profile/1", "device": "A device", "torch": "2.15.0", "commit": None,
+        "schema": "fastat.study.profile/1", "device": "A device", "torch": "2.15.0", "commit": None,
         "date": "2026-11-23", "ceiling_tflops": None, "clips": 1_998_999, "rows": rows,
     }  # fmt: skip
     path.write_text(json.dumps(document))

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fastat import ablate
-from fastat.ablate import (
+from fastat.config.paper import TABLE_4
+from fastat.config.run import TrainConfig, resolve
+from fastat.evaluation.predictions import read_predictions
+from fastat.study import ablate
+from fastat.study.ablate import (
     OFF,
     Stopped,
     _Trainings,
@@ -22,11 +25,8 @@ from fastat.ablate import (
     table_4,
     train_all,
 )
-from fastat.compare import compare
-from fastat.config import TrainConfig, resolve
-from fastat.errors import Failure
-from fastat.paper import TABLE_4
-from fastat.predictions import read_predictions
+from fastat.study.compare import compare
+from fastat.system.errors import Failure
 from tests.conftest import QUIET, TINY_MODEL, TinySets, fastat, one_line
 
 
@@ -106,7 +106,7 @@ def test_a_training_gets_a_signal_once_and_nothing_follows(
 ) -> None:
     """To the whole process group, as a terminal sends it; the training still hears of one only."""
     program = (
-        "import sys, fastat.ablate as a\n"
+        "import sys, fastat.study.ablate as a\n"
         f"a.TRAIN = [sys.executable, '-c', {PROGRAM!r}]\n"
         "with a._Trainings() as t:\n"
         "    try: t.run(sys.argv[1:])\n"

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastat.checkpoint import ModelMeta, find_checkpoint, load_meta, load_model
-from fastat.checkpoints import load_trainer_state, saved_steps, write_checkpoint
 from fastat.data.shards import ClassInfo
-from fastat.errors import Failure, UserError
+from fastat.system.errors import Failure, UserError
+from fastat.training.checkpoints import load_trainer_state, saved_steps, write_checkpoint
+from fastat.weights.checkpoint import ModelMeta, find_checkpoint, load_meta, load_model
 
 META = ModelMeta(
     model="cnn_trans",

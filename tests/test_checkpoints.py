@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastat import checkpoints
-from fastat.checkpoint import find_checkpoint, load_model, read_weights
-from fastat.checkpoints import (
+from fastat.system.distributed import ALONE
+from fastat.system.errors import Failure, UserError
+from fastat.training import checkpoints
+from fastat.training.checkpoints import (
     CheckpointManager,
     linked_step,
     load_trainer_state,
@@ -27,9 +28,8 @@ from fastat.checkpoints import (
     to_host,
     write_checkpoint,
 )
-from fastat.distributed import ALONE
-from fastat.errors import Failure, UserError
-from fastat.run_folder import Progress
+from fastat.training.run_folder import Progress
+from fastat.weights.checkpoint import find_checkpoint, load_model, read_weights
 from tests.test_checkpoint import META, damage
 
 FILES = ("model.safetensors", "model.json", "trainer.pt")

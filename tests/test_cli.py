@@ -19,15 +19,15 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-from fastat.checkpoint import ModelMeta, load_model
-from fastat.checkpoints import write_checkpoint
-from fastat.cli import COMMANDS, main
+from fastat.cli.app import COMMANDS, main
+from fastat.config.procedures import PROCEDURES
 from fastat.data.shards import ClassInfo, PackedSet
-from fastat.display import show_messages
+from fastat.evaluation.predictions import read_predictions
 from fastat.packing.pack import pack
-from fastat.predictions import read_predictions
-from fastat.procedures import PROCEDURES
-from fastat.report.curves import class_curves
+from fastat.study.report.curves import class_curves
+from fastat.system.display import show_messages
+from fastat.training.checkpoints import write_checkpoint
+from fastat.weights.checkpoint import ModelMeta, load_model
 from tests.conftest import QUIET, TinySets, fastat, one_line, write_tiny_audio
 
 
@@ -117,7 +117,9 @@ def test_eval_ranks_clips_by_their_logits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, meta = load_model(checkpoint)
-    monkeypatch.setattr("fastat.evaluate.load_model", lambda run, device: (Certain(), meta))
+    monkeypatch.setattr(
+        "fastat.evaluation.evaluate.load_model", lambda run, device: (Certain(), meta)
+    )
     scores = tmp_path / "p.h5"
     argv = ["fastat", "eval", "any", "--data", tiny_sets.eval, "--json", "--predictions", scores]
     monkeypatch.setattr("sys.argv", [str(x) for x in argv])
@@ -276,7 +278,7 @@ def test_every_option_of_train_sets_its_field(
         asked.append((*arguments, resume))
         return 0
 
-    monkeypatch.setattr("fastat.launch.run_training", run_training)
+    monkeypatch.setattr("fastat.training.launch.run_training", run_training)
     argv = ["fastat", "train", "--proc", "A4", "--model", "ast", "--out", "runs/x", "--resume"]
     monkeypatch.setattr("sys.argv", [*argv, *options.split()])
     with pytest.raises(SystemExit) as left:
@@ -371,7 +373,7 @@ def test_torchs_failures_are_one_line(
     def fails(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("fastat.evaluate.load_model", fails)
+    monkeypatch.setattr("fastat.evaluation.evaluate.load_model", fails)
     monkeypatch.setattr("sys.argv", ["fastat", "eval", str(tmp_path), "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as left:
         main()

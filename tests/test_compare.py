@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import average_precision_score
 
-from fastat.compare import (
+from fastat.evaluation.predictions import Predictions, read_predictions
+from fastat.study.compare import (
     compare,
     pair,
     passes,
     weighted_average_precision,
 )
-from fastat.errors import Failure, UserError
-from fastat.predictions import Predictions, read_predictions
+from fastat.system.errors import Failure, UserError
 from tests.conftest import fastat, one_line
 
 
@@ -100,7 +100,7 @@ def by_hand(a: Predictions, b: Predictions, resamples: int, seed: int) -> NDArra
 
 
 def test_the_bootstrap_is_that_of_drawing_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastat.compare.BLOCK", 64)
+    monkeypatch.setattr("fastat.study.compare.BLOCK", 64)
     a, b = predictions(1), predictions(2, skill=2.0)
     done: list[int] = []
     got = compare(a, b, resamples=150, seed=3, advance=done.append)

@@ -12,17 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastat.config import (
-    MAY_CHANGE_ON_RESUME,
-    TrainConfig,
-    parse_field,
-    parse_settings,
-    parse_stride,
-    resolve,
-    resumed,
-)
-from fastat.errors import Failure, UserError
-from fastat.procedures import (
+from fastat.config.procedures import (
     MIN_BATCH,
     MIN_STEPS,
     PROCEDURES,
@@ -33,6 +23,16 @@ from fastat.procedures import (
     procedure_of,
     small_set_sizes,
 )
+from fastat.config.run import (
+    MAY_CHANGE_ON_RESUME,
+    TrainConfig,
+    parse_field,
+    parse_settings,
+    parse_stride,
+    resolve,
+    resumed,
+)
+from fastat.system.errors import Failure, UserError
 from tests.conftest import fastat, one_line
 
 AUDIOSET = 1_998_999
@@ -441,9 +441,9 @@ def test_a_configuration_of_another_version(tmp_path: Path, change: dict[str, An
 
 def test_no_torch_is_imported() -> None:
     """A mistake on the command line is answered at once."""
-    code = "import sys, fastat.cli, fastat.launch; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastat.cli.app, fastat.training.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    code = "import sys, fastat.cli; sys.exit('numpy' in sys.modules)"
+    code = "import sys, fastat.cli.app; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastat.costs import count_parameters, forward_gflop, gflop_by_module
 from fastat.models import create_model, list_models
+from fastat.models.costs import count_parameters, forward_gflop, gflop_by_module
 from tests.conftest import QUIET, fastat
 
 GFLOP = {

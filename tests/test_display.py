@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from fastat.display import Status, _panel
+from fastat.system.display import Status, _panel
 
 
 def test_panel_shows_every_value_under_its_label() -> None:

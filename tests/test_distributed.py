@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastat import optim
-from fastat import step as stepping
-from fastat.config import TrainConfig, resolve
+from fastat.config.run import TrainConfig, resolve
 from fastat.data.loader import PackedSource
-from fastat.display import StatusDisplay
-from fastat.distributed import ALONE, Ranks
-from fastat.errors import Failure, RankZeroFailed, UserError
-from fastat.evaluate import evaluate_checkpoint
+from fastat.evaluation.evaluate import evaluate_checkpoint
 from fastat.models.sync_batchnorm import CpuSyncBatchNorm
-from fastat.train import Trainer, train
+from fastat.system.display import StatusDisplay
+from fastat.system.distributed import ALONE, Ranks
+from fastat.system.errors import Failure, RankZeroFailed, UserError
+from fastat.training import optim
+from fastat.training import step as stepping
+from fastat.training.trainer import Trainer, train
 from tests.conftest import QUIET, SMALL_MODELS, TINY_MODEL, TinySets
 from tests.ranks import free_port, run_ranks
 from tests.test_train import assert_same_run, metrics
@@ -490,7 +490,7 @@ def test_sigterm_saves_and_leaves_and_gpus_starts_the_ranks(
     arguments = torchrun(tiny_sets, out, "--set", "checkpoint_every_steps=1")
     arguments = [*arguments[arguments.index("train") :], "--gpus", "2"]
     program = (
-        "import torch; torch.cuda.device_count = lambda: 2; from fastat.cli import main; main()"
+        "import torch; torch.cuda.device_count = lambda: 2; from fastat.cli.app import main; main()"
     )
     command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | QUIET)
@@ -517,7 +517,7 @@ def test_mistakes_are_said_once_by_all_ranks(tiny_sets: TinySets, tmp_path: Path
 def test_gpus_that_are_not_there(
     gpus: int, tiny_sets: TinySets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastat.torchrun import run_ranks as start
+    from fastat.system.torchrun import run_ranks as start
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match="1 to 2, the GPUs" if gpus else "no GPU; without --gpus"):

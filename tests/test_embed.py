@@ -8,11 +8,11 @@ import pytest
 import soundfile as sf
 import torch
 
-from fastat.checkpoint import ModelMeta, build_frontend, load_model
-from fastat.checkpoints import write_checkpoint
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo
-from fastat.extract import read_waveform
-from fastat.features import FEATURES
+from fastat.evaluation.extract import read_waveform
+from fastat.training.checkpoints import write_checkpoint
+from fastat.weights.checkpoint import ModelMeta, build_frontend, load_model
 from tests.conftest import SMALL_MODELS, fastat, one_line
 
 RATE = 16_000

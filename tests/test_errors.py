@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastat.errors import one_line
+from fastat.system.errors import one_line
 
 
 def test_a_message_is_a_line_of_bearable_length() -> None:

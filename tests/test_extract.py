@@ -9,10 +9,10 @@ import soundfile as sf
 import torch
 from numpy.typing import NDArray
 
-from fastat import cli
-from fastat.extract import BLOCK_FRAMES, extract, extract_files
-from fastat.features import FEATURES
-from fastat.frontend import Frontend
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Frontend
+from fastat.cli import app as cli
+from fastat.evaluation.extract import BLOCK_FRAMES, extract, extract_files
 
 RATE = 16_000
 

@@ -16,16 +16,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastat import checkpoints, evaluate, signals
-from fastat import step as stepping
-from fastat.checkpoint import load_model
-from fastat.checkpoints import linked_step, write_checkpoint
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure, UserError
-from fastat.optim import train_step
-from fastat.readback import Reading
-from fastat.run_folder import RunFolder
-from fastat.signals import Interrupted
+from fastat.evaluation import evaluate
+from fastat.system.errors import Failure, UserError
+from fastat.training import checkpoints, signals
+from fastat.training import step as stepping
+from fastat.training.checkpoints import linked_step, write_checkpoint
+from fastat.training.optim import train_step
+from fastat.training.readback import Reading
+from fastat.training.run_folder import RunFolder
+from fastat.training.signals import Interrupted
+from fastat.weights.checkpoint import load_model
 from tests.conftest import TinySets, fastat, one_line
 from tests.test_checkpoint import damage, sign
 from tests.test_train import (
@@ -192,7 +193,7 @@ def test_a_best_that_was_not_written_is_not_the_best(
             raise Failure("cannot write checkpoint 8")
         write_checkpoint(folder, step, *args, **options)
 
-    monkeypatch.setattr("fastat.train.evaluate", scored)
+    monkeypatch.setattr("fastat.training.trainer.evaluate", scored)
     monkeypatch.setattr(checkpoints, "write_checkpoint", full_at_8)
     run = trainer(tiny_sets, tmp_path / "run", epochs=4)
     run.run_epochs()

@@ -11,7 +11,7 @@ from librosa.filters import mel as librosa_mel
 from scipy.signal.windows import hann
 from transformers import ASTFeatureExtractor
 
-from fastat.features import FEATURES, get_feature
+from fastat.audio.features import FEATURES, get_feature
 from tests import reference_features as reference
 
 WAVES = reference.synthetic()

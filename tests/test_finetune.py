@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastat.errors import UserError
-from fastat.finetune import freeze, parameter_groups, train_mode
 from fastat.models import create_model
+from fastat.system.errors import UserError
+from fastat.training.finetune import freeze, parameter_groups, train_mode
 from tests.conftest import SMALL_MODELS
 
 

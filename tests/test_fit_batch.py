@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastat import fit_batch as fitting
-from fastat.config import TrainConfig, resolve
-from fastat.distributed import Ranks
-from fastat.errors import Failure, UserError
-from fastat.fit_batch import fit_batch
-from fastat.launch import configure_ranks
+from fastat.config.run import TrainConfig, resolve
+from fastat.system.distributed import Ranks
+from fastat.system.errors import Failure, UserError
+from fastat.training import fit_batch as fitting
+from fastat.training.fit_batch import fit_batch
+from fastat.training.launch import configure_ranks
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 from tests.ranks import run_ranks
 

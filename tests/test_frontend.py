@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ASTFeatureExtractor
 
-from fastat import frontend
-from fastat.features import FEATURES
-from fastat.frontend import Augment, Frontend
+from fastat.audio import frontend
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Augment, Frontend
 from tests import reference_features as reference
 
 SAMPLES = 160_000

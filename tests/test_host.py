@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastat import host
-from fastat.errors import UserError
-from fastat.host import cores_of_rank, free_memory
+from fastat.system import host
+from fastat.system.errors import UserError
+from fastat.system.host import cores_of_rank, free_memory
 
 MIB = 1 << 20
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastat.commands import trained
+from fastat.cli import trained
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
-from fastat.evaluate import evaluate_checkpoint
-from fastat.label_quality import map_above, quantile_thresholds, read_quality
+from fastat.evaluation.evaluate import evaluate_checkpoint
+from fastat.evaluation.label_quality import map_above, quantile_thresholds, read_quality
+from fastat.system.errors import UserError
 from tests.conftest import TinySets
 from tests.test_cli import save
 

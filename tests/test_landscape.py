@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastat.commands import study
-from fastat.config import TrainConfig
-from fastat.errors import Failure, UserError
-from fastat.landscape import (
+from fastat.cli import study
+from fastat.config.run import TrainConfig
+from fastat.models import create_model
+from fastat.study.landscape import (
     Landscape,
     LossSurface,
     Sharpness,
@@ -27,8 +27,8 @@ from fastat.landscape import (
     loss_slice,
     sharpness,
 )
-from fastat.landscape_plot import draw
-from fastat.models import create_model
+from fastat.study.landscape_plot import draw
+from fastat.system.errors import Failure, UserError
 from tests.conftest import SMALL_MODELS, TINY_MODEL, TinySets, fastat
 
 CLIPS, FRAMES, MELS, CLASSES = 3, 32, 64, 3
@@ -344,7 +344,7 @@ def test_second_derivatives_are_not_left_to_float16(
         raise Failure("seen")
 
     monkeypatch.setattr("fastat.system.device.choose_precision", lambda asked, device: suited)
-    monkeypatch.setattr("fastat.landscape.landscape", landscape)
+    monkeypatch.setattr("fastat.study.landscape.landscape", landscape)
     with pytest.raises(Failure, match="seen"):
         study.landscape([run], data=tiny_sets.eval, clips=4, batch=4, max_iterations=1)
     assert given == [want]

@@ -13,12 +13,19 @@ from typing import Any
 
 import pytest
 
-import fastat.launch
-from fastat.atomic import new_folder
-from fastat.config import TrainConfig
-from fastat.data import demo, shards
-from fastat.errors import Failure, UserError
-from fastat.launch import cache_folder, configure, practice_sets, run_folder_of, run_training
+import fastat.training.launch
+from fastat.config.run import TrainConfig
+from fastat.data import practice as demo
+from fastat.data import shards
+from fastat.system.errors import Failure, UserError
+from fastat.system.files import new_folder
+from fastat.training.launch import (
+    cache_folder,
+    configure,
+    practice_sets,
+    run_folder_of,
+    run_training,
+)
 from tests.conftest import TINY_MODEL, TinySets
 from tests.conftest import fastat as command
 
@@ -26,7 +33,9 @@ from tests.conftest import fastat as command
 @pytest.fixture(autouse=True)
 def no_practice_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Making it is the work that a mistake must not wait for."""
-    monkeypatch.setattr(fastat.launch, "practice_sets", lambda: pytest.fail("set was made"))
+    monkeypatch.setattr(
+        fastat.training.launch, "practice_sets", lambda: pytest.fail("set was made")
+    )
 
 
 @pytest.fixture
@@ -239,7 +248,7 @@ def test_a_training_that_did_not_begin_leaves_no_default_folder(
         (run / ".lock").touch()
         raise Failure("a shard is damaged")
 
-    monkeypatch.setattr("fastat.train.train", train)
+    monkeypatch.setattr("fastat.training.trainer.train", train)
     out = tmp_path / "mine" if named else None
     with pytest.raises(Failure, match="a shard is damaged"):
         run_training("A4", "crnn", {"data": tiny_sets.train}, out, resume=False)

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastat.atomic import locks_work
-from fastat.data.hdf5_source import Hdf5Rows, read_rows
+from fastat.audio.hdf5_source import Hdf5Rows, read_rows
 from fastat.data.shard_file import ShardRows, load_shard, write_shard
 from fastat.data.shards import ClassInfo, PackedSet
-from fastat.errors import Failure, UserError
+from fastat.evaluation.predictions import read_predictions, save_predictions
 from fastat.packing.append import append
-from fastat.predictions import read_predictions, save_predictions
-from fastat.run_folder import RunFolder
+from fastat.system.errors import Failure, UserError
+from fastat.system.files import locks_work
+from fastat.training.run_folder import RunFolder
 from tests.conftest import TinySets, write_tiny_audio
 from tests.data.test_hdf5_source import NUM_CLASSES, write_panns
 from tests.test_train import trainer

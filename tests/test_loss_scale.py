@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastat import loss_scale
-from fastat import step as stepping
-from fastat.distributed import ALONE
-from fastat.errors import Failure
-from fastat.evaluate import evaluate_checkpoint
-from fastat.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LARGEST, LossScale
-from fastat.optim import create_adam, train_step
-from fastat.step import StepResult
-from fastat.train import Trainer
+from fastat.evaluation.evaluate import evaluate_checkpoint
+from fastat.system.distributed import ALONE
+from fastat.system.errors import Failure
+from fastat.training import loss_scale
+from fastat.training import step as stepping
+from fastat.training.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, LARGEST, LossScale
+from fastat.training.optim import create_adam, train_step
+from fastat.training.step import StepResult
+from fastat.training.trainer import Trainer
 from tests.conftest import TinySets, fastat
 from tests.test_nonfinite import poison
 from tests.test_step import CPU, NAMES, NoHostSync, inputs, small, step_of

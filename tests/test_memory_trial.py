@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastat import fit_batch, memory_trial
-from fastat.config import TrainConfig, resolve
+from fastat.config.run import TrainConfig, resolve
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure
-from fastat.fit_batch import largest_batch
-from fastat.memory_trial import search
 from fastat.models.cnn_trans import CnnTransformer
-from fastat.training_data import model_meta
+from fastat.system.errors import Failure
+from fastat.training import fit_batch, memory_trial
+from fastat.training.data import model_meta
+from fastat.training.fit_batch import largest_batch
+from fastat.training.memory_trial import search
 from tests.conftest import TinySets
 
 CPU = torch.device("cpu")

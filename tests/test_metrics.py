@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from fastat.metrics import tagging_metrics
+from fastat.evaluation.metrics import tagging_metrics
 
 
 def random_case(

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from fastat import cli
-from fastat.checkpoint import load_meta
+from fastat.cli import app as cli
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError, one_line
+from fastat.evaluation.predictions import read_predictions
 from fastat.packing.pack import pack
-from fastat.predictions import read_predictions
+from fastat.system.errors import UserError, one_line
+from fastat.weights.checkpoint import load_meta
 from tests.conftest import QUIET, TINY_MODEL
 
 LATIN = os.fsdecode(b"caf\xe9")

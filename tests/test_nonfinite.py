@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastat.audio.frontend import Frontend
 from fastat.data.loader import Batch
-from fastat.errors import Failure
-from fastat.frontend import Frontend
-from fastat.nonfinite import MAX_IN_A_ROW, BufferGuard, reason_to_stop
-from fastat.run_folder import Progress
-from fastat.train import Trainer
+from fastat.system.errors import Failure
+from fastat.training.nonfinite import MAX_IN_A_ROW, BufferGuard, reason_to_stop
+from fastat.training.run_folder import Progress
+from fastat.training.trainer import Trainer
 from tests.conftest import TinySets
 from tests.test_train import assert_same_run, metrics, trainer
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastat.checkpoints import load_optimizer_state
-from fastat.optim import create_adam, finite_flag, guarded_step, set_lr, train_step
+from fastat.training.checkpoints import load_optimizer_state
+from fastat.training.optim import create_adam, finite_flag, guarded_step, set_lr, train_step
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BETAS = (0.9, 0.999)

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.checkpoint import ModelMeta, save_weights
-from fastat.cli import main
-from fastat.config import TrainConfig
+from fastat.cli.app import main
+from fastat.config.run import TrainConfig
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
-from fastat.evaluate import evaluate_checkpoint
-from fastat.introduction import log_device_choices
-from fastat.launch import configure
-from fastat.predict import Tagger
-from fastat.predictions import read_predictions
+from fastat.evaluation.evaluate import evaluate_checkpoint
+from fastat.evaluation.predict import Tagger
+from fastat.evaluation.predictions import read_predictions
 from fastat.system import device as devices
 from fastat.system.device import PrecisionChoice, auto_precision
+from fastat.system.errors import UserError
+from fastat.training.introduction import log_device_choices
+from fastat.training.launch import configure
+from fastat.weights.checkpoint import ModelMeta, save_weights
 from tests.conftest import TinySets
 
 CPU = torch.device("cpu")

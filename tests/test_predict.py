@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from torch import Tensor, nn
 
-from fastat import cli
-from fastat.checkpoint import ModelMeta, build_frontend, load_model
-from fastat.checkpoints import write_checkpoint
+from fastat.audio.features import FEATURES
+from fastat.cli import app as cli
 from fastat.data.shards import ClassInfo
-from fastat.extract import read_waveform
-from fastat.features import FEATURES
-from fastat.plot import COLUMNS, _bin_of, draw, mel_image, timeline
-from fastat.predict import Prediction, Tagger, clock, window_starts
+from fastat.evaluation.extract import read_waveform
+from fastat.evaluation.plot import COLUMNS, _bin_of, draw, mel_image, timeline
+from fastat.evaluation.predict import Prediction, Tagger, clock, window_starts
+from fastat.training.checkpoints import write_checkpoint
+from fastat.weights.checkpoint import ModelMeta, build_frontend, load_model
 
 CLASSES = tuple(
     ClassInfo(f"/m/{i}", name)
@@ -187,7 +187,7 @@ def test_a_short_file_is_padded_with_its_length_known(run: Path, tmp_path: Path)
 def test_same_score_as_evaluation_of_the_packed_clip(run: Path, tmp_path: Path) -> None:
     from fastat.data.loader import PackedSource
     from fastat.data.shards import PackedSet
-    from fastat.evaluate import ClassMatch, evaluate
+    from fastat.evaluation.evaluate import ClassMatch, evaluate
     from fastat.packing.pack import pack
 
     device = torch.device("cpu")
@@ -230,7 +230,9 @@ class Loudness(nn.Module):
 @pytest.fixture
 def loudness(monkeypatch: pytest.MonkeyPatch) -> ModelMeta:
     meta = meta_of(clip_seconds=1.0)
-    monkeypatch.setattr("fastat.predict.load_model", lambda run, device: (Loudness(), meta))
+    monkeypatch.setattr(
+        "fastat.evaluation.predict.load_model", lambda run, device: (Loudness(), meta)
+    )
     return meta
 
 
@@ -281,7 +283,9 @@ class Certain(nn.Module):
 def test_certain_tags_are_ranked_by_their_logits(
     loudness: ModelMeta, half_loud: Path, fastat: Fastat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastat.predict.load_model", lambda run, device: (Certain(), loudness))
+    monkeypatch.setattr(
+        "fastat.evaluation.predict.load_model", lambda run, device: (Certain(), loudness)
+    )
     _, out, _ = fastat("predict", "any", half_loud, "--json", "--top", 3)
     (document,) = json.loads(out)
     for tags in (document["tags"], *(window["tags"] for window in document["windows"])):
@@ -477,7 +481,7 @@ def test_mistakes_are_found_before_the_work_starts(
     def must_not_load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastat.predict.load_model", must_not_load)
+    monkeypatch.setattr("fastat.evaluation.predict.load_model", must_not_load)
     a = wav(tmp_path / "a.wav", 0.1)
     (tmp_path / "other").mkdir()
     same = wav(tmp_path / "other" / "a.wav", 0.1)

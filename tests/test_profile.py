@@ -10,20 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from fastat.checkpoint import ModelMeta
-from fastat.config import TrainConfig, resolve
+from fastat.audio.features import FEATURES
+from fastat.config.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
+from fastat.config.run import TrainConfig, resolve
 from fastat.data.shards import ClassInfo
-from fastat.errors import UserError
-from fastat.features import FEATURES
-from fastat.paper import TABLE_2, TABLE_3, TRAIN_CLIPS
-from fastat.profile import run
-from fastat.profile.cases import choices, parse_strides
-from fastat.profile.device import OutOfMemory
-from fastat.profile.measure import Measured, Spread, step_key
-from fastat.profile.plot import draw
-from fastat.profile.rows import MS, Document, add_measured, as_csv, best_value, describe, document
-from fastat.profile.table import print_tables
+from fastat.study.profile import run
+from fastat.study.profile.cases import choices, parse_strides
+from fastat.study.profile.device import OutOfMemory
+from fastat.study.profile.measure import Measured, Spread, step_key
+from fastat.study.profile.plot import draw
+from fastat.study.profile.rows import (
+    MS,
+    Document,
+    add_measured,
+    as_csv,
+    best_value,
+    describe,
+    document,
+)
+from fastat.study.profile.table import print_tables
 from fastat.system.device import default_device
+from fastat.system.errors import UserError
+from fastat.weights.checkpoint import ModelMeta
 from tests.conftest import QUIET, TINY_MODEL, TinySets, fastat, one_line
 
 KEYS = (
@@ -99,7 +107,7 @@ def test_the_command(tiny_sets: TinySets, tmp_path: Path) -> None:
         "--trace", trace, "--json",
     )  # fmt: skip
     found = json.loads(done.stdout)
-    assert found["schema"] == "fastat.profile/1" and found["clips"] == 7200
+    assert found["schema"] == "fastat.study.profile/1" and found["clips"] == 7200
     [line] = found["rows"]
     assert list(line) == KEYS
     assert (line["batch"], line["num_frames"], line["tokens"]) == (3, 40, 10)

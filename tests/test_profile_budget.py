@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fastat import launch
-from fastat.cli import app
-from fastat.config import resolve
-from fastat.errors import Failure
-from fastat.paper import TRAIN_CLIPS
-from fastat.profile.budget import rank, train_command
-from fastat.profile.cases import Choice, at_paper_strides, choices
-from fastat.profile.kept import kept_file, read_kept, write_kept
-from fastat.profile.measure import PARTS, Measured, Spread
-from fastat.profile.rows import Document
-from fastat.profile.table import print_tables
+from fastat.cli.app import app
+from fastat.config.paper import TRAIN_CLIPS
+from fastat.config.run import resolve
+from fastat.study.profile.budget import rank, train_command
+from fastat.study.profile.cases import Choice, at_paper_strides, choices
+from fastat.study.profile.kept import kept_file, read_kept, write_kept
+from fastat.study.profile.measure import PARTS, Measured, Spread
+from fastat.study.profile.rows import Document
+from fastat.study.profile.table import print_tables
+from fastat.system.errors import Failure
+from fastat.training import launch
 from tests.conftest import QUIET, TinySets, fastat
 
 STEP = Measured(dict.fromkeys(("data", *PARTS, "step"), Spread(3.0, 2.0, 4.0)), 5 << 30, 200.0)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.config import TrainConfig, resolve
+from fastat.config.paper import TRAIN_CLIPS
+from fastat.config.run import TrainConfig, resolve
 from fastat.data.shards import PackedSet
-from fastat.paper import TRAIN_CLIPS
-from fastat.profile import device as device_module
-from fastat.profile.device import OutOfMemory, gpu_watts, out_of_memory
-from fastat.profile.measure import Spread, Training, measure, step_key
-from fastat.profile.noise import noise_set
+from fastat.study.profile import device as device_module
+from fastat.study.profile.device import OutOfMemory, gpu_watts, out_of_memory
+from fastat.study.profile.measure import Spread, Training, measure, step_key
+from fastat.study.profile.noise import noise_set
 from tests.conftest import SMALL_MODELS
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import pytest
 from plotly.offline import get_plotlyjs
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from fastat.paper import TABLE_2, TABLE_3, TABLE_4, TRAIN_CLIPS
-from fastat.predictions import Predictions
-from fastat.procedures import PROCEDURES
-from fastat.report.curves import class_curves, precision_recall
-from fastat.report.page import write_report
+from fastat.config.paper import TABLE_2, TABLE_3, TABLE_4, TRAIN_CLIPS
+from fastat.config.procedures import PROCEDURES
+from fastat.evaluation.predictions import Predictions
+from fastat.study.report.curves import class_curves, precision_recall
+from fastat.study.report.page import write_report
 from tests.conftest import TINY_MODEL, TinySets, fastat, one_line
 from tests.report_samples import (
     EVIL,
@@ -471,11 +471,11 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, out: Path) -> None
     [
         ("x", "the JSON of fastat profile"),
         ("[]", "the JSON of fastat profile"),
-        ('{"schema": "fastat.profile/9"}', "fastat.profile/9"),
+        ('{"schema": "fastat.study.profile/9"}', "fastat.study.profile/9"),
         ('{"epoch": 1}', "'schema'"),
-        ('{"schema": "fastat.profile/1", "device": "d", "rows": [{}]}', "'ms'"),
+        ('{"schema": "fastat.study.profile/1", "device": "d", "rows": [{}]}', "'ms'"),
         (
-            '{"schema": "fastat.profile/1", "rows": [{"model": "a", "proc": "b", "ms": null, '
+            '{"schema": "fastat.study.profile/1", "rows": [{"model": "a", "proc": "b", "ms": null, '
             '"precision": "fp32", "grid": null, "out_of_memory": false, "params": "many"}]}',
             "a number as params",
         ),

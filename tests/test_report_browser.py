@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sklearn.metrics import average_precision_score
 
-from fastat.paper import TABLE_4
-from fastat.report.page import write_report
+from fastat.config.paper import TABLE_4
+from fastat.study.report.page import write_report
 from tests.report_samples import (
     EVIL,
     NAMES,

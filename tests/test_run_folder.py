@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastat.config import resolve
-from fastat.errors import Failure
-from fastat.run_folder import RunFolder
+from fastat.config.run import resolve
+from fastat.system.errors import Failure
+from fastat.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("line", [b"\xff{}", b"{nothing}", b'{"step": 3}', b'{"epoch": "x"}'])

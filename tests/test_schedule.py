@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastat.schedule import lr_factor, warmup_length
+from fastat.config.schedule import lr_factor, warmup_length
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 7, 100])

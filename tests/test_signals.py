@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fastat import signals
-from fastat.signals import Interrupted, StopSignals, leaving_at_once
+from fastat.training import signals
+from fastat.training.signals import Interrupted, StopSignals, leaving_at_once
 from tests.conftest import QUIET
 
 
@@ -63,7 +63,8 @@ def test_outside_training_a_signal_leaves_at_once(signum: signal.Signals) -> Non
 
 def test_the_command_leaves_at_its_start_with_143() -> None:
     program = (
-        "import os, signal; import fastat.launch as launch; from fastat.cli import main\n"
+        "import os, signal; import fastat.training.launch as launch\n"
+        "from fastat.cli.app import main\n"
         "launch.configure = lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1); main()"
     )
     command = [sys.executable, "-c", program, "train", "--proc", "A4", "--model", "crnn"]

@@ -15,14 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastat.distributed import ALONE, Ranks
-from fastat.frontend import Augment, Frontend
-from fastat.loss_scale import LossScale
+from fastat.audio.frontend import Augment, Frontend
 from fastat.models import create_model
-from fastat.nonfinite import BufferGuard
-from fastat.optim import create_adam, finite_flag, train_step
-from fastat.readback import BEHIND, DelayedReadback
-from fastat.step import WARM_UP, StepResult, TrainingStep, why_not_captured
+from fastat.system.distributed import ALONE, Ranks
+from fastat.training.loss_scale import LossScale
+from fastat.training.nonfinite import BufferGuard
+from fastat.training.optim import create_adam, finite_flag, train_step
+from fastat.training.readback import BEHIND, DelayedReadback
+from fastat.training.step import WARM_UP, StepResult, TrainingStep, why_not_captured
 from tests.conftest import SMALL_MODELS, TinySets, fastat
 from tests.test_train import arguments
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastat.launch import practice_sets
-from fastat.paper import TABLE_2
+from fastat.config.paper import TABLE_2
+from fastat.training.launch import practice_sets
 from tests.conftest import fastat
 from tests.weights.test_imagenet import put
 

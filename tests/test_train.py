@@ -19,18 +19,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastat import step as stepping
-from fastat import train as training
-from fastat.checkpoint import ModelMeta, load_model
-from fastat.config import resolve
+from fastat.audio.features import FEATURES
+from fastat.config.run import resolve
+from fastat.config.schedule import lr_factor
 from fastat.data.shards import PackedSet
-from fastat.display import StatusDisplay
-from fastat.errors import Failure, UserError
-from fastat.features import FEATURES
-from fastat.optim import train_step
 from fastat.packing.pack import pack
-from fastat.schedule import lr_factor
-from fastat.train import Trainer
+from fastat.system.display import StatusDisplay
+from fastat.system.errors import Failure, UserError
+from fastat.training import step as stepping
+from fastat.training import trainer as training
+from fastat.training.optim import train_step
+from fastat.training.trainer import Trainer
+from fastat.weights.checkpoint import ModelMeta, load_model
 from tests.conftest import (
     QUIET,
     TINY_MODEL,
@@ -167,9 +167,9 @@ def test_resuming_after_steps_equals_the_whole_run(
 
 
 SLOW_WRITES = (
-    "import time; import fastat.atomic as atomic; fsync = atomic.fsync\n"
+    "import time; import fastat.system.files as atomic; fsync = atomic.fsync\n"
     "def slow(path): time.sleep(0.2); fsync(path)\n"
-    "atomic.fsync = slow; from fastat.cli import main; main()"
+    "atomic.fsync = slow; from fastat.cli.app import main; main()"
 )
 KILLED = [("at", 1), ("writing", 5), ("at", 10)]
 """At a step, or while the checkpoint of it, or of the next one that has one, is written."""
@@ -225,7 +225,8 @@ def test_a_signal_at_an_epochs_last_step_still_scores_the_epoch(
 ) -> None:
     out = tmp_path / "run"
     program = (
-        "import os, signal, sys; import fastat.step as t; from fastat.cli import main\n"
+        "import os, signal, sys; import fastat.training.step as t\n"
+        "from fastat.cli.app import main\n"
         "step, done = t.train_step, []\n"
         "def counted(*args):\n"
         "    done.append(step(*args))\n"
@@ -347,7 +348,7 @@ def test_full_disk_keeps_the_checkpoint_before(tiny_sets: TinySets, tmp_path: Pa
     out = tmp_path / "run"
     fastat(*arguments(tiny_sets, out, "--steps", 4))
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
-    program = limit + "from fastat.cli import main; sys.argv[0] = 'fastat'; main()"
+    program = limit + "from fastat.cli.app import main; sys.argv[0] = 'fastat'; main()"
     resume = [sys.executable, "-c", program, "train", "--resume", "--out", str(out)]
     more = ["--set", "steps=8"]
     done = subprocess.run([*resume, *more], capture_output=True, text=True, timeout=300)

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastat.audio.features import get_feature
+from fastat.audio.frontend import Frontend
 from fastat.data.codes import DTYPES, decode, encode, log_floor, mix, row_bytes
 from fastat.data.loader import (
     PREFETCH,
@@ -36,12 +38,10 @@ from fastat.data.loader import (
 )
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
-from fastat.distributed import ALONE, Ranks
-from fastat.errors import Failure, UserError
-from fastat.features import get_feature
-from fastat.frontend import Frontend
-from fastat.host import free_memory, ranks_here
-from fastat.progress import Advance, progress
+from fastat.system.distributed import ALONE, Ranks
+from fastat.system.errors import Failure, UserError
+from fastat.system.host import free_memory, ranks_here
+from fastat.system.progress import Advance, progress
 
 FILL_CLIPS = 64
 """Number of clips whose log-mels are computed at a time."""

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastat.features import Feature
-from fastat.frontend import Augment
+from fastat.audio.features import Feature
+from fastat.audio.frontend import Augment
 
 DTYPES = {"float16": torch.float16, "uint8": torch.uint8}
 STEPS = 254

@@ -26,7 +26,7 @@ from fastat.data.dali_check import BadClip, Decoder, Header, Refusal
 from fastat.data.loader import Batch, augment_of, mixed_targets, prefetch, to_device
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import SAMPLE_RATE, PackedSet
-from fastat.errors import Failure, UserError
+from fastat.system.errors import Failure, UserError
 
 READ_THREADS = 8
 """Threads that read files ahead of DALI: they wait for the disk, not for a core."""

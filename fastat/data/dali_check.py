@@ -22,10 +22,10 @@ import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
 
-from fastat.atomic import atomic_path, write_csv
-from fastat.data.hdf5_source import is_row
+from fastat.audio.hdf5_source import is_row
 from fastat.data.shards import SAMPLE_RATE, PackedSet
-from fastat.progress import progress
+from fastat.system.files import atomic_path, write_csv
+from fastat.system.progress import progress
 
 log = logging.getLogger(__name__)
 

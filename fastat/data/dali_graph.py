@@ -21,9 +21,9 @@ from nvidia import dali
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
+from fastat.audio.features import FEATURES
 from fastat.data.shards import SAMPLE_RATE
-from fastat.errors import first_line
-from fastat.features import FEATURES
+from fastat.system.errors import first_line
 
 DALI_VERSION: str = dali.__version__
 INT16_STEPS = 32768.0

@@ -15,7 +15,7 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from fastat.data.row_reader import RowReader
-from fastat.host import cores_of_rank
+from fastat.system.host import cores_of_rank
 
 COMPRESSION_LEVEL = 5 / 8
 """libFLAC's level 5, in soundfile's scale from 0 to 1. Share of PCM's bytes and time to encode ten

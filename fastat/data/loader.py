@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastat.audio.frontend import Augment, Frontend
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure
-from fastat.frontend import Augment, Frontend
+from fastat.system.errors import Failure
 
 PREFETCH = 1
 """Number of batches that are ready before the model asks for them."""

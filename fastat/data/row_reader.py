@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from fastat.errors import Failure
-from fastat.host import cores_of_rank
+from fastat.system.errors import Failure
+from fastat.system.host import cores_of_rank
 
 READ_THREADS = min(8, cores_of_rank())
 """A core reads and checks 9 GB/s of cached rows (measured on two cores), so eight cores read more

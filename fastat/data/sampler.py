@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.errors import UserError
+from fastat.system.errors import UserError
 
 ORDER_STREAM, STEP_STREAM, REPLACEMENT_STREAM = 0, 1, 2
 """Parts of seeds: an epoch's order, its steps and replacements have independent draws."""

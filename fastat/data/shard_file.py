@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from fastat.atomic import atomic_path
-from fastat.errors import H5PY_ERRORS, Failure, first_line
+from fastat.system.errors import H5PY_ERRORS, Failure, first_line
+from fastat.system.files import atomic_path
 
 AUDIO_DATASETS = {"pcm16": "waveform", "flac": "flac_bytes"}
 COPY_BYTES = 16 << 20

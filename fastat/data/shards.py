@@ -26,12 +26,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.atomic import atomic_write_text
+from fastat.config.fields import check_keys
 from fastat.data.flac import FlacReader
 from fastat.data.row_reader import RowFile, RowReader, RowSpans
 from fastat.data.shard_file import Damaged, ShardInfo, read_shard
-from fastat.errors import Failure, UserError
-from fastat.fields import check_keys
+from fastat.system.errors import Failure, UserError
+from fastat.system.files import atomic_write_text
 
 SAMPLE_RATE = 16_000
 FORMAT = "fastat packed set"

@@ -3,8 +3,7 @@
 import inspect
 from typing import Any
 
-from fastat.errors import UserError, first_line, nearest
-from fastat.fields import check_value
+from fastat.config.fields import check_value
 from fastat.models.ast import Ast
 from fastat.models.base import TaggingModel
 from fastat.models.cnn_trans import CnnTransformer
@@ -12,6 +11,7 @@ from fastat.models.conformer import Conformer
 from fastat.models.crnn import Crnn
 from fastat.models.resnet import ResNet34, ResNet50
 from fastat.models.transformer import Transformer
+from fastat.system.errors import UserError, first_line, nearest
 
 MODELS: dict[str, type[TaggingModel]] = {
     "ast": Ast,

@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from fastat.atomic import lock
-from fastat.data.classes import ClassList
-from fastat.data.manifest import Entry, read_manifest
 from fastat.data.shard_file import ShardInfo, read_shard
 from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, read_index, write_index
-from fastat.data.table_layout import ColumnNames
-from fastat.errors import UserError
-from fastat.host import cores_of_rank
 from fastat.packing.bad_files import has_changed
 from fastat.packing.block import APPEND, Layout
+from fastat.packing.classes import ClassList
 from fastat.packing.index import Content, grown_index
+from fastat.packing.manifest import Entry, read_manifest
 from fastat.packing.options import check_ranges, named
 from fastat.packing.pack import run_blocks, unfinished_parts
 from fastat.packing.plan import APPEND_BAD_FILE, Part, Plan, check_bad, disk_errors, write_lists
 from fastat.packing.summary import AppendSummary, count_notes, rarest_class
+from fastat.packing.table_layout import ColumnNames
+from fastat.system.errors import UserError
+from fastat.system.files import lock
+from fastat.system.host import cores_of_rank
 
 
 def append(

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastat.atomic import write_csv
-from fastat.data.bad_audio import Remark
-from fastat.data.hdf5_source import file_of
-from fastat.data.manifest import BadFile
+from fastat.audio.bad_audio import Remark
+from fastat.audio.hdf5_source import file_of
+from fastat.packing.manifest import BadFile
+from fastat.system.files import write_csv
 
 BAD_FILE = "bad.csv"
 NOTES_FILE = "notes.csv"

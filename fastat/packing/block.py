@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from fastat.data.bad_audio import BadAudio
-from fastat.data.decode import decode, to_int16
+from fastat.audio.bad_audio import BadAudio
+from fastat.audio.decode import decode, to_int16
+from fastat.audio.features import FEATURES
+from fastat.audio.hdf5_source import Hdf5Rows, is_row
 from fastat.data.flac import encode
-from fastat.data.hdf5_source import Hdf5Rows, is_row
-from fastat.data.manifest import BadFile, Entry
 from fastat.data.shard_file import Damaged, ShardRows, write_shard
 from fastat.data.shards import INDEX_FILE, SAMPLE_RATE, VERSION
-from fastat.errors import H5PY_ERRORS, Failure, UserError, first_line
-from fastat.features import FEATURES
 from fastat.packing.bad_files import NotedFile, has_changed, stamp
+from fastat.packing.manifest import BadFile, Entry
+from fastat.system.errors import H5PY_ERRORS, Failure, UserError, first_line
 
 APPEND = "append"
 """The command of blocks that are appended: their shards are named by what is in them."""

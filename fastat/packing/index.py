@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.manifest import BadFile
 from fastat.data.shard_file import ShardInfo, ShardRows
 from fastat.data.shards import FORMAT, SAMPLE_RATE, VERSION, ClassInfo, codec_of
-from fastat.errors import UserError
 from fastat.packing.bad_files import NotedFile
 from fastat.packing.block import APPEND, Layout, Report, Sums
+from fastat.packing.manifest import BadFile
+from fastat.system.errors import UserError
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.manifest import Entry, Manifest
-from fastat.data.split import Holdout, holdout_mask
-from fastat.errors import UserError
+from fastat.packing.manifest import Entry, Manifest
+from fastat.packing.split import Holdout, holdout_mask
+from fastat.system.errors import UserError
 
 CODECS = ("pcm16", "flac", "none")
 MIN_CLIP_SECONDS, MAX_CLIP_SECONDS = 0.1, 1000.0

@@ -21,19 +21,19 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from fastat.data.manifest import read_manifest
 from fastat.data.shards import SAMPLE_RATE, VERSION
-from fastat.data.split import Holdout
-from fastat.data.table_layout import ColumnNames
-from fastat.errors import Failure, UserError
-from fastat.host import cores_of_rank
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, has_changed
 from fastat.packing.block import Block, Layout, pack_block, try_file
+from fastat.packing.manifest import read_manifest
 from fastat.packing.options import check_ranges, check_split, named, sampled_clips, split_table
 from fastat.packing.plan import Part, Plan, bad_in_table, check_bad
+from fastat.packing.split import Holdout
 from fastat.packing.summary import PackSummary, count_notes, empty_classes, rarest_class
+from fastat.packing.table_layout import ColumnNames
 from fastat.packing.workers import Killed, Processes, Workers, dask_cluster
-from fastat.progress import progress
+from fastat.system.errors import Failure, UserError
+from fastat.system.host import cores_of_rank
+from fastat.system.progress import progress
 
 MAX_KILLS = 3
 """If a block's process is killed so often and no single file is the cause, the command fails."""

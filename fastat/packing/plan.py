@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastat.data.classes import ClassList
-from fastat.data.manifest import BadFile, Entry
 from fastat.data.shard_file import Damaged, ShardInfo, load_shard, read_shard
 from fastat.data.shards import INDEX_FILE, VERSION, read_index, write_index
-from fastat.errors import Failure, UserError
 from fastat.packing.bad_files import BAD_FILE, NOTES_FILE, write_bad, write_notes
 from fastat.packing.block import BLOCK_BYTES, Block, Layout, Report, fingerprint, read_report
+from fastat.packing.classes import ClassList
 from fastat.packing.index import Content, index_of
+from fastat.packing.manifest import BadFile, Entry
+from fastat.system.errors import Failure, UserError
 
 CLIPS_PER_FILE = 16
 """Assumed with ``--segments``: the real number is known only after decoding."""

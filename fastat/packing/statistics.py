@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastat.features import FEATURES
-from fastat.frontend import Frontend
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Frontend
 from fastat.packing.block import Sums
 
 CLIPS_AT_ONCE = 8

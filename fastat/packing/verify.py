@@ -17,8 +17,8 @@ from fastat.data.shards import (
     fingerprint,
     read_index,
 )
-from fastat.errors import Failure, UserError
-from fastat.progress import progress
+from fastat.system.errors import Failure, UserError
+from fastat.system.progress import progress
 
 BLOCK_BYTES = 32 << 20
 """Size of the blocks of neighbouring rows that are read together."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from threadpoolctl import threadpool_limits
 
-from fastat.errors import Failure, UserError, first_line
+from fastat.system.errors import Failure, UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 CONNECT_SECONDS = 10

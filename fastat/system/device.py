@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastat.errors import UserError
+from fastat.system.errors import UserError
 from fastat_kernels.choice import parse_kernels
 
 log = logging.getLogger(__name__)

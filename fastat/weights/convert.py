@@ -14,8 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastat.atomic import atomic_path
-from fastat.checkpoint import (
+from fastat.audio.features import FEATURES
+from fastat.config.fields import check_value
+from fastat.config.run import parse_settings
+from fastat.data.shards import ClassInfo
+from fastat.packing.classes import ClassList
+from fastat.system.errors import Failure, UserError
+from fastat.system.files import atomic_path
+from fastat.weights.checkpoint import (
     ClipSeconds,
     ModelMeta,
     checkpoint_in,
@@ -24,12 +30,6 @@ from fastat.checkpoint import (
     save_tensors,
     save_weights,
 )
-from fastat.config import parse_settings
-from fastat.data.classes import ClassList
-from fastat.data.shards import ClassInfo
-from fastat.errors import Failure, UserError
-from fastat.features import FEATURES
-from fastat.fields import check_value
 from fastat.weights.foreign import read_foreign, shape_of
 from fastat.weights.hugging_face import AST_FEATURE, AST_STATISTICS, write_hugging_face
 from fastat.weights.layouts import AST, HF_AST, RESNET_TRUNK

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastat.checkpoint import load_tensors
-from fastat.errors import Failure, UserError
-from fastat.features import FEATURES
+from fastat.audio.features import FEATURES
+from fastat.config.procedures import AUTHORS_OPTIONS
 from fastat.models.ast import patch_grid
-from fastat.procedures import AUTHORS_OPTIONS
+from fastat.system.errors import Failure, UserError
+from fastat.weights.checkpoint import load_tensors
 from fastat.weights.hugging_face import (
     CONFIG,
     HEAD_WIDTH,

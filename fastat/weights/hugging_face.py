@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastat.checkpoint import ModelMeta, save_tensors
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo
-from fastat.errors import UserError
-from fastat.features import FEATURES
+from fastat.system.errors import UserError
+from fastat.weights.checkpoint import ModelMeta, save_tensors
 from fastat.weights.layouts import HF_RULES
 from fastat.weights.translate import to_theirs
 from fastat_kernels.patch_embed import PATCH

@@ -7,8 +7,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # it
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastat.errors import Failure, UserError
 from fastat.models.ast import TRUNKS
+from fastat.system.errors import Failure, UserError
 
 RESNETS = {"resnet50": "resnet50.tv_in1k", "resnet34": "resnet34.tv_in1k"}
 """timm's names of torchvision's weights, which the paper's authors started from."""

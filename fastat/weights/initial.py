@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastat.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights
 from fastat.data.shards import ClassInfo
-from fastat.errors import UserError
 from fastat.models import MODELS
 from fastat.models.ast import Ast, adapt_positions
+from fastat.system.errors import UserError
+from fastat.weights.checkpoint import ModelMeta, checkpoint_in, load_meta, read_weights
 from fastat.weights.foreign import describe, read_foreign
 from fastat.weights.imagenet import imagenet_state, trunk_name
 from fastat.weights.translate import Weights, fit, translate

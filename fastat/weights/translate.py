@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo
-from fastat.errors import UserError
-from fastat.features import FEATURES
+from fastat.system.errors import UserError
 from fastat.weights.layouts import LAYOUTS, QKV, Layout, Rule, renamed, sum_rgb
 
 WRAPPERS = ("module.", "_orig_mod.")

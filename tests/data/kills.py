@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastat.progress import progress
+from fastat.system.progress import progress
 from tests.data.audio import run_python
 
 

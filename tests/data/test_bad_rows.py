@@ -15,7 +15,7 @@ import torch
 from fastat.data.loader import Batch, PackedSource
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure
+from fastat.system.errors import Failure
 from tests.conftest import TinySets, kept
 
 CPU = torch.device("cpu")

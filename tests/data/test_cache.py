@@ -12,20 +12,20 @@ import soundfile as sf
 import torch
 from torch import Tensor
 
-from fastat.config import resolve
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Augment, Frontend
+from fastat.config.run import resolve
 from fastat.data import cache
 from fastat.data.cache import CachedSource, TooLittleMemory
 from fastat.data.codes import decode, encode, log_floor, mix
 from fastat.data.loader import Batch, PackedSource, evaluation_plans
 from fastat.data.sampler import Sampler, StepPlan
 from fastat.data.shards import PackedSet
-from fastat.display import StatusDisplay
-from fastat.distributed import ALONE, Ranks
-from fastat.errors import Failure, RankZeroFailed, UserError
-from fastat.features import FEATURES
-from fastat.frontend import Augment, Frontend
 from fastat.packing.pack import pack
-from fastat.train import Trainer
+from fastat.system.display import StatusDisplay
+from fastat.system.distributed import ALONE, Ranks
+from fastat.system.errors import Failure, RankZeroFailed, UserError
+from fastat.training.trainer import Trainer
 from tests.conftest import TinySets
 from tests.data.audio import noise
 from tests.ranks import run_ranks

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.cli import main
+from fastat.cli.app import main
 from fastat.data.dali import DaliSource
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
 from fastat.packing.pack import pack
+from fastat.system.errors import UserError
 from tests.conftest import TINY_MODEL, TinySets, write_tiny_audio
 
 Run = Callable[..., int]

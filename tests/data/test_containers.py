@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from fastat.data.decode import decode
-from fastat.data.ffmpeg import FFmpegFile
-from fastat.data.mpeg import MpegFile
+from fastat.audio.decode import decode
+from fastat.audio.ffmpeg import FFmpegFile
+from fastat.audio.mpeg import MpegFile
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 RATE = 16_000
@@ -59,8 +59,8 @@ def test_is_read_as_documented(
         path.write_bytes(by_ffmpeg(container, encoding))
 
     ffmpeg, mpeg = Mock(wraps=FFmpegFile), Mock(wraps=MpegFile)
-    monkeypatch.setattr("fastat.data.reader.FFmpegFile", ffmpeg)
-    monkeypatch.setattr("fastat.data.reader.MpegFile", mpeg)
+    monkeypatch.setattr("fastat.audio.reader.FFmpegFile", ffmpeg)
+    monkeypatch.setattr("fastat.audio.reader.MpegFile", mpeg)
     audio = decode(path)
     assert mpeg.called == (library == "MPEG frames")
     assert ffmpeg.called == (library == "FFmpeg")

@@ -12,14 +12,14 @@ import soxr
 import torch
 from numpy.typing import NDArray
 
+from fastat.audio.frontend import Frontend
 from fastat.data import dali_check
 from fastat.data.dali import DaliSource
 from fastat.data.loader import Batch, PackedSource
 from fastat.data.sampler import StepPlan
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure, UserError
-from fastat.frontend import Frontend
 from fastat.packing.pack import pack
+from fastat.system.errors import Failure, UserError
 from tests.conftest import kept
 from tests.reference_features import NEAR_PEAK_DB, TOLERANCE, assert_right
 

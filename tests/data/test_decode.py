@@ -13,10 +13,10 @@ import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
-from fastat.data import decode as decoding
-from fastat.data.bad_audio import BadAudio
-from fastat.data.decode import to_int16
-from fastat.data.reader import BLOCK_SECONDS
+from fastat.audio import decode as decoding
+from fastat.audio.bad_audio import BadAudio
+from fastat.audio.decode import to_int16
+from fastat.audio.reader import BLOCK_SECONDS
 from tests.data.audio import noise, reference
 from tests.data.audio_bytes import flac_frames, ogg_pages
 

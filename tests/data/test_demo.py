@@ -24,12 +24,12 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fastat.data import demo
+from fastat.audio.frontend import Frontend
+from fastat.data import practice as demo
 from fastat.data.shards import PackedSet
 from fastat.data.sounds import SOUNDS, Sound, coloured_noise
-from fastat.errors import UserError
-from fastat.frontend import Frontend
 from fastat.packing.pack import pack
+from fastat.system.errors import UserError
 
 SMALL = (
     demo.Split(name="train", num_clips=40, rarest=2, imbalance=5.0),
@@ -38,7 +38,7 @@ SMALL = (
 SMALL_CODE = """
 import sys
 from pathlib import Path
-from fastat.data import demo
+from fastat.data import practice as demo
 demo.SPLITS = tuple(demo.Split(**split) for split in {splits!r})
 demo.os.cpu_count = lambda: 1
 demo.make_demo(Path(sys.argv[1]), 3)

@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from fastat import train as training
-from fastat.config import resolve
+from fastat.config.run import resolve
 from fastat.data.flac import decode, encode
 from fastat.data.loader import PackedSource
 from fastat.data.sampler import Sampler
 from fastat.data.shard_file import load_shard
 from fastat.data.shards import PackedSet, write_index
-from fastat.errors import Failure
 from fastat.packing.pack import pack
+from fastat.system.errors import Failure
+from fastat.training import trainer as training
 from tests.conftest import TinySets
 from tests.data.audio import write_table
 from tests.packing.test_pack import check_rows

@@ -9,10 +9,10 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
 from fastat.packing.append import append
 from fastat.packing.pack import pack
 from fastat.packing.verify import verify
+from fastat.system.errors import UserError
 from tests.data.audio import noise, reference, write_table
 from tests.data.test_flac import flip
 

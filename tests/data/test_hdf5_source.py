@@ -14,13 +14,13 @@ import soundfile as sf
 import torch
 from numpy.typing import NDArray
 
-from fastat.data import hdf5_source
+from fastat.audio import hdf5_source
+from fastat.audio.decode import decode, to_int16
 from fastat.data.dali import DaliSource
-from fastat.data.decode import decode, to_int16
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
 from fastat.packing.append import append
 from fastat.packing.pack import pack
+from fastat.system.errors import UserError
 from tests.data.audio import noise, reference
 
 NUM_CLASSES = 11  # more than a byte of labels

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastat.data.classes import ClassList
-from fastat.data.manifest import Manifest, read_manifest
 from fastat.data.shards import ClassInfo
-from fastat.data.split import holdout_mask
-from fastat.errors import UserError
+from fastat.packing.classes import ClassList
+from fastat.packing.manifest import Manifest, read_manifest
+from fastat.packing.split import holdout_mask
+from fastat.system.errors import UserError
 
 
 def touch(folder: Path, *names: str) -> Path:

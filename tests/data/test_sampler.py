@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta, chisquare, kstest
 
 from fastat.data.sampler import Sampler, StepPlan, balanced_weights
-from fastat.errors import UserError
+from fastat.system.errors import UserError
 
 SETTINGS: dict[str, Any] = {
     "seed": 5,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from fastat.data.row_reader import ROWS_PER_JOB
 from fastat.data.shards import VERSION, PackedSet, write_index
-from fastat.errors import Failure, UserError
 from fastat.packing.pack import pack
 from fastat.packing.verify import verify
+from fastat.system.errors import Failure, UserError
 from tests.data.audio import reference, write_table
 
 SAMPLES = 8_000

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fastat.data.classes import ClassList
-from fastat.data.manifest import Manifest, read_manifest
-from fastat.data.split import Holdout, parse_holdout
-from fastat.data.table_layout import ColumnNames
-from fastat.errors import UserError
+from fastat.packing.classes import ClassList
+from fastat.packing.manifest import Manifest, read_manifest
+from fastat.packing.split import Holdout, parse_holdout
+from fastat.packing.table_layout import ColumnNames
+from fastat.system.errors import UserError
 from tests.data.test_manifest import labels_of, touch, write
 
 LISTS = [

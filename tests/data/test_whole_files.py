@@ -14,9 +14,9 @@ import pytest
 import soundfile as sf
 from numpy.typing import NDArray
 
-from fastat.data.bad_audio import BadAudio
-from fastat.data.containers import find_samples
-from fastat.data.decode import Audio, decode
+from fastat.audio.bad_audio import BadAudio
+from fastat.audio.containers import find_samples
+from fastat.audio.decode import Audio, decode
 from tests.data.audio import noise
 from tests.data.audio_bytes import flac_file, flac_frames, mp3_frames, ogg_pages
 from tests.data.test_containers import by_ffmpeg

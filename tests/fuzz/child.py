@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from fastat.errors import Failure, UserError, one_line
+from fastat.system.errors import Failure, UserError, one_line
 
 CASE_SECONDS = 20.0
 """A case takes milliseconds; one that takes this long hangs, on a busy machine too."""

@@ -14,7 +14,7 @@ import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
-from fastat.data.decode import to_int16
+from fastat.audio.decode import to_int16
 from tests.data.audio_bytes import OGG_LAST, ogg_pages
 from tests.fuzz.audio import Base, Case
 

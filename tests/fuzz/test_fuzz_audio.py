@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from fastat.checkpoint import ModelMeta
-from fastat.checkpoints import write_checkpoint
-from fastat.data.bad_audio import BadAudio, Reason
+from fastat.audio.bad_audio import BadAudio, Reason
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo, PackedSet
-from fastat.extract import read_waveform
-from fastat.features import FEATURES
-from fastat.predict import Tagger, as_document
+from fastat.evaluation.extract import read_waveform
+from fastat.evaluation.predict import Tagger, as_document
+from fastat.training.checkpoints import write_checkpoint
+from fastat.weights.checkpoint import ModelMeta
 from tests.fuzz.audio import Base, Case, base_files, cases
 from tests.fuzz.child import SPARE_BYTES, Outcome, run_cases
 from tests.fuzz.mutations import SHARE, keep

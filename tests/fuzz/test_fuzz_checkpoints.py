@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.checkpoint import ModelMeta, build_frontend, load_model
-from fastat.checkpoints import load_trainer_state, write_checkpoint
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo
-from fastat.errors import Failure, UserError
-from fastat.features import FEATURES
+from fastat.system.errors import Failure, UserError
+from fastat.training.checkpoints import load_trainer_state, write_checkpoint
+from fastat.weights.checkpoint import ModelMeta, build_frontend, load_model
 from tests.fuzz.child import SPARE_BYTES, error_of, run_cases
 from tests.fuzz.documents import JSON
 from tests.fuzz.mutations import SHARE, Mutant, Mutation, keep, mutate, rng_of

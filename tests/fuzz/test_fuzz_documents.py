@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastat.config import TrainConfig, resolve
-from fastat.data.classes import ClassList
-from fastat.data.manifest import read_manifest
+from fastat.config.run import TrainConfig, resolve
 from fastat.data.shards import INDEX_FILE, PackedSet
+from fastat.packing.classes import ClassList
+from fastat.packing.manifest import read_manifest
 from fastat.packing.pack import pack
-from fastat.run_folder import RunFolder
+from fastat.training.run_folder import RunFolder
 from tests.data.audio import write_table
 from tests.fuzz.child import SPARE_BYTES, error_of, run_cases
 from tests.fuzz.documents import JSON, TABLE

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastat import frontend
-from fastat.features import FEATURES
-from fastat.frontend import Augment, Frontend
+from fastat.audio import frontend
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Augment, Frontend
 from fastat_kernels.backend import target
 from fastat_kernels.log_mel import (
     Config,

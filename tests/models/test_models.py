@@ -13,10 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastat.costs import count_parameters, forward_gflop
-from fastat.errors import UserError
 from fastat.models import create_model, list_models
 from fastat.models.base import FrameModel, TaggingModel
+from fastat.models.costs import count_parameters, forward_gflop
+from fastat.system.errors import UserError
 from tests.conftest import SMALL_MODELS
 
 MODELS = list_models()

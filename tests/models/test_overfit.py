@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastat.extract import read_waveform
-from fastat.frontend import Frontend
+from fastat.audio.frontend import Frontend
+from fastat.evaluation.extract import read_waveform
 from fastat.models import create_model
 from fastat.models.base import TaggingModel
 from fastat.system.device import auto_precision, autocast

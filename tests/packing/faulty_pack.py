@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastat.data.decode import decode
-from fastat.errors import Failure, UserError
+from fastat.audio.decode import decode
 from fastat.packing import block
 from fastat.packing.pack import pack
+from fastat.system.errors import Failure, UserError
 
 replace = os.replace
 TABLE, OUT, POINT, FAULT = sys.argv[1:]

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from fastat.data.table_layout import ColumnNames
-from fastat.errors import UserError
 from fastat.packing.append import append
 from fastat.packing.pack import pack
+from fastat.packing.table_layout import ColumnNames
+from fastat.system.errors import UserError
 from tests.data.audio import write_table
 
 distributed = pytest.importorskip("distributed")

@@ -18,15 +18,15 @@ import soundfile as sf
 import torch
 from numpy.typing import NDArray
 
+from fastat.audio.features import FEATURES
+from fastat.audio.frontend import Frontend
 from fastat.data.shards import PackedSet, Stats
-from fastat.errors import Failure, UserError
-from fastat.features import FEATURES
-from fastat.frontend import Frontend
 from fastat.packing import options as pack_options
 from fastat.packing import plan
 from fastat.packing.pack import pack
 from fastat.packing.summary import PackSummary
 from fastat.packing.verify import verify
+from fastat.system.errors import Failure, UserError
 from tests.data.audio import noise, reference, write_table
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from fastat.commands.pack_report import print_appended
+from fastat.cli.pack_report import print_appended
 from fastat.data.shards import PackedSet
-from fastat.errors import UserError
 from fastat.packing.append import append
 from fastat.packing.pack import pack
 from fastat.packing.plan import Part
 from fastat.packing.verify import verify
+from fastat.system.errors import UserError
 from tests.data.audio import noise, write_table
 from tests.data.kills import files, in_the_middle, kill_between_blocks, killed_at
 from tests.packing.test_pack_parts import run_ranks

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from fastat.cli import main
-from fastat.commands.pack_report import duration
+from fastat.cli.app import main
+from fastat.cli.pack_report import duration
 from fastat.data.shards import PackedSet
 from tests.data.audio import noise, write_table
 

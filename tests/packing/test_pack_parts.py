@@ -12,9 +12,9 @@ import pytest
 import soundfile as sf
 
 from fastat.data.shards import PackedSet
-from fastat.errors import Failure, UserError
 from fastat.packing.pack import pack
 from fastat.packing.plan import Part
+from fastat.system.errors import Failure, UserError
 from tests.data.audio import noise, write_table
 from tests.data.kills import (
     at_step,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastat.errors import UserError
 from fastat.packing.pack import pack
+from fastat.system.errors import UserError
 from tests.packing.test_pack import check_rows
 
 

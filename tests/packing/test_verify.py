@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastat.commands.pack_report import MAX_DAMAGES, print_verified
+from fastat.cli.pack_report import MAX_DAMAGES, print_verified
 from fastat.data.shard_file import ShardRows
 from fastat.data.shards import write_index
-from fastat.errors import Failure, UserError
 from fastat.packing import verify as verify_module
 from fastat.packing.pack import pack
 from fastat.packing.verify import verify
+from fastat.system.errors import Failure, UserError
 from tests.data.audio import write_table
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastat.errors import UserError
 from fastat.system.device import (
     auto_precision,
     choose_kernels,
@@ -18,6 +17,7 @@ from fastat.system.device import (
     precision_warning,
     supports_triton,
 )
+from fastat.system.errors import UserError
 from fastat_kernels import choice
 from fastat_kernels.choice import OPERATORS
 

@@ -17,12 +17,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastat.checkpoint import ModelMeta, build_frontend, load_model, save_weights
-from fastat.checkpoints import write_checkpoint
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo
-from fastat.errors import Failure, UserError
-from fastat.features import FEATURES
 from fastat.models.base import FrameModel
+from fastat.system.errors import Failure, UserError
+from fastat.training.checkpoints import write_checkpoint
+from fastat.weights.checkpoint import ModelMeta, build_frontend, load_model, save_weights
 from fastat.weights.convert import Summary, convert
 from tests.conftest import fastat, one_line
 from tests.weights.reference_models import (

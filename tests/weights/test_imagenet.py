@@ -12,10 +12,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from fastat.checkpoint import ModelMeta
 from fastat.data.shards import ClassInfo
-from fastat.errors import Failure, UserError
 from fastat.models.ast import TRUNKS
+from fastat.system.errors import Failure, UserError
+from fastat.weights.checkpoint import ModelMeta
 from fastat.weights.imagenet import RESNETS, imagenet_state, trunk_name
 from fastat.weights.initial import load_imagenet
 
@@ -108,7 +108,7 @@ def test_every_trunk_is_one_of_timms() -> None:
 
 
 SCRIPT = """
-from fastat.errors import Failure
+from fastat.system.errors import Failure
 from fastat.weights.imagenet import imagenet_state
 import timm, time
 started = time.monotonic()

@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from fastat.checkpoint import ModelMeta, load_model, save_weights
+from fastat.audio.features import FEATURES
 from fastat.data.shards import ClassInfo
-from fastat.errors import UserError
-from fastat.features import FEATURES
 from fastat.models.base import TaggingModel
+from fastat.system.errors import UserError
+from fastat.weights.checkpoint import ModelMeta, load_model, save_weights
 from fastat.weights.initial import initial_options, load_initial
 from tests.conftest import TinySets, fastat
 from tests.weights.reference_models import (

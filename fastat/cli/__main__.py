@@ -1,0 +1,5 @@
+"""``python -m fastat.cli``."""
+
+from fastat.cli.app import main
+
+main()
