@@ -1,0 +1,1 @@
+"""What a run is told: its options, the paper's procedures and its tables. Imports no torch."""

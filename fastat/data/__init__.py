@@ -1,1 +1,1 @@
-"""Packed audio: readers of label tables, decoding, shards, sampling and loading."""
+"""Packed audio: shards, sampling and loading; the practice set."""

@@ -1,1 +1,1 @@
-"""Turns tables of audio files into packed sets."""
+"""Tables of audio files to packed sets."""

@@ -1,1 +1,1 @@
-"""The device that commands run on, and the precision and kernels chosen for it."""
+"""What everything stands on: errors, files, the terminal, the device, ranks."""

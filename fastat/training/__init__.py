@@ -1,0 +1,1 @@
+"""A training run: configuration to data, network, steps, checkpoints and the run folder."""

@@ -1,11 +1,10 @@
 """The checkpoints of a training run: saved in the background, and restored to resume it.
 
 A folder ``checkpoints/step-00001234/`` has the files of ``fastat.weights.checkpoint``, and the
-trainer's state in ``trainer.pt``. ``last`` and ``best`` are symbolic links to such folders that are replaced
-atomically, so each always names a whole checkpoint. The one before ``last`` is kept too: if the
-newest is damaged, which the checksums in ``model.json`` show, the run resumes from that one.
-Nothing that is read here can run code.
-"""
+trainer's state in ``trainer.pt``. ``last`` and ``best`` are symbolic links to such folders that are
+replaced atomically, so each always names a whole checkpoint. The one before ``last`` is kept too:
+if the newest is damaged, which the checksums in ``model.json`` show, the run resumes from that one.
+Nothing that is read here can run code."""
 
 import logging
 import math

@@ -1,6 +1,7 @@
 """``--batch auto``: the largest batch that fits in a GPU's memory, section 4.3 of the paper.
 
-It is measured by taking steps in a process of its own (``memory_trial``), so that the one that trains later starts with an allocator that nothing has fragmented.
+It is measured by taking steps in a process of its own (``memory_trial``), so that the one that
+trains later starts with an allocator that nothing has fragmented.
 """
 
 import json
