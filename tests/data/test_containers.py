@@ -25,7 +25,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
     """Container, encoding and library of the two tables."""
     tables = PAGE.read_text().split("| Container | Encodings | Read by |\n|---|---|---|\n")[1:]
     for table in tables:
-        for line in re.findall(r"^\|(.*)\|$", table, re.MULTILINE):
+        for line in re.findall(r"^\|(.*)\|$", table.split("\n\n")[0], re.MULTILINE):
             container, encodings, library = (cell.strip() for cell in line.split("|"))
             for encoding in encodings.split(", "):
                 yield container, encoding, library
