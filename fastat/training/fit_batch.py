@@ -128,7 +128,7 @@ def largest_batch(
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "fastat.memory_trial"],
+            [sys.executable, "-m", "fastat.training.memory_trial"],
             input=json.dumps(asked),
             capture_output=True,
             text=True,

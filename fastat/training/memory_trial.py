@@ -1,4 +1,4 @@
-"""Takes training steps on a GPU to find the largest batch: ``python -m fastat.memory_trial``.
+"""Takes training steps on a GPU to find the largest batch: ``python -m`` runs this module.
 
 Reads a request of ``fit_batch`` as JSON from standard input. The last line of standard
 output is the number of clips, or null where not even the smallest batch fits. The allocator is

@@ -155,19 +155,22 @@ def test_a_disk_hears_of_every_row_before_it_is_read(
     packed: PackedSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "ADVISED_ROWS", 12)
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, str, int, int]] = []
     blocks = count()
     usage = SimpleNamespace(getrusage=lambda _: SimpleNamespace(ru_inblock=next(blocks)))
     monkeypatch.setattr(row_reader, "resource", SimpleNamespace(RUSAGE_SELF=0, **vars(usage)))
     advise, read = os.posix_fadvise, os.preadv
 
+    def shard(fd: int) -> str:
+        return os.readlink(f"/proc/self/fd/{fd}")
+
     def noted_advise(fd: int, offset: int, length: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
-        calls.append(("advise", offset, length))
+        calls.append(("advise", shard(fd), offset, length))
         advise(fd, offset, length, advice)
 
     def noted_read(fd: int, buffers: tuple[memoryview], offset: int) -> int:
-        calls.append(("read", offset, len(buffers[0])))
+        calls.append(("read", shard(fd), offset, len(buffers[0])))
         return read(fd, buffers, offset)
 
     monkeypatch.setattr(os, "posix_fadvise", noted_advise)
@@ -176,22 +179,23 @@ def test_a_disk_hears_of_every_row_before_it_is_read(
     plans = [s.plan(0, i) for i in range(s.steps_per_epoch)]
     for _ in PackedSource(packed, CPU, sampler=s).batches(plans):
         pass
-    announced: set[int] = set()
-    together: list[list[int]] = [[]]  # offsets advised between two batches
+    announced: set[tuple[str, int]] = set()
+    together: list[list[tuple[str, int]]] = [[]]  # places advised between two batches
     num_reads = 0
-    for kind, offset, length in calls:
+    for kind, file, offset, length in calls:
         if kind == "advise":
-            announced.update(range(offset, offset + length, 2 * packed.clip_samples))
-            together[-1].append(offset)
+            rows = range(offset, offset + length, 2 * packed.clip_samples)
+            announced.update((file, row) for row in rows)
+            together[-1].append((file, offset))
         else:
             num_reads += 1
-            assert offset in announced
+            assert (file, offset) in announced
             if together[-1]:
                 together.append([])
     assert num_reads == sum(len(plan.rows) + len(plan.partners) for plan in plans)
     assert len(together) > 4, "the rows of later steps are announced between the batches"
     # The first step's come at once, before the first part of those behind it.
-    assert all(offsets == sorted(offsets) for offsets in together[1:])
+    assert all(places == sorted(places) for places in together[1:])
 
 
 def test_a_warm_set_is_not_announced(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
