@@ -121,7 +121,7 @@ def write_profile(path: Path) -> Path:
             )
         )
     document = {
-        "schema": "fastat.study.profile/1", "device": "A device", "torch": "2.15.0", "commit": None,
+        "schema": "fastat.profile/1", "device": "A device", "torch": "2.15.0", "commit": None,
         "date": "2026-11-23", "ceiling_tflops": None, "clips": 1_998_999, "rows": rows,
     }  # fmt: skip
     path.write_text(json.dumps(document))

@@ -107,7 +107,7 @@ def test_the_command(tiny_sets: TinySets, tmp_path: Path) -> None:
         "--trace", trace, "--json",
     )  # fmt: skip
     found = json.loads(done.stdout)
-    assert found["schema"] == "fastat.study.profile/1" and found["clips"] == 7200
+    assert found["schema"] == "fastat.profile/1" and found["clips"] == 7200
     [line] = found["rows"]
     assert list(line) == KEYS
     assert (line["batch"], line["num_frames"], line["tokens"]) == (3, 40, 10)

@@ -471,11 +471,11 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, out: Path) -> None
     [
         ("x", "the JSON of fastat profile"),
         ("[]", "the JSON of fastat profile"),
-        ('{"schema": "fastat.study.profile/9"}', "fastat.study.profile/9"),
+        ('{"schema": "fastat.profile/9"}', "fastat.profile/9"),
         ('{"epoch": 1}', "'schema'"),
-        ('{"schema": "fastat.study.profile/1", "device": "d", "rows": [{}]}', "'ms'"),
+        ('{"schema": "fastat.profile/1", "device": "d", "rows": [{}]}', "'ms'"),
         (
-            '{"schema": "fastat.study.profile/1", "rows": [{"model": "a", "proc": "b", "ms": null, '
+            '{"schema": "fastat.profile/1", "rows": [{"model": "a", "proc": "b", "ms": null, '
             '"precision": "fp32", "grid": null, "out_of_memory": false, "params": "many"}]}',
             "a number as params",
         ),

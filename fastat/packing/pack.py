@@ -36,7 +36,7 @@ from fastat.system.host import cores_of_rank
 from fastat.system.progress import progress
 
 MAX_KILLS = 3
-"""If a block's process is killed so often and no single file is the cause, the command fails."""
+"""If a block's process is killed so often, no single file is the cause, and the command fails."""
 
 
 def pack(
@@ -122,7 +122,7 @@ def pack(
     else:
         contents = [plan.content() for plan in plans]
         if todo:
-            check_bad(plans, num_files, max_bad)
+            check_bad([plan for plan in plans if not plan.finished], num_files, max_bad)
         for plan, content in zip(plans, contents, strict=True):
             if not plan.finished:
                 plan.finish(content)
@@ -252,11 +252,11 @@ def _crashing_files(block: Block, kills: int, killed: Exception) -> dict[str, st
                 except Killed as reason:
                     if reason.exit_code != -signal.SIGKILL:
                         crashing[entry.path] = f"decoding it ends the process: {reason}"
-    if not crashing and kills >= MAX_KILLS:
+    if kills >= MAX_KILLS:
         raise Failure(
-            f"the process that packed {block.path.name} ended ({killed}), {kills} times, though "
-            "none of its files does that alone: perhaps it had too little memory; the same command "
-            "goes on, perhaps with fewer --workers"
+            f"the process that packed {block.path.name} ended ({killed}), {kills} times, also "
+            "without the files that do that alone: perhaps it had too little memory; the same "
+            "command goes on, perhaps with fewer --workers"
         )
     return crashing
 
@@ -283,7 +283,8 @@ def _check_space(plans: Sequence[Plan], spare_files: float) -> None:
     slices = [(plan, plan.block_slice(number)) for plan in plans for number in plan.missing()]
     clips = sum(len(plan.entries[lines]) for plan, lines in slices)
     needed = int((clips - spare_files) * 2 * layout.clip_samples)
-    disk = os.statvfs(next(path for path in directory.absolute().parents if path.exists()))
+    folder = directory.absolute()
+    disk = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and needed > free:
         raise Failure(

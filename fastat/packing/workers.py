@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -92,8 +93,9 @@ class Processes:
         with _lock:
             for worker in self._all:
                 worker.process.terminate()
+            deadline = time.monotonic() + END_SECONDS
             for worker in self._all:
-                worker.process.join(END_SECONDS)
+                worker.process.join(max(0.0, deadline - time.monotonic()))
                 worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._all:

@@ -328,6 +328,12 @@ def test_disk_too_small_is_known_before(
     with pytest.raises(Failure, match=r"0\.0 GiB needed for 90 clips, the disk has"):
         pack(table, tmp_path / "set", clip_seconds=0.5)
     assert not (tmp_path / "set").exists()
+    # A folder that is there may be a disk of its own.
+    (tmp_path / "disk").mkdir()
+    small = tmp_path / "disk"
+    monkeypatch.setattr(os, "statvfs", lambda path: Small if path == small else real)
+    with pytest.raises(Failure, match="the disk has"):
+        pack(table, small, clip_seconds=0.5)
 
 
 def test_an_edited_table_redoes_what_changed(

@@ -1,6 +1,6 @@
 """A measured case as a row of ``fastat profile``, beside the paper's figures.
 
-The rows' names are a promise: schema ``fastat.study.profile/1``.
+The rows' names are a promise: schema ``fastat.profile/1``.
 """
 
 import csv
@@ -24,7 +24,7 @@ from fastat.system.device import device_name
 from fastat.system.environment import environment
 from fastat.weights.checkpoint import ModelMeta
 
-SCHEMA = "fastat.study.profile/1"
+SCHEMA = "fastat.profile/1"
 MS = ("data", *PARTS, "step")
 Row = dict[str, Any]
 Document = dict[str, Any]

@@ -10,7 +10,7 @@ from fastat.study.ablate import RESULT_FILE, Ablation, read_ablation
 from fastat.study.report.runs import Run, distinguish, numbers, read_run
 from fastat.system.errors import Failure, UserError
 
-PROFILE_SCHEMA = "fastat.study.profile/1"
+PROFILE_SCHEMA = "fastat.profile/1"
 MAX_DEPTH = 3
 """How many folders deep runs are searched for below a given folder."""
 
